@@ -1,0 +1,130 @@
+"""The main path on one screen: capture → normalize → find sites → plan → insert → initialize → verify."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import overload
+
+from torch import nn
+from torch.export import ExportedProgram
+
+from graphpeft.capture import Inputs, as_module, capture
+from graphpeft.inspect.table import rows_text, table
+from graphpeft.match.find import Found, find
+from graphpeft.match.roles import ROLES
+from graphpeft.methods import Method
+from graphpeft.passes.initialize import initialize
+from graphpeft.passes.insert import check_name, insert
+from graphpeft.passes.normalize import normalize
+from graphpeft.passes.verify import Level, verify
+from graphpeft.plan import Plan, make_plan
+from graphpeft.program import Site
+from graphpeft.rules import Rule, coerce, to_text
+from graphpeft.state import inactive, set_active
+
+Rules = str | Rule | Iterable[Rule | str] | Mapping[str, Method | str]
+
+
+def apply(
+    model: nn.Module | ExportedProgram,
+    rules: Rules,
+    *,
+    inputs: Inputs = None,
+    name: str = "default",
+    seed: int = 0,
+    expect: int | None = None,
+    verify: Level = "fast",
+) -> nn.Module:
+    """Add an adapter to a model where the rules match its graph; returns the model, adapted in place.
+
+    An `ExportedProgram` is turned into a module first, which is returned. The base parameters are frozen, the new
+    adapter trains, and adapters that were active before rest (see `activate`).
+
+    Args:
+        rules: such as `"qv:rlora"` or `"qkvo[layers=0-7]:lora(r=8, alpha=16); mlp:lora"`.
+        inputs: an example call, if none can be made from the model's config.
+        name: the adapter's name; one model takes several.
+        seed: with the site's name, it determines every random tensor.
+        expect: the number of sites that the rules have to match.
+        verify: `"off"`, `"fast"` (no forward pass) or `"full"` (see `graphpeft.verify`).
+
+    Raises: `RuleError`, `CaptureError`, `MatchError`, `AdapterError`, `VerifyError`; the model is then as it was.
+    """
+    parsed = coerce(rules, ROLES)
+    module = as_module(model) if isinstance(model, ExportedProgram) else model
+    check_name(module, name)
+    made = make_plan(module, _found(module, inputs), parsed, expect)
+    state = insert(module, name, to_text(parsed), seed, made.entries)
+    before = state.active
+    try:
+        initialize(module, name)
+        set_active(module, (name,))
+        _verify(module, inputs, verify)
+    except BaseException:
+        from graphpeft.passes.activate import remove
+
+        remove(module, name)
+        if before:
+            set_active(module, before)
+        raise
+    return module
+
+
+def _verify(module: nn.Module, inputs: Inputs, level: Level) -> None:
+    verify(module, inputs, level, identity=True)
+
+
+def _found(module: nn.Module, inputs: Inputs) -> Found:
+    with inactive(module):
+        program = capture(module, inputs)
+        program = normalize(program)
+        return find(program)
+
+
+def plan(
+    model: nn.Module | ExportedProgram, rules: Rules, *, inputs: Inputs = None, expect: int | None = None
+) -> Plan:
+    """What `apply` would do: a table of sites, methods and parameter counts. Changes nothing; raises as `apply` does."""
+    module = as_module(model) if isinstance(model, ExportedProgram) else model
+    return make_plan(module, _found(module, inputs), coerce(rules, ROLES), expect)
+
+
+@dataclass(frozen=True)
+class Sites(Sequence[Site]):
+    """Sites in graph order; prints as a table."""
+
+    items: tuple[Site, ...]
+
+    @overload
+    def __getitem__(self, index: int) -> Site: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sites: ...
+    def __getitem__(self, index: int | slice) -> Site | Sites:
+        return Sites(self.items[index]) if isinstance(index, slice) else self.items[index]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.items)
+
+    def __str__(self) -> str:
+        rows = [
+            (s.role + (" cross" if s.cross else ""), s.weight, rows_text(s.rows), f"{s.outputs} × {s.inputs}",
+             "" if s.layer is None else s.layer, s.form, s.source)
+            for s in self.items
+        ]  # fmt: skip
+        return table(("role", "weight", "rows", "out × in", "layer", "form", "source"), rows)
+
+
+def sites(model: nn.Module | ExportedProgram, inputs: Inputs = None) -> Sites:
+    """Every projection of the model and the role that its graph gives it. Raises `CaptureError`."""
+    module = as_module(model) if isinstance(model, ExportedProgram) else model
+    return Sites(_found(module, inputs).sites)
+
+
+def trainable(model: nn.Module) -> tuple[int, int]:
+    """(trainable, total) parameters of a model; a tensor that is shared counts once."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, required in sizes if required), sum(n for n, _ in sizes)

@@ -1,0 +1,25 @@
+"""WHAT an adapter is: a chain of linear factors."""
+
+from graphpeft.chain.chain import Chain, Factor, Scatter
+from graphpeft.chain.factors import Dense, Diag
+from graphpeft.chain.hadamard import hadamard_factors, hadamard_matrix, hadamard_order
+from graphpeft.chain.inits import Init, constant, kaiming, normal, zeros
+from graphpeft.chain.srht import SRHT, AdjointSRHT
+
+__all__ = [
+    "SRHT",
+    "AdjointSRHT",
+    "Chain",
+    "Dense",
+    "Diag",
+    "Factor",
+    "Init",
+    "Scatter",
+    "constant",
+    "hadamard_factors",
+    "hadamard_matrix",
+    "hadamard_order",
+    "kaiming",
+    "normal",
+    "zeros",
+]

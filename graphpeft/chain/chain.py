@@ -1,0 +1,242 @@
+"""The algebra of adapters: a `Chain` is a product of linear `Factor`s, a weight update ΔW that is never formed.
+
+    y = W x + scale · F₁ F₂ … Fₙ x
+
+`B @ A` multiplies factors as matrices multiply: A is applied first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import reduce
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from graphpeft.chain.inits import fill
+from graphpeft.chain.seeds import generator
+from graphpeft.errors import AdapterError
+
+
+def widen(tensor: Tensor) -> Tensor:
+    """`tensor` in float32 or better, so that products of factors do not round in half precision."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+class Factor(nn.Module):
+    """A linear map from R^inputs to R^outputs whose tensors are empty until `reset` fills them.
+
+    A subclass defines `forward`, `reset` and `matrix`; everything else follows. `forward` has to be traceable by
+    `torch.fx` for activations of any rank: no control flow on shapes, and no expression of buffers alone, which
+    FX would evaluate once while tracing.
+    """
+
+    def __init__(self, outputs: int, inputs: int, shared: str | None = None) -> None:
+        super().__init__()
+        self.outputs = outputs
+        self.inputs = inputs
+        self.shared = shared
+        """Name of a factor that all sites of the model have in common; `None` if each site has its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The map applied to the last axis: `(..., inputs)` to `(..., outputs)`."""
+        raise NotImplementedError
+
+    def reset(self, rng: Callable[[str], np.random.RandomState]) -> None:
+        """Fill every tensor with its initial values; `rng(name)` is the random stream of the tensor of that name."""
+        raise NotImplementedError
+
+    def matrix(self) -> Tensor:
+        """The map as a dense `(outputs, inputs)` matrix, in float32 or better, differentiable."""
+        raise NotImplementedError
+
+    def times(self, other: Tensor) -> Tensor:
+        """`matrix() @ other`, for an `other` of shape `(inputs, n)`."""
+        return self.matrix() @ other
+
+    def accumulate(self, y: Tensor, x: Tensor, alpha: float, scatter: Scatter | None = None) -> Tensor:
+        """`y + alpha * self(x)`, in as few kernels as possible; with `scatter`, `y + alpha * scatter(self(x))`."""
+        update = self(x) if scatter is None else scatter(self(x))
+        return torch.add(y, update, alpha=alpha)
+
+    def __matmul__(self, other: Factor | Chain) -> Chain:
+        return Chain([self]) @ other
+
+    def extra_repr(self) -> str:
+        return f"{self.outputs}, {self.inputs}" + (f", shared={self.shared!r}" if self.shared else "")
+
+
+class Scatter(Factor):
+    """Spread features over the wider output of a fused projection: zero wherever no run of `rows` is.
+
+    `rows` are half-open, increasing runs of the `full` output features; their lengths sum to `inputs`.
+    Raises `AdapterError` for runs that are empty, overlap, are out of order or leave `range(full)`.
+    """
+
+    index: Tensor
+
+    def __init__(self, full: int, rows: Iterable[tuple[int, int]]) -> None:
+        self.rows = tuple((start, stop) for start, stop in rows)
+        bounds = [0, *(bound for run in self.rows for bound in run), full]
+        if not self.rows or bounds != sorted(bounds) or any(start == stop for start, stop in self.rows):
+            raise AdapterError(
+                f"Scatter: rows {self.rows} are not increasing, non-empty half-open runs within 0..{full}. "
+                "Usually two sites' rows were joined by hand; take them from gp.sites(model)."
+            )
+        super().__init__(full, sum(stop - start for start, stop in self.rows))
+        self.register_buffer("index", torch.tensor(self._sources()), persistent=False)
+
+    def _sources(self) -> list[int]:
+        """For each output feature the input it comes from; `inputs`, one past the last, stands for zero."""
+        sources = [self.inputs] * self.outputs
+        features = (feature for run in self.rows for feature in range(*run))
+        for source, feature in enumerate(features):
+            sources[feature] = source
+        return sources
+
+    def reset(self, rng: Callable[[str], np.random.RandomState]) -> None:
+        fill(self.index, np.array(self._sources()))
+
+    def expand(self, tensor: Tensor, dim: int) -> Tensor:
+        """`tensor` with its axis `dim`, counted from the end, grown from `inputs` to `outputs`."""
+        skip = (0, 0) * (-1 - dim)
+        if len(self.rows) == 1:
+            ((start, stop),) = self.rows
+            return F.pad(tensor, (*skip, start, self.outputs - stop))
+        return F.pad(tensor, (*skip, 0, 1)).index_select(dim, self.index)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.expand(x, -1)
+
+    def matrix(self) -> Tensor:
+        return self.times(torch.eye(self.inputs, device=self.index.device))
+
+    def times(self, other: Tensor) -> Tensor:
+        return self.expand(other, -2)
+
+    def extra_repr(self) -> str:
+        return f"{self.outputs}, rows={self.rows}"
+
+
+class Chain(nn.Module):
+    """`scale` times a product of factors, written as matrices are: the last one is applied first.
+
+    `dropout` is the probability with which an input feature is zeroed before the first factor, in training only.
+    Raises `AdapterError` if the widths of two neighbors differ.
+    """
+
+    def __init__(self, factors: Iterable[Factor], scale: float = 1.0, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.factors = nn.ModuleList(factors)
+        self.scale = scale
+        if dropout:
+            self.dropout = nn.Dropout(dropout)
+        for left, right in pairwise(self._factors):
+            if left.inputs != right.outputs:
+                raise AdapterError(
+                    f"{left} @ {right}: the left factor reads {left.inputs} features, the right one makes "
+                    f"{right.outputs}. A factor is (outputs, inputs), and the rightmost is applied first."
+                )
+
+    @property
+    def _factors(self) -> list[Factor]:
+        return list(self.factors)  # type: ignore[arg-type]
+
+    @property
+    def outputs(self) -> int:
+        return self._factors[0].outputs
+
+    @property
+    def inputs(self) -> int:
+        return self._factors[-1].inputs
+
+    @property
+    def rank(self) -> int:
+        """The narrowest width along the chain: an upper bound of the rank of ΔW."""
+        return min(self.outputs, *(factor.inputs for factor in self._factors))
+
+    @property
+    def probability(self) -> float:
+        """The probability of dropout."""
+        return self.dropout.p if hasattr(self, "dropout") else 0.0
+
+    def trainable(self) -> int:
+        """How many numbers are trained."""
+        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+
+    def scaled(self, scale: float) -> Chain:
+        """The same factors with a scale `scale` times as large."""
+        return Chain(self._factors, self.scale * scale, self.probability)
+
+    def with_dropout(self, probability: float) -> Chain:
+        """The same factors with dropout on the input; 0 for none."""
+        return Chain(self._factors, self.scale, probability)
+
+    def __matmul__(self, other: Factor | Chain) -> Chain:
+        right = other if isinstance(other, Chain) else Chain([other])
+        if self.probability:
+            raise AdapterError("Dropout acts on the input of a whole chain: multiply first, then call with_dropout.")
+        return Chain([*self._factors, *right._factors], self.scale * right.scale, right.probability)
+
+    def reset(self, seed: int, site: str) -> None:
+        """Fill every tensor with initial values, a function of `(seed, site, place in the chain)` alone.
+
+        A shared factor is filled from `(seed, its name)`. Tensors on the meta device are left alone.
+        """
+        # Places are counted from the right: a Scatter put in front later moves none.
+        for place, factor in enumerate(reversed(self._factors)):
+            names = ("shared", factor.shared) if factor.shared else ("site", site, str(place))
+            if not any(tensor.is_meta for tensor in (*factor.parameters(), *factor.buffers())):
+                factor.reset(_streams(seed, names))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., inputs)` to `(..., outputs)`: `scale` times the product, after dropout."""
+        x = self._product(x, self._factors)
+        return x if self.scale == 1 else x * self.scale
+
+    def accumulate(self, y: Tensor, x: Tensor) -> Tensor:
+        """`y + self(x)`, the last product, the scale and the sum being one kernel where the factor allows."""
+        scatter, *factors = self._factors
+        if not (isinstance(scatter, Scatter) and factors):
+            first, rest = scatter, factors
+            return first.accumulate(y, self._product(x, rest), self.scale)
+        first, *rest = factors
+        return first.accumulate(y, self._product(x, rest), self.scale, scatter)
+
+    def _product(self, x: Tensor, factors: list[Factor]) -> Tensor:
+        x = self.dropout(x) if self.probability else x
+        return reduce(lambda value, factor: factor(value), reversed(factors), x)
+
+    def delta(self) -> Tensor:
+        """ΔW, dense `(outputs, inputs)` with the scale and without dropout, in float32 or better, differentiable."""
+        return self.scale * _dense(self._factors)
+
+    def to_lora(self) -> tuple[Tensor, Tensor]:
+        """An equal plain LoRA pair: A `(r, inputs)` and B `(outputs, r)` with `B @ A` equal to `delta()`.
+
+        The chain is cut at its narrowest inner width r, the scale goes into B. Nothing is approximated: if every
+        inner width is large, so is r. Raises `AdapterError` for a single factor, which has no inner width.
+        """
+        factors = self._factors
+        if len(factors) < 2:
+            raise AdapterError(
+                f"{factors[0]} alone has no inner width to cut at, so it is no LoRA pair. "
+                "Merge the adapter, or store it in graphpeft's own format."
+            )
+        cut = min(range(1, len(factors)), key=lambda place: factors[place].outputs)
+        return _dense(factors[cut:]), self.scale * _dense(factors[:cut])
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale:g}"
+
+
+def _dense(factors: list[Factor]) -> Tensor:
+    *left, right = factors
+    return reduce(lambda product, factor: factor.times(product), reversed(left), right.matrix())
+
+
+def _streams(seed: int, names: tuple[str, ...]) -> Callable[[str], np.random.RandomState]:
+    return lambda name: generator(seed, *names, name)

@@ -1,0 +1,133 @@
+"""The folder that an export writes: it appears whole or not at all, and says what was checked."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from graphpeft.errors import ExportError
+
+REPORT = "graphpeft.json"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One figure of the verification and the limit that it kept."""
+
+    test: str
+    """`numbers`, `swap`, `slots` (differences from PyTorch) or `effect` (distance from the base model)."""
+    subject: str
+    value: float
+    limit: float
+    least: bool = False
+    """Whether the limit is a lower bound (effects) rather than an upper one (differences)."""
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was exported and what the checks measured; prints as a table and is saved as `graphpeft.json`."""
+
+    path: str
+    mode: str
+    """`swappable` or `merged`."""
+    adapters: tuple[str, ...]
+    slots: int
+    opset: int
+    verify: str
+    files: Mapping[str, int]
+    """Bytes of each file, this report aside."""
+    checks: tuple[Check, ...]
+    notes: tuple[str, ...]
+    versions: Mapping[str, str]
+    seconds: float
+
+    def save(self, folder: Path) -> None:
+        """Write the report into the folder, without the path it happened to have here."""
+        fields = {name: value for name, value in asdict(self).items() if name != "path"}
+        (folder / REPORT).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+
+    def __rich__(self) -> Group:
+        size = sum(self.files.values()) / 2**20
+        table = Table(box=None, pad_edge=False)
+        for column in ("check", "subject", "figure", "limit"):
+            table.add_column(column)
+        for check in self.checks:
+            limit = f"{'>=' if check.least else '<='} {check.limit:.1e}"
+            table.add_row(check.test, check.subject, f"{check.value:.1e}", limit)
+        head = f"{self.path}: {self.mode}, opset {self.opset}, {self.slots} slots, {size:.1f} MiB, {self.seconds:.1f} s"
+        names = "adapters: " + (", ".join(self.adapters) or "none")
+        body = table if self.checks else Text('not verified: verify="off"')
+        return Group(Text(head), Text(names), body, *(Text(f"note: {note}") for note in self.notes))
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=120, color_system=None)
+        console.print(self)
+        return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each file of a folder."""
+    return {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+
+
+@contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """Yield a new folder beside `target` that takes its place at the end, or vanishes if an error is raised.
+
+    A target that exists is replaced as a whole if it is empty or an earlier export with nothing else in it.
+
+    Raises:
+        ExportError: the target holds something that no export wrote.
+    """
+    target = target.absolute()
+    _refuse_foreign(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    fresh.mkdir()
+    try:
+        yield fresh
+        _refuse_foreign(target)
+        _replace(target, fresh)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _replace(target: Path, fresh: Path) -> None:
+    if not target.exists():
+        fresh.rename(target)
+        return
+    old = fresh.with_name(fresh.name + ".old")
+    target.rename(old)
+    try:
+        fresh.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old)
+
+
+def _refuse_foreign(target: Path) -> None:
+    if not target.exists():
+        return
+    remedy = "Export to a new folder, or move what is there."
+    if not target.is_dir():
+        raise ExportError(f"{target}: this is a file; an export is a folder. {remedy}")
+    present = {path.name for path in target.iterdir()}
+    if not present:
+        return
+    try:
+        ours = {REPORT, *json.loads((target / REPORT).read_text(encoding="utf-8"))["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ExportError(f"{target}: the folder exists and no export of graphpeft wrote it. {remedy}") from None
+    if foreign := sorted(present - ours):
+        raise ExportError(f"{target}: an earlier export, but {foreign[0]!r} is not of it and would be lost. {remedy}")

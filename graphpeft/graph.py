@@ -1,0 +1,117 @@
+"""FX surgery that owners share: tracing a module's own code, finding projections in it, inlining a branch."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import fx, nn
+
+from graphpeft.match.dataflow import op, read_affine
+from graphpeft.program import Site
+
+CHECKS = frozenset({"_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range_for_size", "_guards_fn"})
+
+
+def strip_checks(graph: fx.Graph) -> fx.Graph:
+    """Erase the run-time checks of a capture, in place. They freeze dtype and device, and count as users of values."""
+    for node in reversed(list(graph.nodes)):
+        if (op(node) in CHECKS or node.target == "_guards_fn") and not node.users:
+            graph.erase_node(node)
+    return graph
+
+
+class _Tracer(fx.Tracer):
+    """Traces a module's own code only: whatever it calls stays a call."""
+
+    proxy_buffer_attributes = True
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def trace(module: nn.Module) -> fx.Graph | None:
+    """The module's own FX graph, or `None` where its code cannot be traced or was replaced on the instance."""
+    if isinstance(module, fx.GraphModule):
+        return module.graph
+    if "forward" in module.__dict__:
+        return None
+    try:
+        return _Tracer().trace(module)
+    except Exception:
+        # Tracing runs the module's code on proxies, so anything may be raised; the caller takes the weight form.
+        return None
+
+
+def projections(owner: nn.Module, graph: fx.Graph, parameter: nn.Parameter) -> list[tuple[fx.Node, fx.Node]]:
+    """(projection, its input) for each node of `graph` that multiplies by `parameter`."""
+
+    def is_weight(node: fx.Node) -> bool:
+        return node.op == "get_attr" and _attribute(owner, str(node.target)) is parameter
+
+    found = [read_affine(n, is_weight) for n in graph.nodes if n.op in {"call_function", "call_method"}]
+    return [(a.node, a.input) for a in found if a]
+
+
+def _attribute(owner: nn.Module, path: str) -> Any:
+    value: Any = owner
+    for name in path.split("."):
+        value = getattr(value, name, None)
+    return value
+
+
+class _Branch(nn.Module):
+    """y + branch(x) as one traceable function, with casts only where base and adapter differ in dtype."""
+
+    def __init__(self, branch: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.branch = branch
+        kinds = {p.dtype for p in branch.parameters() if p.is_floating_point()}
+        self.cast = next(iter(kinds)) if kinds and kinds != {dtype} else None
+        self.dtype = dtype
+
+    def forward(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        accumulate: Any = self.branch.accumulate
+        if self.cast is None:
+            return cast(torch.Tensor, accumulate(y, x))
+        return cast(torch.Tensor, accumulate(y.to(self.cast), x.to(self.cast)).to(self.dtype))
+
+
+class _BranchTracer(fx.Tracer):
+    """Traces a branch down to its tensors; dropout stays a module, whose mode `train()` and `eval()` switch."""
+
+    proxy_buffer_attributes = True
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, nn.Dropout)
+
+
+def insert_branch(graph: fx.Graph, node: fx.Node, source: fx.Node, site: Site, branch: nn.Module, path: str, dtype: torch.dtype) -> None:
+    """Inline `branch` after `node` and hand its result to everything that read `node`."""
+    inner = _BranchTracer().trace(_Branch(branch, dtype))
+    readers = list(node.users)
+    env: dict[fx.Node, fx.Node] = {}
+    inputs = iter((node, source))
+    anchor = node
+    for inside in inner.nodes:
+        if inside.op == "placeholder":
+            env[inside] = next(inputs)
+        elif inside.op == "output":
+            result = env[cast(fx.Node, inside.args[0])]
+        else:
+            with graph.inserting_after(anchor):
+                anchor = env[inside] = graph.node_copy(inside, env.__getitem__)
+            if inside.op in {"get_attr", "call_module"}:
+                anchor.target = path + str(inside.target).removeprefix("branch")
+            _tag(anchor, node, site, branch, path)
+    for reader in readers:
+        reader.replace_input_with(node, result)
+
+
+def _tag(new: fx.Node, site_node: fx.Node, site: Site, branch: nn.Module, path: str) -> None:
+    """Where an inserted node belongs, so that viewers and the ONNX exporter group it with its module."""
+    stack = dict(site_node.meta.get("nn_module_stack", {}))
+    full = f"{site.owner}.{path}" if site.owner else path
+    stack[full] = (full, f"{type(branch).__module__}.{type(branch).__qualname__}")
+    new.meta["nn_module_stack"] = stack
+    new.meta["graphpeft"] = {"site": site.key, "adapter": path.split(".")[1]}

@@ -1,0 +1,59 @@
+"""Tables as text, so that what a function returns can print itself anywhere."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from graphpeft.program import Rows
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None, right: Iterable[str] = ()) -> str:
+    """A plain table; columns named in `right` are right-aligned."""
+    aligned = set(right)
+    made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for name in columns:
+        made.add_column(name, justify="right" if name in aligned else "left", no_wrap=True)
+    for row in rows:
+        made.add_row(*map(str, row))
+    # As wide as its contents: a table that is cut to the terminal would lose the ends of the weights' names.
+    console = Console(file=io.StringIO(), width=400, color_system=None)
+    console.print(made)
+    output = console.file
+    assert isinstance(output, io.StringIO)
+    return "\n".join(line.rstrip() for line in output.getvalue().rstrip().splitlines())
+
+
+def rows_text(rows: Rows | None) -> str:
+    """`all`, `0:64`, or a count where there are many runs."""
+    if rows is None:
+        return "all"
+    if len(rows) <= 2:
+        return " ".join(f"{a}:{b}" for a, b in rows)
+    return f"{rows[0][0]}:{rows[0][1]} … {rows[-1][0]}:{rows[-1][1]} ({len(rows)} runs)"
+
+
+def folded(items: Iterable[tuple[str, int | None]]) -> list[tuple[str, list[int | None]]]:
+    """Group equal texts: each text once, with the layers it stands for, in order of first appearance."""
+    groups: dict[str, list[int | None]] = {}
+    for text, layer in items:
+        groups.setdefault(text, []).append(layer)
+    return list(groups.items())
+
+
+def layers_text(layers: Sequence[int | None]) -> str:
+    """`× 32, layers 0-31`; nothing for a single one."""
+    known = sorted({n for n in layers if n is not None})
+    if len(layers) < 2 or not known:
+        return f"layer {known[0]}" if known else ""
+    spans: list[list[int]] = []
+    for n in known:
+        if spans and n == spans[-1][1] + 1:
+            spans[-1][1] = n
+        else:
+            spans.append([n, n])
+    text = ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in spans)
+    return f"× {len(layers)}, layers {text}"

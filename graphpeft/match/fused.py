@@ -1,0 +1,97 @@
+"""Which output features of a projection feed an operand? Ask autograd.
+
+A fused projection (GPT-2's `c_attn`, Phi-3's `gate_up_proj`, the per-head layouts of GPT-NeoX, BLOOM and Falcon)
+makes several roles at once. The nodes between the projection and the operand are run on random data, and the
+features with a nonzero gradient are the role's rows. No layout is assumed, so none can be assumed wrongly.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphpeft.match.dataflow import Dataflow, op
+from graphpeft.program import Rows
+
+DRAWS = 3
+"""Independent draws whose answers are united: a ReLU hides a feature in one draw with probability 2^-positions."""
+
+
+def rows(flow: Dataflow, affine: fx.Node, operand: fx.Node) -> Rows | None:
+    """Runs of output features of `affine` that `operand` depends on; `None` when it depends on all of them."""
+    features = concrete(affine.meta["val"].shape)[-1]
+    used = torch.zeros(features, dtype=torch.bool)
+    for draw in range(DRAWS):
+        used |= Probe(flow, torch.Generator().manual_seed(draw)).sensitive(affine, operand)
+        if used.all():
+            return None
+    return runs(used)
+
+
+def runs(mask: torch.Tensor) -> Rows:
+    """The half-open runs of True in a one-dimensional mask."""
+    edges = torch.diff(mask.to(torch.int8), prepend=torch.zeros(1, dtype=torch.int8), append=torch.zeros(1, dtype=torch.int8))
+    starts, ends = (edges == 1).nonzero().flatten().tolist(), (edges == -1).nonzero().flatten().tolist()
+    return tuple(zip(starts, ends, strict=True))
+
+
+def concrete(shape: Any) -> tuple[int, ...]:
+    """Sizes as integers; a symbolic size gives the size it was traced with."""
+    return tuple(s if isinstance(s, int) else int(s.node.hint) for s in shape)
+
+
+class Probe:
+    """Runs part of a captured graph, on the CPU, on stand-ins for everything that enters it from outside."""
+
+    def __init__(self, flow: Dataflow, generator: torch.Generator):
+        self.flow, self.generator = flow, generator
+        self.values: dict[fx.Node, Any] = {}
+
+    def sensitive(self, affine: fx.Node, operand: fx.Node) -> torch.Tensor:
+        """Mask over the output features of `affine` that `operand` depends on."""
+        leaf = torch.randn(concrete(affine.meta["val"].shape), generator=self.generator).requires_grad_()
+        self.values[affine] = leaf
+        with torch.enable_grad():
+            for node in self.flow.between(affine, operand):
+                self.values[node] = self.run(node)
+            out = self.values[operand]
+            weights = torch.randn(out.shape, generator=self.generator)
+            (grad,) = torch.autograd.grad((out * weights).sum(), leaf)
+        return grad.flatten(0, -2).abs().sum(0) > 0
+
+    def run(self, node: fx.Node) -> Any:
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), self.value)
+        args, kwargs = torch.utils._pytree.tree_map(_on_cpu, (args, kwargs))
+        target: Any = node.target
+        return getattr(args[0], target)(*args[1:], **kwargs) if node.op == "call_method" else target(*args, **kwargs)
+
+    def value(self, node: fx.Node) -> Any:
+        if node not in self.values:
+            self.values[node] = self.stand_in(node)
+        return self.values[node]
+
+    def stand_in(self, node: fx.Node) -> Any:
+        """A value for a node outside the probed path: the real one where it is known without the model's input."""
+        known = self.flow.program.constants.get(node)
+        if known is not None and not known.is_meta:
+            return known.detach().cpu().float() if known.is_floating_point() else known.detach().cpu()
+        example = node.meta.get("val")
+        if not isinstance(example, torch.Tensor):
+            if isinstance(example, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+                return example.node.hint
+            return self.run(node)
+        if example.is_floating_point():
+            return torch.randn(concrete(example.shape), generator=self.generator)
+        # Indices and masks: recompute them, for a random index would read features that the model does not.
+        if node.op == "call_function" and op(node) != "embedding":
+            return self.run(node)
+        return torch.ones(concrete(example.shape), dtype=example.dtype)
+
+
+def _on_cpu(value: Any) -> Any:
+    """The probe runs in float32 on the CPU whatever the model's device and dtype are."""
+    if isinstance(value, torch.device):
+        return torch.device("cpu")
+    return torch.float32 if isinstance(value, torch.dtype) and value.is_floating_point else value

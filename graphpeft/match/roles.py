@@ -1,0 +1,57 @@
+"""The roles, declared. The matcher behind them knows no architecture, and neither does this file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from graphpeft.match import fused
+from graphpeft.match.dataflow import Dataflow
+from graphpeft.match.pattern import ANY, Match, Pattern, affine, elementwise, flow, join, matmul, mul, sdpa, seen, softmax
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """A pattern and the roles that it binds. `anchor` says in words where it is looked for."""
+
+    name: str
+    pattern: Pattern
+    roles: tuple[str, ...]
+    anchor: str
+
+
+def from_input(flow: Dataflow, match: Match) -> str | None:
+    """Both factors of the scores come from the model's input: position tables are projected too, and are no keys."""
+    missing = [role for role in "qk" if not match.bound.get(role)]
+    return f"no projection of an activation makes the {' and '.join(missing)} operand" if missing else None
+
+
+def apart(flow: Dataflow, match: Match) -> str | None:
+    """Gate and up are two projections, or separate rows of one: x · sigmoid(x) alone is no gated MLP."""
+    gate, up = match.bound["gate"], match.bound["up"]
+    if len(gate) != 1 or len(up) != 1:
+        return "gate and up are not one projection each"
+    if gate[0].node is not up[0].node:
+        return None
+    sets = [{i for a, b in fused.rows(flow, x.node, x.seen_from) or ((0, 1 << 30),) for i in (a, b)} for x in (gate[0], up[0])]
+    return "gate and up read the same features" if sets[0] == sets[1] else None
+
+
+def single(flow: Dataflow, match: Match) -> str | None:
+    return None if len(match.bound["up"]) == 1 else "the activation joins several projections"
+
+
+Q, K, V = flow(affine("q")), flow(affine("k")), flow(affine("v"))
+SCORES = matmul(Q, K).where(from_input)
+CORE = sdpa(Q, K, V) | matmul(flow(softmax(flow(SCORES))), V)
+ATTENDED = sdpa() | matmul(flow(softmax(flow(matmul(ANY, ANY)))), ANY)
+
+GATE, UP = elementwise(affine("gate"), activated=True), elementwise(affine("up"), activated=False)
+GATED_MLP = join(flow(affine("down", seen(mul(GATE, UP).where(apart)))), bypassed="up")
+MLP = join(flow(affine("down", elementwise(affine("up"), activated=True)).where(single)), bypassed="up")
+
+DECLARED: list[Declaration] = [
+    Declaration("attention", CORE, ("q", "k", "v"), "a scaled_dot_product_attention, or a softmax fed by a product and feeding one"),
+    Declaration("attention output", affine("o", flow(ATTENDED)), ("o",), "a projection of what attention returns"),
+    Declaration("mlp", GATED_MLP | MLP, ("gate", "up", "down"), "a residual join around two projections with an activation between"),
+]
+ROLES = tuple(role for declaration in DECLARED for role in declaration.roles)

@@ -1,0 +1,141 @@
+"""What a method is: a frozen dataclass of options that declares a chain for a site, known by a name in rules."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, dataclass, fields
+from math import isfinite
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+
+from graphpeft.chain import Chain
+from graphpeft.errors import RuleError
+from graphpeft.program import Site
+
+
+@dataclass(frozen=True)
+class Where:
+    """A condition on an option's value, for use in `Annotated`, and how to say it."""
+
+    holds: Callable[[Any], bool]
+    text: str
+
+
+Rank = Annotated[int, Where(lambda r: r >= 1, "int >= 1")]
+Positive = Annotated[float, Where(lambda x: x > 0, "float > 0")]
+Probability = Annotated[float, Where(lambda p: 0 <= p < 1, "float in [0, 1)")]
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of all methods. A subclass is a frozen dataclass with a `name`, a `paper`, options and a `chain`.
+
+    Options are fields annotated with `int`, `float`, `bool`, `str`, `Literal`, `None`, an `Annotated` of these
+    such as `Rank`, or a union; their values are checked on construction (`RuleError`).
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        known = _METHODS.get(cls.name)
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise RuleError(f"There is a method {cls.name!r} already, {known.__qualname__}; choose another name.")
+        _METHODS[cls.name] = cls
+
+    def __post_init__(self) -> None:
+        for option in options(type(self)):
+            option.check(getattr(self, option.name))
+
+    def chain(self, site: Site) -> Chain:
+        """The adapter of one site, `site.inputs` to `site.outputs`, with empty tensors."""
+        raise NotImplementedError
+
+    def text(self, given: Iterable[str] = ()) -> str:
+        """As written in a rule: `lora(r=4)`, with the options named in `given` and those that are not the default."""
+        given = tuple(given)
+        changed = (option.name for option in options(type(self)) if getattr(self, option.name) != option.default)
+        written = ", ".join(f"{name}={_literal(getattr(self, name))}" for name in dict.fromkeys((*given, *changed)))
+        return f"{self.name}({written})" if written else self.name
+
+    def __str__(self) -> str:
+        return self.text()
+
+
+_METHODS: dict[str, type[Method]] = {}
+
+
+def names() -> tuple[str, ...]:
+    """The names of all known methods."""
+    return tuple(sorted(_METHODS))
+
+
+def get(name: str) -> type[Method]:
+    """The method of that name. Raises `RuleError` for an unknown one."""
+    if name not in _METHODS:
+        raise RuleError(f"Unknown method {name!r}. Known are: {', '.join(names())}.")
+    return _METHODS[name]
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a method: its name, its type as annotated, its default."""
+
+    method: str
+    name: str
+    type: Any
+    default: Any
+
+    @property
+    def accepts(self) -> str:
+        """What a value may be, in words: `int >= 1`, `float > 0 or none`."""
+        return _describe(self.type)
+
+    def check(self, value: object) -> None:
+        """Raise `RuleError` unless `value` is accepted."""
+        if not _accepts(self.type, value):
+            raise RuleError(f"{self.method}: option {self.name} = {_literal(value)} is not {self.accepts}.")
+
+
+def options(method: type[Method]) -> tuple[Option, ...]:
+    """The options that a method accepts, in order."""
+    required = [field.name for field in fields(method) if field.default is MISSING]
+    if required:
+        raise RuleError(f"{method.name}: option {required[0]} needs a default; {method.name!r} alone has to be a rule.")
+    hints = get_type_hints(method, include_extras=True)
+    return tuple(Option(method.name, field.name, hints[field.name], field.default) for field in fields(method))
+
+
+def _accepts(kind: Any, value: object) -> bool:
+    origin = get_origin(kind)
+    if origin is Annotated:
+        base, *conditions = get_args(kind)
+        return _accepts(base, value) and all(condition.holds(value) for condition in conditions)
+    if origin in (Union, UnionType):
+        return any(_accepts(part, value) for part in get_args(kind))
+    if origin is Literal:
+        return value in get_args(kind)
+    if kind is float:
+        return type(value) in (int, float) and isfinite(value)  # type: ignore[arg-type]
+    return type(value) is kind
+
+
+def _describe(kind: Any) -> str:
+    origin = get_origin(kind)
+    if origin is Annotated:
+        return " and ".join(condition.text for condition in get_args(kind)[1:])
+    if origin in (Union, UnionType):
+        return " or ".join(map(_describe, get_args(kind)))
+    if origin is Literal:
+        return " or ".join(map(_literal, get_args(kind)))
+    return {NoneType: "none", bool: "true or false"}.get(kind, kind.__name__)
+
+
+def _literal(value: object) -> str:
+    """A value as rules write it."""
+    if isinstance(value, str):
+        plain = re.fullmatch(r"[A-Za-z_]\w*", value) and value.lower() not in ("true", "false", "none")
+        return value if plain else '"' + value.replace("\\", r"\\").replace('"', r"\"") + '"'
+    return str(value).lower() if value is None or isinstance(value, bool) else repr(value)

@@ -1,0 +1,208 @@
+"""Does an exported graph do what PyTorch does? Numbers at sizes it was not traced with, swaps, and effects.
+
+A run without an error proves nothing about adapters: ONNX Runtime ignores a lost slot or a dead adapter in
+silence. So a check on numbers is never enough; each adapter must also be seen to move the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from graphpeft.deploy import Check
+from graphpeft.errors import ExportError
+from graphpeft.runtime import Session
+from graphpeft.slots import Slot
+
+Outputs = Mapping[str, np.ndarray]
+Tensors = Mapping[str, torch.Tensor]
+
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 5e-3}
+"""Largest difference, relative to the largest value where that exceeds 1. Sums in another order cost up to 3e-6 in
+fp32 on small models, growing with depth; in fp16, whose resolution is 1e-3, a few roundings."""
+EFFECT = 10
+"""An adapter must move the output by this many tolerances, or agreement with PyTorch would not prove that it ran."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of one batch size and length."""
+
+    label: str
+    inputs: Tensors
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {name: tensor.cpu().numpy() for name, tensor in self.inputs.items()}
+
+
+def tolerance(model: nn.Module) -> float:
+    """The limit for differences, by the dtype of the model's weights."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    if dtype not in TOLERANCE:
+        raise ExportError(
+            f"{type(model).__name__} has weights in {dtype}, which NumPy lacks and few of ONNX Runtime's kernels take. "
+            "Convert the model first, with model.float() or model.half()."
+        )
+    return TOLERANCE[dtype]
+
+
+def cases(sample: Tensors, axes: Mapping[str, Mapping[int, str]]) -> list[Case]:
+    """The sample itself, then a batch of 1 with shorter and a larger batch with longer, padded sequences."""
+    sizes = {axes[name][axis]: sample[name].shape[axis] for name in sample for axis in axes[name]}
+    plans = [sizes]
+    for shift in (-1, 1):
+        plans.append({axis: size + 2 * shift if size > 3 else size + shift for axis, size in sizes.items()})
+        if "batch" in sizes:
+            plans[-1]["batch"] = 1 if shift < 0 else sizes["batch"] + 1
+    made = [Case(_label(sizes), dict(sample))]
+    for plan in plans[1:]:
+        inputs = {name: _resized(tensor, axes[name], plan) for name, tensor in sample.items()}
+        for name, tensor in inputs.items():
+            if "mask" in name and tensor.ndim == 2 and min(tensor.shape) > 1:
+                tensor[-1, -1:] = 0
+        made.append(Case(_label(plan), inputs))
+    return made
+
+
+def distance(got: Outputs, want: Outputs) -> tuple[float, str]:
+    """Largest difference over all outputs, as `TOLERANCE` measures it, and the output it is in."""
+    worst = (0.0, next(iter(want)))
+    for name, expected in want.items():
+        x, y = np.asarray(got[name], np.float64), np.asarray(expected, np.float64)
+        if x.shape != y.shape:
+            return float("inf"), f"{name} (shape {x.shape} instead of {y.shape})"
+        gap = np.where((x == y) | (np.isnan(x) & np.isnan(y)), 0.0, np.abs(x - y))
+        gap = np.where(np.isnan(gap), np.inf, gap)
+        scale = np.max(np.abs(y), where=np.isfinite(y), initial=1.0)
+        worst = max(worst, (float(gap.max(initial=0.0) / scale), name))
+    return worst
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a session is told to use, what that is called in messages, and PyTorch's outputs in every case."""
+
+    use: str | None
+    subject: str
+    want: Sequence[Outputs]
+
+
+def check_numbers(
+    session: Session, steps: Sequence[Step], cases: Sequence[Case], limit: float, test: str = "numbers"
+) -> list[Check]:
+    """Go through `steps` on one session in each case and compare with PyTorch.
+
+    Raises:
+        ExportError: a difference exceeds the limit.
+    """
+    found: dict[str, float] = {}
+    for number, case in enumerate(cases):
+        for step in steps:
+            session.use(step.use)
+            value, output = distance(_run(session, step, case), step.want[number])
+            if not value <= limit:
+                raise ExportError(
+                    f"{step.subject}, {case.label}: output {output!r} of the exported graph differs from PyTorch by "
+                    f"{value:.2g}, more than {limit:.2g} ({test} check). Usual causes: a size or branch that tracing "
+                    "fixed to the sample, or, for adapters only, a delta that the slots do not reproduce. Remedy: "
+                    "export with other sample `inputs` of unequal sizes, or with merged=True."
+                )
+            found[step.subject] = max(found.get(step.subject, 0.0), value)
+    return [Check(test, subject, value, limit) for subject, value in found.items()]
+
+
+def check_swaps(session: Session, steps: Sequence[Step], cases: Sequence[Case], limit: float) -> Check:
+    """Go through `steps` on one session, as `check_numbers` does, to show that no adapter outlives its use."""
+    sequence = " > ".join(step.use or "base" for step in steps)
+    found = check_numbers(session, steps, cases, limit, "swap")
+    return Check("swap", sequence, max(check.value for check in found), limit)
+
+
+def check_effect(
+    session: Session, step: Step, base: Sequence[Outputs], cases: Sequence[Case], tolerance: float
+) -> list[Check]:
+    """Check that the step is far from PyTorch's base, in PyTorch and in ONNX Runtime: agreement alone proves nothing.
+
+    Raises:
+        ExportError: it moves the output by less than `EFFECT` tolerances.
+    """
+    limit = EFFECT * tolerance
+    session.use(step.use)
+    moves = max(distance(want, without)[0] for want, without in zip(step.want, base, strict=True))
+    shown = max(distance(_run(session, step, case), without)[0] for case, without in zip(cases, base, strict=True))
+    if moves < limit:
+        raise ExportError(
+            f"{step.subject}: in PyTorch it moves the output by {moves:.2g} only, and it takes {limit:.2g} to tell it "
+            "from the base model; an export cannot be shown to work. Usual cause: it was never trained. Remedy: "
+            'train it, leave it out (`adapters=`), or skip this check with verify="fast".'
+        )
+    if shown < limit:
+        raise ExportError(f"{step.subject}: it moves the output by {moves:.2g} in PyTorch, in ONNX Runtime by {shown:.2g}.")
+    return [
+        Check("effect", f"{step.subject}, PyTorch", moves, limit, True),
+        Check("effect", f"{step.subject}, ONNX Runtime", shown, limit, True),
+    ]
+
+
+def check_slots(
+    session: Session,
+    reference: Callable[[Tensors, Tensors], Outputs],
+    slots: Sequence[Slot],
+    case: Case,
+    dtype: torch.dtype,
+    limit: float,
+) -> tuple[Check, list[str]]:
+    """Feed one slot at a time with a random pair of rank 3 and compare with `reference(inputs, slots)` of PyTorch.
+
+    Returns the check and the sites where the pair moved nothing in PyTorch either, which thus remain unproven.
+
+    Raises:
+        ExportError: names the site whose slot does not do in ONNX Runtime what it does in PyTorch.
+    """
+    generator = torch.Generator().manual_seed(0)
+    nothing = {slot.a: torch.zeros(slot.inputs, 0, dtype=dtype) for slot in slots}
+    nothing |= {slot.b: torch.zeros(0, slot.outputs, dtype=dtype) for slot in slots}
+    base = reference(case.inputs, nothing)
+    worst, unmoved = 0.0, []
+    for slot in slots:
+        a = torch.randn(slot.inputs, 3, generator=generator) / slot.inputs**0.5
+        pair = {slot.a: a.to(dtype), slot.b: torch.randn(3, slot.outputs, generator=generator).to(dtype)}
+        want = reference(case.inputs, nothing | pair)
+        got = session.inference.run(list(want), case.arrays | {name: tensor.numpy() for name, tensor in pair.items()})
+        value, output = distance(dict(zip(want, got, strict=True)), want)
+        if not value <= limit:
+            raise ExportError(
+                f"{slot.site}: with a pair fed to this slot alone, output {output!r} differs from PyTorch by {value:.2g}, "
+                f"more than {limit:.2g}. Usual cause: tracing fixed a branch around the weight to the sample. Remedy: "
+                "leave this site out of the rules, or export with merged=True."
+            )
+        worst = max(worst, value)
+        if distance(want, base)[0] < EFFECT * limit:
+            unmoved.append(slot.site)
+    return Check("slots", f"{len(slots)} slots, one at a time", worst, limit), unmoved
+
+
+def _run(session: Session, step: Step, case: Case) -> Outputs:
+    try:
+        return session.run(case.arrays)
+    except Exception as error:  # ONNX Runtime's errors have no common class of their own
+        raise ExportError(
+            f"{step.subject}, {case.label}: ONNX Runtime cannot run the exported graph: {error} Usual cause: tracing "
+            "fixed a size to the sample's. Remedy: export with other sample `inputs` of unequal sizes."
+        ) from error
+
+
+def _label(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{axis} {size}" for axis, size in sizes.items())
+
+
+def _resized(tensor: torch.Tensor, axes: Mapping[int, str], sizes: Mapping[str, int]) -> torch.Tensor:
+    for axis, name in axes.items():
+        index = torch.arange(1, sizes[name] + 1, device=tensor.device) % tensor.shape[axis]
+        tensor = tensor.index_select(axis, index)
+    return tensor

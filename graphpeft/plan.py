@@ -1,0 +1,163 @@
+"""Rules × sites → a plan: what would be adapted with what, counted before anything is touched."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+
+import torch
+from torch import nn
+
+from graphpeft.chain import Chain, Scatter
+from graphpeft.errors import MatchError, RuleError
+from graphpeft.inspect.table import rows_text, table
+from graphpeft.match.find import Found
+from graphpeft.methods import Method
+from graphpeft.program import Site
+from graphpeft.rules import Rule, to_text
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One site, the method it gets, and the text of the rule that says so."""
+
+    site: Site
+    method: Method
+    rule: str
+
+    def build(self) -> Chain:
+        """The site's branch with empty tensors, from the owner's input to the projection's whole output."""
+        chain = self.method.chain(self.site)
+        return Scatter(self.site.full, self.site.rows) @ chain if self.site.rows else chain
+
+    def parameters(self) -> int:
+        """How many numbers the site's branch trains."""
+        with torch.device("meta"):
+            return self.build().trainable()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A table of sites with their methods. Prints itself; nothing has been changed by making it."""
+
+    model: str
+    rules: tuple[Rule, ...]
+    entries: tuple[Entry, ...]
+    skipped: tuple[tuple[Site, str], ...] = field(repr=False)
+    """Every other site and the reason why no rule took it."""
+    base: int = field(repr=False)
+    """Parameters of the base model."""
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def trainable(self) -> int:
+        """Numbers trained, over all sites; a tensor that sites share counts once."""
+        shared: dict[str, int] = {}
+        own = 0
+        with torch.device("meta"):
+            for entry in self.entries:
+                chain = entry.build()
+                common = {f.shared: sum(p.numel() for p in f.parameters()) for f in _factors(chain) if f.shared}
+                shared.update(common)
+                own += chain.trainable() - sum(common.values())
+        return own + sum(shared.values())
+
+    @property
+    def total(self) -> int:
+        """Parameters of the adapted model."""
+        return self.base + self.trainable
+
+    def __str__(self) -> str:
+        rows = [
+            (e.site.role + (" cross" if e.site.cross else ""), e.site.weight, rows_text(e.site.rows),
+             f"{e.site.outputs} × {e.site.inputs}", e.method, e.site.form, f"{e.parameters():,}", e.site.source)
+            for e in self.entries
+        ]  # fmt: skip
+        columns = ("role", "weight", "rows", "out × in", "method", "form", "parameters", "source")
+        return "\n".join(
+            [
+                table(columns, rows, f"{self.model}: {to_text(self.rules)}", right=["parameters"]),
+                f"{len(self)} sites, {self.trainable:,} trainable of {self.total:,} parameters "
+                f"({100 * self.trainable / max(self.total, 1):.3f} %)",
+                *self._skipped_lines(),
+            ]
+        )
+
+    def _skipped_lines(self) -> list[str]:
+        counted = Counter((site.role, reason) for site, reason in self.skipped)
+        return [f"skipped {n} × {role}: {reason}" for (role, reason), n in counted.items()]
+
+
+def _factors(chain: Chain) -> list[Scatter]:
+    return list(chain.factors)  # type: ignore[arg-type]
+
+
+def make_plan(model: nn.Module, found: Found, rules: Sequence[Rule], expect: int | None = None) -> Plan:
+    """Give every site to the one rule that selects it.
+
+    Raises `MatchError` when a rule selects nothing (with the nearest miss and what to try) or when the number of
+    sites is not `expect`, and `RuleError` when two rules select the same site.
+    """
+    entries: list[Entry] = []
+    skipped: list[tuple[Site, str]] = []
+    used: Counter[int] = Counter()
+    for site in found.sites:
+        takers = [i for i, rule in enumerate(rules) if rule.selects(site) is None]
+        if len(takers) > 1:
+            raise RuleError(
+                f"{site.weight} ({site.role}) is selected by two rules: `{rules[takers[0]]}` and `{rules[takers[1]]}`. "
+                f"A site gets one method. Narrow one of them, for example with [layers=...] or single roles."
+            )
+        if takers:
+            used[takers[0]] += 1
+            entries.append(Entry(site, rules[takers[0]].method, str(rules[takers[0]])))
+        else:
+            skipped.append((site, _reason(site, rules)))
+    for i, rule in enumerate(rules):
+        if not used[i]:
+            raise MatchError(_nothing(model, found, rule))
+    if expect is not None and len(entries) != expect:
+        raise MatchError(
+            f"`{to_text(rules)}` selects {len(entries)} sites of {type(model).__name__}, expected {expect}. "
+            f"Print gp.plan(model, rules) to see them, and adjust the rule or the number."
+        )
+    base = sum(p.numel() for p in model.parameters())
+    return Plan(type(model).__name__, tuple(rules), tuple(entries), tuple(skipped), base)
+
+
+def _reason(site: Site, rules: Sequence[Rule]) -> str:
+    """Why no rule took a site: of a rule that names its role what else it asks, otherwise that none names it."""
+    close = [r.selects(site) for r in rules if site.role in r.roles]
+    return next((r for r in close if r), "no rule names this role" if site.role != "other" else "a projection without a role")
+
+
+def _nothing(model: nn.Module, found: Found, rule: Rule) -> str:
+    name = type(model).__name__
+    roles = Counter(s.role for s in found.sites)
+    present = ", ".join(f"{r} × {n}" for r, n in roles.items()) or "no projections at all"
+    if rule.glob is not None:
+        paths = [s.weight for s in found.sites]
+        near = get_close_matches(rule.glob, paths, n=3, cutoff=0.0)
+        return f"`{rule}` matches no projection of {name}. Projections are named like {', '.join(near) or 'none'}. Adjust the glob."
+    asked = [r for r in rule.roles if r in roles]
+    if asked:
+        reasons = Counter(reason for s in found.sites if s.role in rule.roles and (reason := rule.selects(s)))
+        return (
+            f"`{rule}` matches no site of {name}: it has {', '.join(f'{r} × {roles[r]}' for r in asked)}, "
+            f"but {'; '.join(f'{n} × {why}' for why, n in reasons.items())}. Widen the qualifiers in [...]."
+        )
+    why = "; ".join(dict.fromkeys(found.why_not(r) for r in rule.roles))
+    return f"`{rule}` matches no site of {name}: {why}. The graph has {present}. {_try(found, rule)}"
+
+
+def _try(found: Found, rule: Rule) -> str:
+    others = [s.weight for s in found.sites if s.role == "other"]
+    if others:
+        stem = others[0].removesuffix(".weight").rpartition(".")[2]
+        return f"Select projections by path instead, for example path(*.{stem}):{rule.method}."
+    named = "".join(dict.fromkeys(s.role for s in found.sites if len(s.role) == 1))
+    return f"Try a role that is there{f', such as {named}:{rule.method}' if named else ''}, or print gp.sites(model)."

@@ -1,0 +1,79 @@
+"""What the passes share: a captured graph (`Program`) and the places in it that can be adapted (`Site`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import fx, nn
+
+Rows = tuple[tuple[int, int], ...]
+"""Half-open runs of output features, such as `((0, 64), (128, 192))`."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One weight, or some output rows of it, and the role that the graph gives them."""
+
+    role: str
+    """`q k v o gate up down`, a role declared by the user, or `other` for a projection without a role."""
+    weight: str
+    """Qualified name of the parameter, as in `model.state_dict()`."""
+    rows: Rows | None
+    """Output features that play the role; `None` for all of them."""
+    cross: bool
+    """Whether queries and keys read different activations (cross-attention)."""
+    layer: int | None
+    """Index of the repeated block the weight belongs to, or `None`."""
+    shape: tuple[int, int]
+    """(out, in) features of the adapted rows."""
+    form: Literal["branch", "weight"] = "branch"
+    """`branch`: a side path is added to the projection's output. `weight`: the weight itself is replaced by weight + delta."""
+    owner: str = ""
+    """Path of the module whose graph is rewritten; the empty string is the root."""
+    full: int = 0
+    """Output features of the whole weight (equal to `shape[0]` unless `rows` is given)."""
+    transposed: bool = False
+    """Whether the weight is stored (in, out), as GPT-2's Conv1D does, instead of (out, in)."""
+    calls: int = 1
+    """How many nodes of the captured graph use the weight as a projection."""
+    source: str = field(default="", compare=False)
+    """File and line of the model's code that makes the projection, as far as the capture knows it."""
+
+    @property
+    def outputs(self) -> int:
+        return self.shape[0]
+
+    @property
+    def inputs(self) -> int:
+        return self.shape[1]
+
+    @property
+    def key(self) -> str:
+        """Unique name of the site in its model; seeds and file keys derive from it, never from an order."""
+        return f"{self.weight}:{self.role}"
+
+
+@dataclass
+class Program:
+    """A model captured as an FX graph of ATen operators, normalized, with what the matcher needs to know of it."""
+
+    graph: fx.Graph
+    model: nn.Module
+    """The live model that the weights' names refer to."""
+    weights: Mapping[fx.Node, str]
+    """Parameter nodes and the qualified names of their parameters."""
+    constants: Mapping[fx.Node, torch.Tensor]
+    """Nodes of buffers and lifted constants with their real values (on the meta device: without)."""
+    whole: bool
+    """Whether the graph itself is rewritten (`GraphModule`, `ExportedProgram`) rather than owner modules."""
+    sample: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+    """The (args, kwargs) that the model was captured with."""
+
+
+def stored(model: nn.Module, name: str) -> nn.Parameter:
+    """The parameter of that qualified name itself, even where a module shows an adapted weight under the name."""
+    path, _, leaf = name.rpartition(".")
+    return dict(model.get_submodule(path).named_parameters(recurse=False, remove_duplicate=False))[leaf]

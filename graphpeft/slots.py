@@ -1,0 +1,117 @@
+"""Adapter slots: the places where an exported graph is open for an adapter, and what is put into them.
+
+A slot is a pair of inputs at one weight, A (in, rank) and B (rank, out). Any method fits, as an exact LoRA pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from graphpeft.chain import Chain
+from graphpeft.errors import AdapterError, ExportError
+from graphpeft.owner import home, relower, settle, vacate
+from graphpeft.program import Site
+from graphpeft.state import inactive
+
+GUEST = "0"
+"""Name that slots go by on their owners: no adapter of a user can have it."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The adapter inputs of one weight: y + (x @ A) @ B with A (inputs, rank) and B (rank, outputs)."""
+
+    site: str
+    """The weight's qualified name, without a final `.weight`."""
+    inputs: int
+    outputs: int
+    rank: str
+    """Symbol of the rank; no two slots share one, or ONNX Runtime would take their buffers for equally large."""
+
+    @property
+    def a(self) -> str:
+        return f"{self.site}.lora_A.weight"
+
+    @property
+    def b(self) -> str:
+        return f"{self.site}.lora_B.weight"
+
+
+class SlotBranch(nn.Module):
+    """A slot while PyTorch traces it, in operators that ONNX Runtime fuses best: plain matmuls and a sum."""
+
+    def __init__(self, slot: Slot, like: Tensor) -> None:
+        super().__init__()
+        # Rank 2 stands for any rank: torch.export would take a size of 0 or 1 for a constant.
+        self.A = nn.Parameter(like.new_zeros(slot.inputs, 2), requires_grad=False)
+        self.B = nn.Parameter(like.new_zeros(2, slot.outputs), requires_grad=False)
+
+    def accumulate(self, y: Tensor, x: Tensor) -> Tensor:
+        """y + (x @ A) @ B."""
+        return y + (x @ self.A) @ self.B
+
+    def delta(self) -> Tensor:
+        """The weight update (out, in)."""
+        return (self.A @ self.B).t()
+
+
+@contextmanager
+def inserted(model: nn.Module, branches: Mapping[Site, nn.Module]) -> Iterator[None]:
+    """Run the model with these branches, and no adapter, for a while; a site stands for all rows of its weight."""
+    paths = dict.fromkeys(site.owner for site in branches)
+    with inactive(model):
+        try:
+            for site, branch in branches.items():
+                whole = replace(site, rows=None, shape=(site.full or site.outputs, site.inputs), role="slot")
+                settle(model.get_submodule(site.owner), site.owner).add(GUEST, whole, branch)
+            for path in paths:
+                _show(model.get_submodule(path))
+            yield
+        finally:
+            for path in paths:
+                _clear(model.get_submodule(path))
+
+
+def lower(chains: Mapping[Site, Chain]) -> dict[str, tuple[Tensor, Tensor]]:
+    """An adapter as one exact LoRA pair per weight: A (in, rank) and B (rank, out) with the scale in B.
+
+    Pairs of several sites in one fused weight are put side by side; each has zeros where it has no output.
+
+    Raises:
+        ExportError: a chain has no inner width to be cut at.
+    """
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    for site, chain in chains.items():
+        try:
+            down, up = chain.to_lora()
+        except AdapterError as error:
+            raise ExportError(f"{site.weight}: {error} It can be exported with merged=True.") from error
+        a, b = down.t(), up.t()
+        if site.weight in pairs:
+            before = pairs[site.weight]
+            a, b = torch.cat([before[0], a], 1), torch.cat([before[1], b], 0)
+        pairs[site.weight] = a, b
+    return pairs
+
+
+def _show(owner: nn.Module) -> None:
+    adapters = home(owner)
+    assert adapters is not None
+    adapters.active = (GUEST,)
+    relower(owner)
+
+
+def _clear(owner: nn.Module) -> None:
+    adapters = home(owner)
+    if adapters is None or GUEST not in adapters.sites:
+        return
+    adapters.drop(GUEST)
+    if adapters.sites:
+        relower(owner)
+    else:
+        vacate(owner)

@@ -1,0 +1,134 @@
+"""What the root model remembers of its adapters, and the queries that other passes ask of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from graphpeft.chain import Chain
+from graphpeft.errors import AdapterError
+from graphpeft.owner import HOME, STATE, Adapters, home, relower
+from graphpeft.plan import Entry
+from graphpeft.program import Site
+
+
+@dataclass
+class Adapter:
+    """One adapter: the rules it was made from, the seed of its random tensors, and its sites."""
+
+    rules: str
+    seed: int
+    entries: tuple[Entry, ...]
+
+
+@dataclass
+class State:
+    """Kept on the root model under one private attribute; refers to modules by path only, so copies stay whole."""
+
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+    active: tuple[str, ...] = ()
+    required: dict[str, bool] = field(default_factory=dict)
+    """`requires_grad` of every base parameter before the first adapter came."""
+    merged: tuple[str, ...] = ()
+    originals: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Base weights as they were before the merge."""
+    parked: dict[str, Adapters] = field(default_factory=dict)
+    """While merged, the adapters of each owner, taken off the module tree so that the model is plain."""
+
+
+def find_state(model: nn.Module) -> State | None:
+    found = model.__dict__.get(STATE)
+    return found if isinstance(found, State) else None
+
+
+def get_state(model: nn.Module) -> State:
+    """The model's state. Raises `AdapterError` for a model without adapters."""
+    state = find_state(model)
+    if state is None:
+        inside = next((path for path, m in model.named_modules() if find_state(m) is not None or home(m) is not None), None)
+        hint = (
+            f"Its submodule {inside or HOME!r} was adapted: pass the model that gp.apply was called on."
+            if inside
+            else "Call gp.apply(model, rules) or gp.load(model, folder) first."
+        )
+        raise AdapterError(f"{type(model).__name__} has no adapters. {hint}")
+    return state
+
+
+def names(model: nn.Module, wanted: str | tuple[str, ...] | list[str] | None) -> tuple[str, ...]:
+    """Adapter names, checked; `None` stands for all of them."""
+    state = get_state(model)
+    if wanted is None:
+        return tuple(state.adapters)
+    listed = (wanted,) if isinstance(wanted, str) else tuple(wanted)
+    for name in listed:
+        if name not in state.adapters:
+            raise AdapterError(
+                f"There is no adapter {name!r} on {type(model).__name__}; there are: {', '.join(state.adapters) or 'none'}. "
+                f"Check the name given to gp.apply or gp.load."
+            )
+    return listed
+
+
+def owners(model: nn.Module, adapters: tuple[str, ...]) -> dict[str, nn.Module]:
+    """Path and module of every owner that the adapters touch, in graph order."""
+    state = get_state(model)
+    paths = dict.fromkeys(e.site.owner for name in adapters for e in state.adapters[name].entries)
+    return {path: model.get_submodule(path) for path in paths}
+
+
+def chains(model: nn.Module, name: str) -> dict[Site, Chain]:
+    """The branches of one adapter by site; also while merged."""
+    state = get_state(model)
+    found: dict[Site, Chain] = {}
+    for path in dict.fromkeys(e.site.owner for e in state.adapters[name].entries):
+        adapters = state.parked.get(path) or home(model.get_submodule(path))
+        assert adapters is not None, f"the owner {path} lost its adapters"
+        found.update({site: branch for site, branch, _ in adapters.branches(name) if isinstance(branch, Chain)})
+    return {e.site: found[e.site] for e in state.adapters[name].entries}
+
+
+def refuse_merged(model: nn.Module, action: str) -> None:
+    """Raise `AdapterError` if adapters are folded into the weights."""
+    state = find_state(model)
+    if state is not None and state.merged:
+        raise AdapterError(
+            f"Cannot {action} while {', '.join(state.merged)} is merged: the weights are not the base's. "
+            f"Call gp.unmerge(model) first."
+        )
+
+
+def set_active(model: nn.Module, active: tuple[str, ...]) -> None:
+    """Make exactly `active` run and train, lowering the owners that change."""
+    state = get_state(model)
+    for module in owners(model, tuple(state.adapters)).values():
+        adapters = home(module)
+        if adapters is None:
+            continue
+        here = tuple(n for n in active if n in adapters.sites)
+        if here != adapters.active:
+            adapters.active = here
+            relower(module)
+    state.active = active
+    for name in state.adapters:
+        for chain in chains(model, name).values():
+            chain.requires_grad_(name in active)
+
+
+@contextmanager
+def inactive(model: nn.Module) -> Iterator[None]:
+    """The base model for a while, whichever adapters are active."""
+    state = find_state(model)
+    if state is None or state.merged or not state.active:
+        yield
+        return
+    active = state.active
+    set_active(model, ())
+    try:
+        yield
+    finally:
+        set_active(model, active)

@@ -1,0 +1,14 @@
+"""Initialize: fill an inserted adapter's tensors. A tensor depends on (seed, site, place) and on nothing else."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from graphpeft.state import chains, get_state
+
+
+def initialize(model: nn.Module, name: str) -> None:
+    """Give every branch of the adapter its initial values; on the meta device there are none to give."""
+    seed = get_state(model).adapters[name].seed
+    for site, chain in chains(model, name).items():
+        chain.reset(seed, site.key)

@@ -1,0 +1,87 @@
+"""Insert: the only pass that adds parameters. Puts a planned adapter on its owners; all of it or none."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import nn
+
+from graphpeft.chain import Chain, Factor
+from graphpeft.errors import AdapterError
+from graphpeft.owner import STATE, home, settle, vacate
+from graphpeft.plan import Entry
+from graphpeft.program import stored
+from graphpeft.state import Adapter, State, find_state, refuse_merged
+
+
+def check_name(model: nn.Module, name: str) -> None:
+    """Raise `AdapterError` unless `name` is free on the model and fit for a module's name, and the model not merged."""
+    if not re.fullmatch(r"[A-Za-z_]\w*", name) or hasattr(nn.ModuleDict, name) or hasattr(nn.Module(), name):
+        raise AdapterError(
+            f"{name!r} cannot name an adapter: names become part of parameter names. Use letters, digits and "
+            f"underscores, as in 'default' or 'task_1', and no name that torch.nn.Module uses."
+        )
+    state = find_state(model)
+    if state is not None and name in state.adapters:
+        raise AdapterError(
+            f"{type(model).__name__} already has an adapter {name!r}, made by `{state.adapters[name].rules}`. Usually apply "
+            f"ran twice. Pass name= for a second adapter, or call gp.remove(model, {name!r}) first."
+        )
+    refuse_merged(model, "add an adapter")
+
+
+def insert(model: nn.Module, name: str, rules: str, seed: int, entries: tuple[Entry, ...]) -> State:
+    """Attach empty branches, freeze the base, and record the adapter. The adapter is not yet active."""
+    check_name(model, name)
+    shared: dict[str, Factor] = {}
+    touched: list[nn.Module] = []
+    try:
+        for entry in entries:
+            owner = model.get_submodule(entry.site.owner)
+            touched.append(owner)
+            settle(owner, entry.site.owner).add(name, entry.site, _branch(model, entry, shared))
+    except BaseException:
+        for owner in touched:
+            _withdraw(owner, name)
+        raise
+    state = find_state(model)
+    if state is None:
+        ours = {p for name_ in (name,) for o in touched for p in home_parameters(o, name_)}
+        state = State(required={n: p.requires_grad for n, p in model.named_parameters() if p not in ours})
+        model.__dict__[STATE] = state
+        for n in state.required:
+            stored(model, n).requires_grad_(False)
+    state.adapters[name] = Adapter(rules, seed, entries)
+    return state
+
+
+def home_parameters(owner: nn.Module, name: str) -> list[nn.Parameter]:
+    adapters = home(owner)
+    return [p for _, branch, _ in adapters.branches(name) for p in branch.parameters()] if adapters else []
+
+
+def _withdraw(owner: nn.Module, name: str) -> None:
+    adapters = home(owner)
+    if adapters is not None and name in adapters.sites:
+        adapters.drop(name)
+    if adapters is not None and not adapters.sites:
+        vacate(owner)
+
+
+def _branch(model: nn.Module, entry: Entry, shared: dict[str, Factor]) -> Chain:
+    """An empty branch on the weight's device, in float32 where the base is in half precision."""
+    weight = stored(model, entry.site.weight)
+    half = weight.dtype in (torch.float16, torch.bfloat16)
+    with torch.device(weight.device):
+        chain = entry.build().to(torch.float32 if half else weight.dtype)
+    if entry.site.form == "weight" and chain.probability:
+        raise AdapterError(
+            f"{entry.site.weight} takes the weight form, because its module reads the weight inside a fused operator, "
+            f"and dropout on the input cannot be expressed there. Use dropout=0 for `{entry.rule}`."
+        )
+    for place, factor in enumerate(chain.factors):
+        assert isinstance(factor, Factor)
+        if factor.shared:
+            chain.factors[place] = shared.setdefault(factor.shared, factor)
+    return chain

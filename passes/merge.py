@@ -1,0 +1,82 @@
+"""Merge and un-merge. Un-merging puts the original tensors back: nothing is subtracted, so nothing is rounded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from graphpeft.errors import AdapterError
+from graphpeft.owner import fold, reoccupy, vacate
+from graphpeft.program import Site, stored
+from graphpeft.state import chains, get_state, names, owners, refuse_merged, set_active
+
+
+def merge(model: nn.Module, name: str | Sequence[str] | None = None) -> None:
+    """Fold adapters (the active ones without a name) into the weights, in place.
+
+    W + ΔW is summed in float32 or wider and cast to the weight's dtype last. Afterwards the model is plain: its own
+    classes, no extra parameters. The original weights are kept, so that `unmerge` gives them back to the bit.
+    Raises `AdapterError`, and changes nothing, if the model is merged already, an adapter is unknown, a delta is
+    not finite, or a weight is also used by an operator that the adapter does not touch (a tied embedding).
+    """
+    state = get_state(model)
+    refuse_merged(model, "merge")
+    folded = state.active if name is None else names(model, name if isinstance(name, str) else tuple(name))
+    if not folded:
+        raise AdapterError("No adapter is active, so there is nothing to merge. Name one: gp.merge(model, 'default').")
+    updated: dict[str, torch.Tensor] = {}
+    for adapter in folded:
+        for site, chain in chains(model, adapter).items():
+            _refuse_tied(model, site)
+            with torch.no_grad():
+                weight = updated.get(site.weight, stored(model, site.weight).detach())
+                wide = torch.promote_types(weight.dtype, torch.float32)
+                updated[site.weight] = fold(weight.to(wide), site, _finite(chain.delta(), adapter, site))
+    active = state.active
+    for path, owner in owners(model, tuple(state.adapters)).items():
+        adapters = vacate(owner)
+        if adapters is not None:
+            state.parked[path] = adapters
+    for path, value in updated.items():
+        parameter = stored(model, path)
+        state.originals[path] = parameter.detach().clone()
+        parameter.data.copy_(value)  # rounds once, to the weight's own dtype
+    state.merged, state.active = folded, active
+
+
+def unmerge(model: nn.Module) -> None:
+    """Give every weight back as it was before `merge`, bit for bit, and the adapters that were active then."""
+    state = get_state(model)
+    if not state.merged:
+        raise AdapterError(f"Nothing is merged into {type(model).__name__}. gp.merge(model) folds the active adapters.")
+    for path, original in state.originals.items():
+        stored(model, path).data.copy_(original)
+    for path, adapters in state.parked.items():
+        reoccupy(model.get_submodule(path), adapters)
+    active = state.active
+    state.originals, state.parked, state.merged = {}, {}, ()
+    set_active(model, active)
+
+
+def _finite(delta: torch.Tensor, adapter: str, site: Site) -> torch.Tensor:
+    if not torch.isfinite(delta).all():
+        raise AdapterError(
+            f"The update of adapter {adapter!r} at {site.weight} ({site.role}) has NaN or infinite values; the model is "
+            f"unchanged. Usually training diverged: load an earlier checkpoint or lower the learning rate."
+        )
+    return delta
+
+
+def _refuse_tied(model: nn.Module, site: Site) -> None:
+    """A weight that another module holds too would change there as well, where the adapter never acted."""
+    parameter = stored(model, site.weight)
+    holders = {
+        id(module): path for path, module in model.named_modules() for p in module._parameters.values() if p is parameter
+    }
+    if len(holders) > 1:
+        raise AdapterError(
+            f"{site.weight} is tied: {', '.join(holders.values())} hold the same tensor, and merging would change all of "
+            f"them, though the adapter acts on one. Untie it first (give one module a clone), or keep the adapter unmerged."
+        )

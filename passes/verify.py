@@ -1,0 +1,133 @@
+"""Verify: check what a pass promised, cheap checks first, and say what was checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from graphpeft.capture import Inputs, example_call, quiet
+from graphpeft.errors import VerifyError
+from graphpeft.owner import home
+from graphpeft.passes.merge import merge, unmerge
+from graphpeft.program import stored
+from graphpeft.state import chains, get_state, inactive, owners
+
+Level = Literal["off", "fast", "full"]
+
+
+@dataclass
+class Report:
+    """Checks and their outcomes, in the order in which they ran. Prints as one line each."""
+
+    checks: list[tuple[str, bool, str]] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return all(passed for _, passed, _ in self.checks)
+
+    def add(self, name: str, passed: bool, detail: str) -> None:
+        self.checks.append((name, passed, detail))
+
+    def __str__(self) -> str:
+        return "\n".join(f"{'ok  ' if passed else 'FAIL'} {name}: {detail}" for name, passed, detail in self.checks)
+
+
+def verify(model: nn.Module, inputs: Inputs = None, level: Level = "full", identity: bool = False) -> Report:
+    """Check an adapted model; raises `VerifyError` with the whole report if a check fails.
+
+    `fast` checks names, trainable parameters and rewritten graphs, without running the model. `full` also runs it on
+    `inputs` (made from the config if there are none): disabling gives the base, gradients reach exactly the planned
+    parameters, the merged model agrees with the adapted one, and un-merging restores every weight to the bit.
+    `identity` asks in addition that the adapters, as they are, leave the output unchanged to the bit.
+    """
+    report = Report()
+    if level == "off":
+        return report
+    _accounting(model, report)
+    _graphs(model, report)
+    if level == "full" and not any(p.is_meta for p in model.parameters()):
+        call = example_call(model, inputs)
+        _outputs(model, call, report, identity)
+        _gradients(model, call, report)
+    if not report.ok:
+        raise VerifyError(f"{type(model).__name__} failed verification:\n{report}")
+    return report
+
+
+def _accounting(model: nn.Module, report: Report) -> None:
+    state = get_state(model)
+    names = dict(model.named_parameters())
+    lost = [n for n in state.required if n not in names]
+    report.add("base names", not lost, f"{len(state.required)} parameters keep their names" if not lost else f"lost: {lost[:3]}")
+    planned = {id(p) for a in state.active for c in chains(model, a).values() for p in c.parameters()}
+    trained = {id(p): n for n, p in names.items() if p.requires_grad and n not in state.required}
+    missing, extra = planned - trained.keys(), [n for i, n in trained.items() if i not in planned]
+    report.add("trainable", not (missing or extra), f"{len(planned)} tensors, as planned" if not (missing or extra) else f"unplanned: {extra[:3]}, missing: {len(missing)}")
+
+
+def _graphs(model: nn.Module, report: Report) -> None:
+    """Every active branch stands in its owner's graph as often as its weight is used there."""
+    state = get_state(model)
+    absent = []
+    for path, owner in owners(model, state.active).items():
+        adapters = home(owner)
+        graph = getattr(owner, "graph", None)
+        for site, _, _ in adapters.running() if adapters else []:
+            tagged = graph is not None and any(n.meta.get("graphpeft", {}).get("site") == site.key for n in graph.nodes)
+            if site.form == "branch" and not tagged:
+                absent.append(f"{path}:{site.role}")
+    count = sum(len(state.adapters[a].entries) for a in state.active)
+    report.add("graphs", not absent, f"{count} sites rewritten" if not absent else f"no branch at {absent[:3]}")
+
+
+def floats(output: Any) -> list[torch.Tensor]:
+    """Every floating-point tensor in a model's output, in order."""
+    return [t for t in tree_leaves(dict(output) if hasattr(output, "keys") else output) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+
+
+def difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
+    """The largest absolute difference between two outputs."""
+    return max((float((a - b).abs().max()) for a, b in zip(one, other, strict=True) if a.numel()), default=0.0)
+
+
+def _outputs(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], report: Report, identity: bool) -> None:
+    args, kwargs = call
+    state = get_state(model)
+    with quiet(model):
+        adapted = floats(model(*args, **kwargs))
+        with inactive(model):
+            base = floats(model(*args, **kwargs))
+        moved = difference(adapted, base)
+        if identity:
+            report.add("identity", moved == 0, f"adapters move the output by {moved:.1e}, expected 0 at initialization")
+        else:
+            report.add("effect", True, f"adapters move the output by up to {moved:.1e}")
+        if state.active:
+            before = {e.site.weight: stored(model, e.site.weight).detach().clone() for a in state.active for e in state.adapters[a].entries}
+            merge(model)
+            merged = floats(model(*args, **kwargs))
+            unmerge(model)
+            error, scale = difference(merged, adapted), max(float(t.abs().max()) for t in adapted)
+            # Rounding of one sum per weight: a few units in the last place of the dtype, amplified by depth.
+            bound = 1e3 * max(torch.finfo(t.dtype).eps for t in adapted) * max(scale, 1.0)
+            report.add("merge", error <= bound, f"merged differs from adapted by {error:.1e} (bound {bound:.1e})")
+            exact = all(torch.equal(stored(model, n), w) for n, w in before.items())
+            report.add("unmerge", exact, f"{len(before)} weights restored to the bit" if exact else "weights changed")
+
+
+def _gradients(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], report: Report) -> None:
+    """One backward pass reaches every tensor that is planned to train and no base parameter that was frozen."""
+    args, kwargs = call
+    state = get_state(model)
+    wanted = [p for a in state.active for c in chains(model, a).values() for p in c.parameters() if p.requires_grad]
+    if not wanted:
+        return
+    with quiet(model), torch.enable_grad():
+        loss = sum(t.float().pow(2).sum() for t in floats(model(*args, **kwargs)))
+        grads = torch.autograd.grad(loss, wanted, allow_unused=True)  # type: ignore[arg-type]
+    unreached = sum(g is None for g in grads)
+    report.add("gradients", not unreached, f"reach {len(wanted) - unreached} of {len(wanted)} trained tensors")
