@@ -70,9 +70,9 @@ class ExportReport:
         return Group(Text(head), Text(names), body, *(Text(f"note: {note}") for note in self.notes))
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=120, color_system=None)
-        console.print(self)
-        return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+        text = io.StringIO()
+        Console(file=text, width=120, color_system=None).print(self)
+        return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())
 
 
 def sizes(folder: Path) -> dict[str, int]:

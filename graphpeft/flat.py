@@ -52,7 +52,8 @@ class Flat:
         found = _named(model(**inputs, **constants))
         outputs = tuple(name for name, value in found.items() if isinstance(value, Tensor))
         if not outputs:
-            raise ExportError(f"{type(model).__name__} returns no tensor by name, but {list(found)}. Wrap it in one that does.")
+            kind = type(model).__name__
+            raise ExportError(f"{kind} returns no tensor, but {list(found)}. Wrap it in a module that returns tensors.")
         dropped = tuple(name for name, value in found.items() if name not in outputs and value is not None)
         return cls(model, inputs, constants, outputs, dropped, axes)
 

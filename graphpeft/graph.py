@@ -114,4 +114,4 @@ def _tag(new: fx.Node, site_node: fx.Node, site: Site, branch: nn.Module, path: 
     full = f"{site.owner}.{path}" if site.owner else path
     stack[full] = (full, f"{type(branch).__module__}.{type(branch).__qualname__}")
     new.meta["nn_module_stack"] = stack
-    new.meta["graphpeft"] = {"site": site.key, "adapter": path.split(".")[1]}
+    new.meta["graphpeft"] = path

@@ -44,7 +44,7 @@ def translate(
         ExportError: the opset is too low, or torch.onnx refuses the module.
     """
     if opset is not None and opset < LOWEST_OPSET:
-        raise ExportError(f"opset={opset}: torch.onnx writes opset {LOWEST_OPSET} or later. Leave opset out for its default.")
+        raise ExportError(f"opset={opset}: torch.onnx writes {LOWEST_OPSET} or later. Leave opset out for its default.")
     try:
         with _quiet():
             program = torch.onnx.export(
@@ -101,6 +101,7 @@ def attach_defaults(model: ir.Model, slots: Sequence[Slot]) -> None:
     for slot in slots:
         for name, shape in ((slot.a, (slot.inputs, 0)), (slot.b, (0, slot.outputs))):
             value = inputs[name]
+            assert value.dtype is not None, "a graph input has a type"
             value.const_value = ir.tensor(np.zeros(shape, value.dtype.numpy()), name=name)
             model.graph.register_initializer(value)
 
@@ -125,6 +126,12 @@ def annotate(path: Path, properties: Mapping[str, str]) -> None:
     proto = onnx.load(path, load_external_data=False)
     onnx.helper.set_model_props(proto, {each.key: each.value for each in proto.metadata_props} | dict(properties))
     onnx.save(proto, path)
+
+
+def opset(path: Path) -> int:
+    """The opset of a saved graph."""
+    proto = onnx.load(path, load_external_data=False)
+    return next(int(each.version) for each in proto.opset_import if each.domain in ("", "ai.onnx"))
 
 
 def write_adapter(folder: Path, name: str, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
@@ -165,7 +172,7 @@ def _tidy(model: ir.Model) -> None:
     taken = {value.name for value in (*model.graph.inputs, *model.graph.initializers.values())}
     for value in list(model.graph.initializers.values()):
         origin = value.metadata_props.get("pkg.onnxscript.optimizer.folded_from", "")
-        name = origin[2:-2] if origin.startswith(f"['{PREFIX}") and origin.count("'") == 2 else value.name
+        name = origin[2:-2] if origin.startswith(f"['{PREFIX}") and origin.count("'") == 2 else str(value.name)
         if name.startswith(PREFIX) and (name := name.removeprefix(PREFIX)) not in taken:
             taken.add(name)
             value.name = name

@@ -11,7 +11,7 @@ restoring the class restores the base model to the bit.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any, Literal, cast
 
 import torch
@@ -228,9 +228,33 @@ def relower(owner: nn.Module) -> None:
     if any(site.form == "weight" for site, _, _ in adapters.running()):
         _inject(owner, _weight_form(owner, adapters))
         return
+    key = _signature(owner, adapters) if type(owner) is nn.Linear else None
+    if key is not None and key in _lowered:
+        owner.__class__ = _lowered[key]  # type: ignore[assignment]
+        return
     graph = lower(owner, adapters)
     code = fx.GraphModule(owner, graph, type(owner).__name__)
     _inject(owner, {"forward": type(code).forward, "graph": graph, "code": code.code})
+    if key is not None:
+        _lowered[key] = cast("type[nn.Module]", type(owner))
+
+
+_lowered: dict[Hashable, type[nn.Module]] = {}
+"""Classes made for `nn.Linear` owners. Their code refers to `self` alone, so equal layers share one class."""
+_BOOKKEEPING = frozenset(nn.Module().__dict__)
+
+
+def _signature(owner: nn.Module, adapters: Adapters) -> Hashable:
+    """Everything that the lowered code of an `nn.Linear` depends on: its bias, dtype and the make-up of its branches."""
+    branches = tuple((path, site.rows, _make_up(branch)) for site, branch, path in adapters.running())
+    return tuple((n, p.dtype) for n, p in owner.named_parameters(recurse=False)), branches
+
+
+def _make_up(module: nn.Module) -> Hashable:
+    own = {k: repr(v) for k, v in module.__dict__.items() if k not in _BOOKKEEPING}
+    tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    held = tuple((n, isinstance(t, nn.Parameter), tuple(t.shape), t.dtype) for n, t in tensors)
+    return type(module), tuple(sorted(own.items())), held, tuple((n, _make_up(m)) for n, m in module.named_children())
 
 
 def _inject(owner: nn.Module, members: Mapping[str, Any], mixin: type = Adapted) -> None:
@@ -242,11 +266,17 @@ def _inject(owner: nn.Module, members: Mapping[str, Any], mixin: type = Adapted)
 def lower(owner: nn.Module, adapters: Adapters) -> fx.Graph:
     """The owner's base graph with every active branch inlined after its projection."""
     base = adapters.base if adapters.base is not None else trace(owner)
-    assert base is not None, "an owner that cannot be traced takes the weight form"
-    graph = strip_checks(copy.deepcopy(base))
+    graph = fx.Graph() if base is None else strip_checks(copy.deepcopy(base))
     for site, branch, path in adapters.running():
         parameter = _parameter(owner, site)
-        for node, source in projections(owner, graph, parameter):
+        found = projections(owner, graph, parameter)
+        if not found:
+            raise AdapterError(
+                f"The code of {site.owner or type(owner).__name__} has no projection by {site.weight}, so its adapter would be "
+                f"ignored. Usually the file was made for another version of the model, or `forward` was replaced on the "
+                f"instance. Apply the rules anew, or take the replacement off first."
+            )
+        for node, source in found:
             insert_branch(graph, node, source, site, branch, path, parameter.dtype)
     graph.lint()
     return graph

@@ -85,7 +85,7 @@ class Session:
             AdapterError: there is no such adapter, or more than one was asked for.
         """
         if name is not None and not isinstance(name, str):
-            raise AdapterError(f"use({name!r}): one adapter at a time; of several, ONNX Runtime would silently drop all but one.")
+            raise AdapterError(f"use({name!r}): one adapter at a time; ONNX Runtime would silently drop all others.")
         if name is not None and name not in self._loaded:
             known = ", ".join(self.adapters) or "none; a merged export has its adapter folded in"
             raise AdapterError(f"{self.folder}: there is no adapter {name!r}. Adapters of this folder: {known}.")
@@ -97,7 +97,7 @@ class Session:
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name, for inputs by name (`session.inference.get_inputs()` lists them)."""
         if fed := [name for name in inputs if name in self._slots]:
-            raise AdapterError(f"{fed[0]} is an adapter's slot: with an adapter in use ONNX Runtime would ignore it. Call use().")
+            raise AdapterError(f"{fed[0]} is a slot: with an adapter in use ONNX Runtime would ignore it. Call use().")
         names = [output.name for output in self.inference.get_outputs()]
         return dict(zip(names, self.inference.run(names, dict(inputs), self._options), strict=True))
 
@@ -129,17 +129,19 @@ class Session:
 
     def _check_fit(self, path: Path, parameters: Mapping[str, tuple[str, list[int]]]) -> None:
         remedy = "Usual cause: an adapter of another model or export. Remedy: export model and adapter together."
+        ranks: dict[str, dict[str, int]] = {}
         for name, (kind, shape) in parameters.items():
-            site, _, side = name.rpartition(".lora_")
+            site, _, side = name.removesuffix(".weight").rpartition(".lora_")
             if (slot := self._slots.get(name)) is None:
-                raise FileError(f"{path}: the graph has no slot {name!r}, so {site or name!r} takes no adapter. {remedy}")
-            other = f"{site}.lora_{'B' if side.startswith('A') else 'A'}.weight"
-            if other not in parameters:
-                raise FileError(f"{path}: at {site!r} it has {name!r} without {other!r}; slots come in pairs. {remedy}")
+                raise FileError(f"{path}: the graph has no slot {name!r}; {site or name!r} takes no adapter. {remedy}")
             if kind != slot.type:
-                raise FileError(f"{path}: at {site!r} {name!r} is {kind}, its slot is {slot.type}. {remedy}")
-            if len(shape) != 2 or any(isinstance(want, int) and want != got for want, got in zip(slot.shape, shape, strict=True)):
-                raise FileError(f"{path}: at {site!r} {name!r} has shape {shape}, its slot {slot.shape}. {remedy}")
-            rank, others = (shape[1], parameters[other][1][0]) if side.startswith("A") else (shape[0], parameters[other][1][-1])
-            if rank != others:
-                raise FileError(f"{path}: at {site!r} the ranks of A and B differ ({rank} and {others}). {remedy}")
+                raise FileError(f"{path}: at {site!r} lora_{side} is {kind}, its slot {slot.type}. {remedy}")
+            axis = 1 if side == "A" else 0
+            if len(shape) != 2 or shape[1 - axis] != slot.shape[1 - axis]:
+                raise FileError(f"{path}: at {site!r} lora_{side} has shape {shape}, its slot {slot.shape}. {remedy}")
+            ranks.setdefault(site, {})[side] = shape[axis]
+        for site, found in ranks.items():
+            if len(found) < 2:
+                raise FileError(f"{path}: at {site!r} it has lora_{next(iter(found))} only; a slot takes two. {remedy}")
+            if found["A"] != found["B"]:
+                raise FileError(f"{path}: at {site!r} the ranks of A and B are {found['A']} and {found['B']}. {remedy}")

@@ -5,6 +5,7 @@ A slot is a pair of inputs at one weight, A (in, rank) and B (rank, out). Any me
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,12 +15,15 @@ from torch import Tensor, nn
 
 from graphpeft.chain import Chain
 from graphpeft.errors import AdapterError, ExportError
-from graphpeft.owner import home, relower, settle, vacate
+from graphpeft.owner import Adapters, home, relower, settle, vacate
 from graphpeft.program import Site
 from graphpeft.state import inactive
 
 GUEST = "0"
 """Name that slots go by on their owners: no adapter of a user can have it."""
+
+Pairs = dict[str, tuple[Tensor, Tensor]]
+"""By weight: A (in, rank) and B (rank, out), the scale in B."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,11 @@ class Slot:
     outputs: int
     rank: str
     """Symbol of the rank; no two slots share one, or ONNX Runtime would take their buffers for equally large."""
+
+    @classmethod
+    def at(cls, site: Site, rank: str) -> Slot:
+        """The slot of a site's whole weight, whichever rows the site has."""
+        return cls(site.weight.removesuffix(".weight"), site.inputs, site.full or site.outputs, rank)
 
     @property
     def a(self) -> str:
@@ -77,15 +86,15 @@ def inserted(model: nn.Module, branches: Mapping[Site, nn.Module]) -> Iterator[N
                 _clear(model.get_submodule(path))
 
 
-def lower(chains: Mapping[Site, Chain]) -> dict[str, tuple[Tensor, Tensor]]:
-    """An adapter as one exact LoRA pair per weight: A (in, rank) and B (rank, out) with the scale in B.
+def lower(chains: Mapping[Site, Chain]) -> Pairs:
+    """An adapter as one exact LoRA pair per weight.
 
     Pairs of several sites in one fused weight are put side by side; each has zeros where it has no output.
 
     Raises:
         ExportError: a chain has no inner width to be cut at.
     """
-    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    pairs: Pairs = {}
     for site, chain in chains.items():
         try:
             down, up = chain.to_lora()
@@ -97,6 +106,17 @@ def lower(chains: Mapping[Site, Chain]) -> dict[str, tuple[Tensor, Tensor]]:
             a, b = torch.cat([before[0], a], 1), torch.cat([before[1], b], 0)
         pairs[site.weight] = a, b
     return pairs
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256, in hex, of the base model's tensors with their names, shapes and dtypes, whatever adapters it has."""
+    ours = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, Adapters))
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if not name.startswith(ours):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _show(owner: nn.Module) -> None:

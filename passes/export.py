@@ -24,7 +24,7 @@ from graphpeft.flat import Flat
 from graphpeft.parity import Outputs, Step, Tensors
 from graphpeft.passes.merge import merge, unmerge
 from graphpeft.runtime import Session
-from graphpeft.slots import Slot, SlotBranch, inserted, lower
+from graphpeft.slots import Pairs, Slot, SlotBranch, fingerprint, inserted, lower
 from graphpeft.state import chains, get_state, names, set_active
 
 Verify = Literal["off", "fast", "full"]
@@ -63,9 +63,29 @@ def export(
     start = time.perf_counter()
     if verify not in ("off", "fast", "full"):
         raise ExportError(f'verify={verify!r}: it is one of "off", "fast", "full".')
+    chosen = _chosen(model, merged, adapters)
     with quiet(model), _restored(model), staged(Path(path)) as folder:
-        work = _Export(Flat.of(model, inputs), folder, opset, verify)
-        chosen = work.merged(adapters) if merged else work.swappable(adapters)
+        work = _Export(Flat.of(model, inputs), folder, opset, verify, chosen)
+        work.merged() if merged else work.swappable()
+        figures = [check.value for check in work.checks if not check.least]
+        onnx.annotate(work.path, {"graphpeft.tolerance": f"{max(figures):.2g}"} if figures else {})
+        report = ExportReport(
+            path=str(path),
+            mode="merged" if merged else "swappable",
+            adapters=chosen,
+            slots=len(work.slots),
+            opset=onnx.opset(work.path),
+            verify=verify,
+            files=sizes(folder),
+            checks=tuple(work.checks),
+            notes=tuple(work.notes),
+            versions={name: version(name) for name in ("graphpeft", "torch", "onnx", "onnxruntime")},
+            seconds=round(time.perf_counter() - start, 2),
+        )
+        report.save(folder)
+    return report
+
+
 @dataclass
 class _Export:
     """One export under way: its task, and what it finds."""
@@ -82,7 +102,7 @@ class _Export:
     def __post_init__(self) -> None:
         self.model = self.flat.model
         self.path = self.folder / "model.onnx"
-        self.base = onnx.fingerprint(_base_tensors(self.model))
+        self.base = fingerprint(self.model)
         self.tolerance = parity.tolerance(self.model)
         self.cases = parity.cases(self.flat.inputs, self.flat.axes)
         self.notes += [f"output {name!r} is no tensor and was left out" for name in self.flat.dropped]
@@ -90,18 +110,18 @@ class _Export:
     def swappable(self) -> None:
         """Write the base graph with slots and a file per adapter, then verify."""
         adapters = {name: chains(self.model, name) for name in self.names}
-        sites = {site.weight: _whole(site) for found in adapters.values() for site in found}
-        slots = {weight: _slot(site, f"rank_{i}") for i, (weight, site) in enumerate(sites.items())}
+        sites = {site.weight: site for found in adapters.values() for site in found}
+        slots = {weight: Slot.at(site, f"rank_{i}") for i, (weight, site) in enumerate(sites.items())}
         self.slots = tuple(slots.values())
         for name, found in adapters.items():
             self._write_adapter(name, lower(found), slots)
-        branches = {weight: SlotBranch(site, self.model.get_parameter(weight)) for weight, site in sites.items()}
-        with _inserted(self.model, {sites[weight]: branch for weight, branch in branches.items()}):
+        branches = {weight: SlotBranch(slots[weight], self.model.get_parameter(weight)) for weight in sites}
+        with inserted(self.model, {sites[weight]: branch for weight, branch in branches.items()}):
             paths = {id(parameter): path for path, parameter in self.model.named_parameters()}
             fed = {slots[weight].a: branch.A for weight, branch in branches.items()}
             fed |= {slots[weight].b: branch.B for weight, branch in branches.items()}
             module = self.flat.module([paths[id(tensor)] for tensor in fed.values()])
-            self._write_graph(module, fed, {})
+            self._write_graph(module, fed, {"graphpeft.mode": "swappable"})
             if self.verify == "full":
                 self._check_slots(module, fed)
         if self.verify != "off":
@@ -115,25 +135,26 @@ class _Export:
             step = Step(None, "merged model", self._outputs())
         merge(self.model, self.names)
         try:
-            self._write_graph(self.flat.module(), {}, {"graphpeft.merged": ",".join(self.names)})
+            facts = {"graphpeft.mode": "merged", "graphpeft.merged": ",".join(self.names)}
+            self._write_graph(self.flat.module(), {}, facts)
         finally:
             unmerge(self.model)
         if self.verify != "off":
             session = Session(self.folder)
             self.checks += parity.check_numbers(session, [step], self.cases, self.tolerance)
             if self.verify == "full":
-                self.checks += parity.check_effect(session, step, base, self.cases, self.tolerance)
+                self.checks.append(parity.check_effect(session, step, base, self.cases))
 
-    def _write_graph(self, module: nn.Module, fed: Tensors, properties: Mapping[str, str]) -> None:
-        ranks = {s.a: {1: s.rank} for s in self.slots} | {s.b: {0: s.rank} for s in self.slots}
+    def _write_graph(self, module: nn.Module, fed: Tensors, facts: Mapping[str, str]) -> None:
+        ranks = {slot.a: {1: slot.rank} for slot in self.slots} | {slot.b: {0: slot.rank} for slot in self.slots}
         axes = [self.flat.axes[name] for name in self.flat.inputs] + [ranks[name] for name in fed]
         graph = onnx.translate(module, {**self.flat.inputs, **fed}, self.flat.outputs, axes, self.opset)
         onnx.census(graph, self.slots)
         onnx.attach_defaults(graph, self.slots)
-        onnx.annotate(graph, properties | self._properties())
-        self.opset = onnx.save(graph, self.path, self.slots)
+        known = {"graphpeft.version": version("graphpeft"), "graphpeft.base": self.base}
+        onnx.save(graph, self.path, self.slots, {**known, **facts})
 
-    def _write_adapter(self, name: str, pairs: Mapping[str, tuple[Tensor, Tensor]], slots: Mapping[str, Slot]) -> None:
+    def _write_adapter(self, name: str, pairs: Pairs, slots: Mapping[str, Slot]) -> None:
         tensors: dict[str, Tensor] = {}
         for weight, (a, b) in pairs.items():
             dtype = self.model.get_parameter(weight).dtype
@@ -145,12 +166,12 @@ class _Export:
     def _check_slots(self, module: nn.Module, fed: Tensors) -> None:
         def reference(inputs: Tensors, slots: Tensors) -> Outputs:
             tensors = [slots[name].to(place) for name, place in fed.items()]
-            return dict(zip(self.flat.outputs, (t.cpu().numpy() for t in module(*inputs.values(), *tensors)), strict=True))
+            found = module(*inputs.values(), *tensors)
+            return {name: value.cpu().numpy() for name, value in zip(self.flat.outputs, found, strict=True)}
 
-        session = Session(self.folder)
-        check, unmoved = parity.check_slots(session, reference, self.slots, self.cases[1], fed..., self.tolerance)
-        self.checks.append(check)
-        self.notes += [f"{site}: moves nothing on this sample, in PyTorch either" for site in unmoved]
+        found = parity.check_slots(Session(self.folder), reference, self.slots, self.cases[1], fed, self.tolerance)
+        self.checks.append(found[0])
+        self.notes += [f"{site}: moves the output too little on this sample to prove that its slot works" for site in found[1]]
 
     def _check_adapters(self) -> None:
         session = Session(self.folder)
@@ -162,9 +183,50 @@ class _Export:
                 steps.append(Step(name, f"adapter {name!r}", self._outputs()))
         self.checks += parity.check_numbers(session, [base, *steps], self.cases, self.tolerance)
         if self.verify == "full":
-            for step in steps:
-                self.checks += parity.check_effect(session, step, base.want, self.cases, self.tolerance)
+            self.checks += [parity.check_effect(session, step, base.want, self.cases) for step in steps]
             self.checks.append(parity.check_swaps(session, [*steps, base, steps[0]], self.cases, self.tolerance))
 
     def _outputs(self) -> list[Outputs]:
         return [self.flat(case.inputs) for case in self.cases]
+
+
+def _chosen(model: nn.Module, merged: bool, adapters: Sequence[str] | None) -> tuple[str, ...]:
+    state = get_state(model)
+    if not merged:
+        chosen = names(model, adapters if adapters is None else list(adapters))
+    elif adapters is not None:
+        raise ExportError("merged=True folds the active adapters and takes no names; gp.activate chooses them.")
+    else:
+        chosen = state.merged or state.active
+    if not chosen:
+        raise ExportError("No adapter is " + ("active: call gp.activate(model, name) first." if merged else "chosen."))
+    if Path(REPORT).stem in chosen:
+        raise ExportError(f"The sidecar of an adapter named {Path(REPORT).stem!r} would be the report {REPORT}. Rename it.")
+    return chosen
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Take a merge back for a while; afterwards merge again, and let what was trained be trained."""
+    merged = get_state(model).merged
+    if merged:
+        unmerge(model)
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, required in trained:
+            parameter.requires_grad_(required)
+        if merged:
+            merge(model, merged)
+
+
+@contextmanager
+def _running(model: nn.Module, active: tuple[str, ...]) -> Iterator[None]:
+    """Run exactly these adapters for a while."""
+    before = get_state(model).active
+    set_active(model, active)
+    try:
+        yield
+    finally:
+        set_active(model, before)

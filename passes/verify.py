@@ -76,9 +76,9 @@ def _graphs(model: nn.Module, report: Report) -> None:
     for path, owner in owners(model, state.active).items():
         adapters = home(owner)
         graph = getattr(owner, "graph", None)
-        for site, _, _ in adapters.running() if adapters else []:
-            tagged = graph is not None and any(n.meta.get("graphpeft", {}).get("site") == site.key for n in graph.nodes)
-            if site.form == "branch" and not tagged:
+        tags = {n.meta.get("graphpeft") for n in graph.nodes} if graph is not None else set()
+        for site, _, branch in adapters.running() if adapters else []:
+            if site.form == "branch" and branch not in tags:
                 absent.append(f"{path}:{site.role}")
     count = sum(len(state.adapters[a].entries) for a in state.active)
     report.add("graphs", not absent, f"{count} sites rewritten" if not absent else f"no branch at {absent[:3]}")

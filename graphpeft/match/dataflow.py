@@ -6,14 +6,14 @@ Everything here is read off operators, operands and shapes. No module or paramet
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import fx
 
-from graphpeft.program import Program, stored
+from graphpeft.program import Program, Rows, stored
 
 PRODUCTS = frozenset({"linear", "addmm", "mm", "bmm", "matmul", "baddbmm", "einsum", "conv1d", "conv2d", "conv3d"})
 ATTENTION = frozenset({"scaled_dot_product_attention"})
@@ -102,6 +102,8 @@ class Dataflow:
         self.program = program
         self.nodes = [n for n in program.graph.nodes if n.op in {"placeholder", "get_attr", "call_function"}]
         self.order = {n: i for i, n in enumerate(self.nodes)}
+        self.probed: dict[Hashable, Rows | None] = {}
+        """Answers of `fused.rows`, by what they depend on."""
 
     @cached_property
     def active(self) -> set[fx.Node]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from graphpeft.match.dataflow import Dataflow, op
 from graphpeft.program import Rows
@@ -21,6 +22,13 @@ DRAWS = 3
 
 def rows(flow: Dataflow, affine: fx.Node, operand: fx.Node) -> Rows | None:
     """Runs of output features of `affine` that `operand` depends on; `None` when it depends on all of them."""
+    key = _signature(flow, affine, operand)
+    if key not in flow.probed:
+        flow.probed[key] = _probe(flow, affine, operand)
+    return flow.probed[key]
+
+
+def _probe(flow: Dataflow, affine: fx.Node, operand: fx.Node) -> Rows | None:
     features = concrete(affine.meta["val"].shape)[-1]
     used = torch.zeros(features, dtype=torch.bool)
     for draw in range(DRAWS):
@@ -28,6 +36,23 @@ def rows(flow: Dataflow, affine: fx.Node, operand: fx.Node) -> Rows | None:
         if used.all():
             return None
     return runs(used)
+
+
+def _signature(flow: Dataflow, affine: fx.Node, operand: fx.Node) -> tuple[Any, ...]:
+    """Equal for probes with equal answers, so that the layers of a deep model share one.
+
+    Floating-point values from outside count by shape, as the probe draws them at random; all others by identity."""
+    places = {node: i for i, node in enumerate([affine, *flow.between(affine, operand)])}
+
+    def seen(value: Any) -> Any:
+        if not isinstance(value, fx.Node):
+            return repr(value)
+        example = value.meta.get("val")
+        outside = value not in flow.program.constants and isinstance(example, torch.Tensor) and example.is_floating_point()
+        return places.get(value, concrete(example.shape) if outside else value)
+
+    shape = concrete(affine.meta["val"].shape)
+    return shape, *((n.target, tuple(map(seen, pytree.tree_leaves((n.args, n.kwargs))))) for n in list(places)[1:])
 
 
 def runs(mask: torch.Tensor) -> Rows:
@@ -63,7 +88,7 @@ class Probe:
 
     def run(self, node: fx.Node) -> Any:
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), self.value)
-        args, kwargs = torch.utils._pytree.tree_map(_on_cpu, (args, kwargs))
+        args, kwargs = pytree.tree_map(_on_cpu, (args, kwargs))
         target: Any = node.target
         return getattr(args[0], target)(*args[1:], **kwargs) if node.op == "call_method" else target(*args, **kwargs)
 

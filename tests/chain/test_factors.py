@@ -160,7 +160,7 @@ def _dense_transform(order: int) -> np.ndarray:
     return np.kron(hadamard_matrix(a), hadamard_matrix(b)).astype(float)
 
 
-@pytest.mark.parametrize("d", [12, 24, 40, 64, 100])
+@pytest.mark.parametrize("d", [12, 24, 40, 64, 100, 144])  # 144 = 12 · 12: neither part is symmetric
 def test_sketch_is_rows_of_the_kronecker_product(d: int) -> None:
     factor = SRHT(5, d, scale=0.5).double()
     factor.reset(lambda name: generator(0, name))
@@ -170,7 +170,7 @@ def test_sketch_is_rows_of_the_kronecker_product(d: int) -> None:
     assert set(np.unique(signs)) == {-1, 1}
 
 
-@pytest.mark.parametrize("d", [12, 24, 40, 64, 100])
+@pytest.mark.parametrize("d", [12, 24, 40, 64, 100, 144])
 def test_adjoint_is_the_transpose_of_the_sketch(d: int) -> None:
     sketch, adjoint = SRHT(5, d, scale=0.5).double(), AdjointSRHT(d, 5, scale=0.5).double()
     for factor in (sketch, adjoint):

@@ -51,6 +51,11 @@ def test_scale(method: LoRA, scale: float) -> None:
     assert method.chain(site(5, 6)).scale == scale
 
 
+def test_dropout_is_that_of_the_chain() -> None:
+    assert LoRA(dropout=0.3).chain(site(5, 6)).probability == 0.3
+    assert LoRA().chain(site(5, 6)).probability == 0
+
+
 def test_rank_may_exceed_the_site() -> None:
     chain = LoRA(r=16).chain(site(5, 6))
     chain.reset(0, "q")
