@@ -2,10 +2,33 @@
 
 from graphpeft.apply import apply, plan, sites, trainable
 from graphpeft.capture import capture
+from graphpeft.inspect.diff import diff
+from graphpeft.inspect.explain import explain
 from graphpeft.passes.activate import activate, disabled, remove
+from graphpeft.passes.export import export
 from graphpeft.passes.merge import merge, unmerge
+from graphpeft.passes.storage import load, save
 from graphpeft.passes.verify import verify
+from graphpeft.runtime import Session
 
 __version__ = "0.1.0"
 
-__all__ = ["activate", "apply", "capture", "disabled", "merge", "plan", "remove", "sites", "trainable", "unmerge", "verify"]
+__all__ = [
+    "Session",
+    "activate",
+    "apply",
+    "capture",
+    "diff",
+    "disabled",
+    "explain",
+    "export",
+    "load",
+    "merge",
+    "plan",
+    "remove",
+    "save",
+    "sites",
+    "trainable",
+    "unmerge",
+    "verify",
+]

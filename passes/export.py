@@ -23,6 +23,7 @@ from graphpeft.errors import ExportError
 from graphpeft.flat import Flat
 from graphpeft.parity import Outputs, Step, Tensors
 from graphpeft.passes.merge import merge, unmerge
+from graphpeft.program import stored
 from graphpeft.runtime import Session
 from graphpeft.slots import Pairs, Slot, SlotBranch, fingerprint, inserted, lower
 from graphpeft.state import chains, get_state, names, set_active
@@ -115,7 +116,7 @@ class _Export:
         self.slots = tuple(slots.values())
         for name, found in adapters.items():
             self._write_adapter(name, lower(found), slots)
-        branches = {weight: SlotBranch(slots[weight], self.model.get_parameter(weight)) for weight in sites}
+        branches = {weight: SlotBranch(slots[weight], stored(self.model, weight)) for weight in sites}
         with inserted(self.model, {sites[weight]: branch for weight, branch in branches.items()}):
             paths = {id(parameter): path for path, parameter in self.model.named_parameters()}
             fed = {slots[weight].a: branch.A for weight, branch in branches.items()}
@@ -157,7 +158,7 @@ class _Export:
     def _write_adapter(self, name: str, pairs: Pairs, slots: Mapping[str, Slot]) -> None:
         tensors: dict[str, Tensor] = {}
         for weight, (a, b) in pairs.items():
-            dtype = self.model.get_parameter(weight).dtype
+            dtype = stored(self.model, weight).dtype
             tensors |= {slots[weight].a: a.to(dtype), slots[weight].b: b.to(dtype)}
         ranks = {slots[weight].site: a.shape[1] for weight, (a, _) in pairs.items()}
         facts = {"base": self.base, "rules": get_state(self.model).adapters[name].rules, "ranks": ranks}
@@ -171,7 +172,7 @@ class _Export:
 
         found = parity.check_slots(Session(self.folder), reference, self.slots, self.cases[1], fed, self.tolerance)
         self.checks.append(found[0])
-        self.notes += [f"{site}: moves the output too little on this sample to prove that its slot works" for site in found[1]]
+        self.notes += [f"{site}: moves the output too little to prove that its slot works" for site in found[1]]
 
     def _check_adapters(self) -> None:
         session = Session(self.folder)
@@ -201,7 +202,7 @@ def _chosen(model: nn.Module, merged: bool, adapters: Sequence[str] | None) -> t
     if not chosen:
         raise ExportError("No adapter is " + ("active: call gp.activate(model, name) first." if merged else "chosen."))
     if Path(REPORT).stem in chosen:
-        raise ExportError(f"The sidecar of an adapter named {Path(REPORT).stem!r} would be the report {REPORT}. Rename it.")
+        raise ExportError(f"An adapter cannot be called {Path(REPORT).stem!r}: its sidecar would be the report {REPORT}.")
     return chosen
 
 

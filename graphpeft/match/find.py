@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import PurePath
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from graphpeft.match import fused
 from graphpeft.match import roles as declared
@@ -126,7 +126,7 @@ def _site(flow: Dataflow, affine: Affine, role: str, rows: Rows | None, cross: b
         full=full,
         transposed=affine.transposed,
         calls=flow.calls[name],
-        source=where(affine.node),
+        source=where(affine.node, program.model.get_submodule(owner)),
     )
 
 
@@ -141,8 +141,12 @@ def _without_shadows(sites: Sequence[Site] | object) -> tuple[Site, ...]:
     return tuple(s for s in every if s.role != "other" or s.weight not in named)
 
 
-def where(node: fx.Node) -> str:
-    """`file.py:line` of the model's code behind a node, skipping torch's own frames; else the node's name."""
+def where(node: fx.Node, owner: nn.Module | None = None) -> str:
+    """`file.py:line` of the model's code behind a node; else the node's name.
+
+    Frames of torch are skipped, and so is the own code of a leaf such as GPT-2's Conv1D: its caller says more."""
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
     own = [(f, line) for f, line in frames if "torch" not in PurePath(f).parts]
+    if owner is not None and not any(owner.children()) and not type(owner).__module__.startswith("torch."):
+        own = own[:-1] or own
     return f"{PurePath(own[-1][0]).name}:{own[-1][1]}" if own else node.name

@@ -1,0 +1,58 @@
+"""What is on a model now: its adapters, their sites, and how far they have moved."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from graphpeft.inspect.table import folded, layers_text, rows_text, table
+from graphpeft.program import stored
+from graphpeft.state import chains, get_state
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A table of sites and adapters; prints itself."""
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def explain(model: nn.Module, fold: bool = True) -> Explanation:
+    """The sites and adapters of an adapted model, equal layers in one line unless `fold` is false.
+
+    `‖ΔW‖/‖W‖` is the Frobenius norm of the update relative to the adapted rows of the weight, largest over the layers
+    that share a line: 0 before training. Raises `AdapterError` for a model without adapters.
+    """
+    state = get_state(model)
+    blocks = []
+    for name, adapter in state.adapters.items():
+        status = "merged" if name in state.merged else "active" if name in state.active else "resting"
+        lines: dict[str, list[float]] = {}
+        items: list[tuple[str, int | None]] = []
+        for entry, (site, chain) in zip(adapter.entries, chains(model, name).items(), strict=True):
+            where = re.sub(r"\.\d+\.", ".*.", site.weight, count=1) if fold and site.layer is not None else site.weight
+            cells = (site.role + (" cross" if site.cross else ""), where, rows_text(site.rows), f"{site.outputs} × {site.inputs}",
+                     str(entry.method), site.form, str(chain.rank), f"{sum(p.numel() for p in chain.parameters()):,}")  # fmt: skip
+            key = "\t".join(cells)
+            items.append((key, site.layer))
+            original = state.originals.get(site.weight, stored(model, site.weight))
+            lines.setdefault(key, []).append(_moved(chain.delta(), original))
+        columns = ("role", "weight", "rows", "out × in", "method", "form", "rank", "parameters", "‖ΔW‖/‖W‖", "")
+        rows = [(*key.split("\t"), f"{max(lines[key]):.2g}", layers_text(layers)) for key, layers in folded(items)]
+        count = sum(p.numel() for p in {id(p): p for c in chains(model, name).values() for p in c.parameters()}.values())
+        title = f"{name} ({status}): {adapter.rules}  —  {len(adapter.entries)} sites, {count:,} parameters"
+        blocks.append(table(columns, rows, title, right=["rank", "parameters", "‖ΔW‖/‖W‖"]))
+    return Explanation("\n\n".join(blocks))
+
+
+@torch.no_grad()
+def _moved(delta: torch.Tensor, weight: torch.Tensor) -> float:
+    if delta.is_meta:
+        return float("nan")
+    return float(delta.norm() / weight.float().norm().clamp_min(1e-30))
