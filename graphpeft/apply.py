@@ -82,9 +82,7 @@ def _found(module: nn.Module, inputs: Inputs) -> Found:
         return find(program)
 
 
-def plan(
-    model: nn.Module | ExportedProgram, rules: Rules, *, inputs: Inputs = None, expect: int | None = None
-) -> Plan:
+def plan(model: nn.Module | ExportedProgram, rules: Rules, *, inputs: Inputs = None, expect: int | None = None) -> Plan:
     """What `apply` would do: a table of sites, methods and parameter counts. Changes nothing; raises as `apply` does."""
     module = as_module(model) if isinstance(model, ExportedProgram) else model
     return make_plan(module, _found(module, inputs), coerce(rules, ROLES), expect)

@@ -90,9 +90,7 @@ def _lifted(model: nn.Module, exported: ExportedProgram, sample: tuple[tuple[Any
     first = {id(p): name for name, p in model.named_parameters()}
     nodes = {n.name: n for n in exported.graph.nodes if n.op == "placeholder"}
     # Tied weights have several names; the first is the one that `named_parameters` gives.
-    weights = {
-        nodes[arg]: first[id(stored(model, name))] for arg, name in signature.inputs_to_parameters.items()
-    }
+    weights = {nodes[arg]: first[id(stored(model, name))] for arg, name in signature.inputs_to_parameters.items()}
     constants: dict[fx.Node, torch.Tensor] = {}
     for arg, name in {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}.items():
         value = exported.constants.get(name, exported.state_dict.get(name))

@@ -19,7 +19,9 @@ from graphpeft.errors import CaptureError, GraphPeftError
 from graphpeft.inspect.table import table
 
 app = typer.Typer(
-    help="Adapters for PyTorch models, inserted the way a compiler would.", no_args_is_help=True, pretty_exceptions_enable=False
+    help="Adapters for PyTorch models, inserted the way a compiler would.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
 )
 Folder = Annotated[str, typer.Argument(help="A local model folder with a config.json.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the Python trace of an error.")]
@@ -43,7 +45,9 @@ def _skeleton(folder: str) -> nn.Module:
     import transformers
 
     if not (Path(folder) / "config.json").is_file():
-        raise CaptureError(f"{folder} has no config.json. Pass the folder of a transformers model, as save_pretrained writes it.")
+        raise CaptureError(
+            f"{folder} has no config.json. Pass the folder of a transformers model, as save_pretrained writes it."
+        )
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     name = (config.architectures or ["none"])[0]
     build = getattr(transformers, name, None)
@@ -58,7 +62,9 @@ def _skeleton(folder: str) -> nn.Module:
 def demo(
     out: Annotated[Path, typer.Option(help="Where adapters, ONNX files and the plot go.")] = Path("graphpeft-demo"),
     seed: Annotated[int, typer.Option(help="Seed of the split, the heads and the adapters.")] = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="A few texts and steps: shows the path, not the accuracy.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few texts and steps: shows the path, not the accuracy.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Adapt a real pretrained MiniLM to real text twice, merge, export, and run both adapters on ONNX Runtime."""
@@ -69,7 +75,11 @@ def demo(
 
 
 @app.command()
-def plan(model: Folder, rules: Annotated[str, typer.Argument(help="Such as 'qv:rlora; mlp:lora(r=8)'.")], debug: Debug = False) -> None:
+def plan(
+    model: Folder,
+    rules: Annotated[str, typer.Argument(help="Such as 'qv:rlora; mlp:lora(r=8)'.")],
+    debug: Debug = False,
+) -> None:
     """Show what the rules would adapt: sites, methods, parameter counts."""
     with _one_line(debug):
         typer.echo(gp.plan(_skeleton(model), rules))

@@ -10,7 +10,9 @@ from torch import fx, nn
 from graphpeft.match.dataflow import op, read_affine
 from graphpeft.program import Site
 
-CHECKS = frozenset({"_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range_for_size", "_guards_fn"})
+CHECKS = frozenset(
+    {"_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range_for_size", "_guards_fn"}
+)
 
 
 def strip_checks(graph: fx.Graph) -> fx.Graph:
@@ -86,7 +88,9 @@ class _BranchTracer(fx.Tracer):
         return isinstance(m, nn.Dropout)
 
 
-def insert_branch(graph: fx.Graph, node: fx.Node, source: fx.Node, site: Site, branch: nn.Module, path: str, dtype: torch.dtype) -> None:
+def insert_branch(
+    graph: fx.Graph, node: fx.Node, source: fx.Node, site: Site, branch: nn.Module, path: str, dtype: torch.dtype
+) -> None:
     """Inline `branch` after `node` and hand its result to everything that read `node`."""
     inner = _BranchTracer().trace(_Branch(branch, dtype))
     readers = list(node.users)

@@ -13,7 +13,14 @@ from torch import fx
 
 from graphpeft.match.dataflow import op
 
-TRAIN_FLAG = {"dropout": 2, "dropout_": 2, "feature_dropout": 2, "alpha_dropout": 2, "batch_norm": 5, "instance_norm": 5}
+TRAIN_FLAG = {
+    "dropout": 2,
+    "dropout_": 2,
+    "feature_dropout": 2,
+    "alpha_dropout": 2,
+    "batch_norm": 5,
+    "instance_norm": 5,
+}
 """Position of the boolean `train` argument."""
 DROPOUT_P = 4
 """Position of scaled_dot_product_attention's `dropout_p`."""

@@ -230,13 +230,13 @@ def relower(owner: nn.Module) -> None:
         return
     key = _signature(owner, adapters) if type(owner) is nn.Linear else None
     if key is not None and key in _lowered:
-        owner.__class__ = _lowered[key]  # type: ignore[assignment]
+        owner.__class__ = _lowered[key]
         return
     graph = lower(owner, adapters)
     code = fx.GraphModule(owner, graph, type(owner).__name__)
     _inject(owner, {"forward": type(code).forward, "graph": graph, "code": code.code})
     if key is not None:
-        _lowered[key] = cast("type[nn.Module]", type(owner))
+        _lowered[key] = type(owner)
 
 
 _lowered: dict[Hashable, type[nn.Module]] = {}

@@ -6,7 +6,8 @@ silence. So a check on numbers is never enough; each adapter must also be seen t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,12 +108,7 @@ def check_numbers(
             session.use(step.use)
             value, output = distance(_run(session, step, case), step.want[number])
             if not value <= limit:
-                raise ExportError(
-                    f"{step.subject}, {case.label}: output {output!r} of the exported graph differs from PyTorch by "
-                    f"{value:.2g}, more than {limit:.2g} ({test} check). Usual causes: a size or branch that tracing "
-                    "fixed to the sample, or, for adapters only, a delta that the slots do not reproduce. Remedy: "
-                    "export with other sample `inputs` of unequal sizes, or with merged=True."
-                )
+                raise _off(f"{step.subject} ({test})", case, output, value, limit)
             found[step.subject] = max(found.get(step.subject, 0.0), value)
     return [Check(test, subject, value, limit) for subject, value in found.items()]
 
@@ -162,7 +158,9 @@ def check_slots(
     nothing = {slot.a: torch.zeros(slot.inputs, 0) for slot in slots}
     nothing |= {slot.b: torch.zeros(0, slot.outputs) for slot in slots}
     base = reference(case.inputs, nothing)
-    worst = _gap(session, case, {}, base)[0]
+    worst, output = _gap(session, case, {}, base)
+    if not worst <= limit:
+        raise _off("base model (slots)", case, output, worst, limit)
     visible = VISIBLE * max(worst, ROUNDING)
     unmoved = []
     for slot in slots:
@@ -184,18 +182,36 @@ def check_slots(
     return Check("slots", f"{len(slots)} slots, one at a time", worst, limit), unmoved
 
 
+def _off(subject: str, case: Case, output: str, value: float, limit: float) -> ExportError:
+    return ExportError(
+        f"{subject}, {case.label}: output {output!r} of the exported graph differs from PyTorch by {value:.2g}, more "
+        f"than {limit:.2g}. Usual causes: a size or branch that tracing fixed to the sample, or, for an adapter only, "
+        "a delta that the slots do not reproduce. Remedy: pass other sample `inputs`, of unequal sizes, or use "
+        "merged=True."
+    )
+
+
 def _gap(session: Session, case: Case, pair: Tensors, want: Outputs) -> tuple[float, str]:
     fed = case.arrays | {name: tensor.numpy() for name, tensor in pair.items()}
-    return distance(dict(zip(want, session.inference.run(list(want), fed), strict=True)), want)
+    with _explained("slots", case):
+        got = session.inference.run(list(want), fed)
+    return distance(dict(zip(want, got, strict=True)), want)
 
 
 def _run(session: Session, step: Step, case: Case) -> Outputs:
-    try:
+    with _explained(step.subject, case):
         return session.run(case.arrays)
-    except Exception as error:  # ONNX Runtime's errors have no common class of their own
+
+
+@contextmanager
+def _explained(subject: str, case: Case) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # ONNX Runtime's errors have no class of their own in common
         raise ExportError(
-            f"{step.subject}, {case.label}: ONNX Runtime cannot run the exported graph: {error} Usual cause: tracing "
-            "fixed a size to the sample's. Remedy: export with other sample `inputs` of unequal sizes."
+            f"{subject}, {case.label}: ONNX Runtime cannot run the exported graph: {error} Usual causes: an opset "
+            "whose operators this ONNX Runtime has in part, or a size that tracing fixed to the sample's. Remedy: leave "
+            "`opset` out, or pass other sample `inputs`, of unequal sizes."
         ) from error
 
 

@@ -132,7 +132,9 @@ def make_plan(model: nn.Module, found: Found, rules: Sequence[Rule], expect: int
 def _reason(site: Site, rules: Sequence[Rule]) -> str:
     """Why no rule took a site: of a rule that names its role what else it asks, otherwise that none names it."""
     close = [r.selects(site) for r in rules if site.role in r.roles]
-    return next((r for r in close if r), "no rule names this role" if site.role != "other" else "a projection without a role")
+    return next(
+        (r for r in close if r), "no rule names this role" if site.role != "other" else "a projection without a role"
+    )
 
 
 def _nothing(model: nn.Module, found: Found, rule: Rule) -> str:
@@ -142,7 +144,7 @@ def _nothing(model: nn.Module, found: Found, rule: Rule) -> str:
     if rule.glob is not None:
         paths = [s.weight for s in found.sites]
         near = get_close_matches(rule.glob, paths, n=3, cutoff=0.0)
-        return f"`{rule}` matches no projection of {name}. Projections are named like {', '.join(near) or 'none'}. Adjust the glob."
+        return f"`{rule}` matches no projection of {name}. It has {', '.join(near) or 'none'}. Adjust the glob."
     asked = [r for r in rule.roles if r in roles]
     if asked:
         reasons = Counter(reason for s in found.sites if s.role in rule.roles and (reason := rule.selects(s)))

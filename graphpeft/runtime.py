@@ -55,7 +55,13 @@ class Session:
         if options is None:
             options = ort.SessionOptions()
             options.log_severity_level = 3
-        self.inference = ort.InferenceSession(str(model), options, providers=list(providers))
+        try:
+            self.inference = ort.InferenceSession(str(model), options, providers=list(providers))
+        except Exception as error:  # ONNX Runtime's errors have no class of their own in common
+            raise FileError(
+                f"{model}: ONNX Runtime {ort.__version__} cannot load it: {error} Usual causes: model.onnx.data was "
+                "not copied along, or the graph's opset is too new. Copy the whole folder, or update ONNX Runtime."
+            ) from error
         properties = self.inference.get_modelmeta().custom_metadata_map
         if properties.get("graphpeft.schema") != str(SCHEMA):
             raise FileError(

@@ -49,7 +49,9 @@ def get_state(model: nn.Module) -> State:
     """The model's state. Raises `AdapterError` for a model without adapters."""
     state = find_state(model)
     if state is None:
-        inside = next((path for path, m in model.named_modules() if find_state(m) is not None or home(m) is not None), None)
+        inside = next(
+            (path for path, m in model.named_modules() if find_state(m) is not None or home(m) is not None), None
+        )
         hint = (
             f"Its submodule {inside or HOME!r} was adapted: pass the model that gp.apply was called on."
             if inside

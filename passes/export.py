@@ -14,15 +14,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
+from graphpeft.passes.merge import merge, unmerge
 from torch import Tensor, nn
 
 from graphpeft import onnx, parity
 from graphpeft.capture import Inputs, quiet
 from graphpeft.deploy import REPORT, Check, ExportReport, sizes, staged
-from graphpeft.errors import ExportError
+from graphpeft.errors import ExportError, FileError
 from graphpeft.flat import Flat
 from graphpeft.parity import Outputs, Step, Tensors
-from graphpeft.passes.merge import merge, unmerge
 from graphpeft.program import stored
 from graphpeft.runtime import Session
 from graphpeft.slots import Pairs, Slot, SlotBranch, fingerprint, inserted, lower
@@ -36,7 +36,7 @@ def export(
     path: str | Path,
     *,
     merged: bool = False,
-    adapters: Sequence[str] | None = None,
+    adapters: str | Sequence[str] | None = None,
     inputs: Inputs = None,
     opset: int | None = None,
     verify: Verify = "full",
@@ -59,7 +59,10 @@ def export(
         A report with the figure of every check; it is saved as `path/graphpeft.json`.
 
     Raises:
-        ExportError: the model cannot be exported, or a check failed. The folder is then as it was before.
+        ExportError: the model cannot be exported, or a check failed.
+        AdapterError: the model has no such adapters, or cannot be merged.
+
+    After an error the folder is as it was before.
     """
     start = time.perf_counter()
     if verify not in ("off", "fast", "full"):
@@ -141,7 +144,7 @@ class _Export:
         finally:
             unmerge(self.model)
         if self.verify != "off":
-            session = Session(self.folder)
+            session = self._session()
             self.checks += parity.check_numbers(session, [step], self.cases, self.tolerance)
             if self.verify == "full":
                 self.checks.append(parity.check_effect(session, step, base, self.cases))
@@ -170,12 +173,12 @@ class _Export:
             found = module(*inputs.values(), *tensors)
             return {name: value.cpu().numpy() for name, value in zip(self.flat.outputs, found, strict=True)}
 
-        found = parity.check_slots(Session(self.folder), reference, self.slots, self.cases[1], fed, self.tolerance)
+        found = parity.check_slots(self._session(), reference, self.slots, self.cases[-1], fed, self.tolerance)
         self.checks.append(found[0])
         self.notes += [f"{site}: moves the output too little to prove that its slot works" for site in found[1]]
 
     def _check_adapters(self) -> None:
-        session = Session(self.folder)
+        session = self._session()
         with _running(self.model, ()):
             base = Step(None, "base model", self._outputs())
         steps = []
@@ -187,14 +190,20 @@ class _Export:
             self.checks += [parity.check_effect(session, step, base.want, self.cases) for step in steps]
             self.checks.append(parity.check_swaps(session, [*steps, base, steps[0]], self.cases, self.tolerance))
 
+    def _session(self) -> Session:
+        try:
+            return Session(self.folder)
+        except FileError as error:
+            raise ExportError(f"The exported folder does not open: {error}") from error
+
     def _outputs(self) -> list[Outputs]:
         return [self.flat(case.inputs) for case in self.cases]
 
 
-def _chosen(model: nn.Module, merged: bool, adapters: Sequence[str] | None) -> tuple[str, ...]:
+def _chosen(model: nn.Module, merged: bool, adapters: str | Sequence[str] | None) -> tuple[str, ...]:
     state = get_state(model)
     if not merged:
-        chosen = names(model, adapters if adapters is None else list(adapters))
+        chosen = names(model, adapters if adapters is None or isinstance(adapters, str) else tuple(adapters))
     elif adapters is not None:
         raise ExportError("merged=True folds the active adapters and takes no names; gp.activate chooses them.")
     else:
@@ -202,8 +211,8 @@ def _chosen(model: nn.Module, merged: bool, adapters: Sequence[str] | None) -> t
     if not chosen:
         raise ExportError("No adapter is " + ("active: call gp.activate(model, name) first." if merged else "chosen."))
     if Path(REPORT).stem in chosen:
-        raise ExportError(f"An adapter cannot be called {Path(REPORT).stem!r}: its sidecar would be the report {REPORT}.")
-    return chosen
+        raise ExportError(f"No adapter can be called {Path(REPORT).stem!r}: its sidecar would be the report {REPORT}.")
+    return tuple(dict.fromkeys(chosen))
 
 
 @contextmanager

@@ -40,7 +40,9 @@ def insert(model: nn.Module, name: str, rules: str, seed: int, entries: tuple[En
         for entry in entries:
             owner = model.get_submodule(entry.site.owner)
             touched.append(owner)
-            settle(owner, entry.site.owner).add(name, entry.site, _branch(model, entry, shared))
+            adapters = settle(owner, entry.site.owner)
+            adapters.add(name, entry.site, _branch(model, entry, shared))
+            adapters.train(owner.training)
     except BaseException:
         for owner in touched:
             _withdraw(owner, name)

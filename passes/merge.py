@@ -73,7 +73,10 @@ def _refuse_tied(model: nn.Module, site: Site) -> None:
     """A weight that another module holds too would change there as well, where the adapter never acted."""
     parameter = stored(model, site.weight)
     holders = {
-        id(module): path for path, module in model.named_modules() for p in module._parameters.values() if p is parameter
+        id(module): path
+        for path, module in model.named_modules()
+        for p in module._parameters.values()
+        if p is parameter
     }
     if len(holders) > 1:
         raise AdapterError(

@@ -6,13 +6,13 @@ import warnings
 from pathlib import Path
 
 import torch
+from graphpeft.passes.activate import remove
+from graphpeft.passes.initialize import initialize
+from graphpeft.passes.insert import check_name, insert
 from torch import nn
 
 from graphpeft.chain import Chain, Factor
 from graphpeft.errors import AdapterError, FileError
-from graphpeft.passes.activate import remove
-from graphpeft.passes.initialize import initialize
-from graphpeft.passes.insert import check_name, insert
 from graphpeft.plan import Entry
 from graphpeft.program import Site, stored
 from graphpeft.state import chains, find_state, get_state, names, set_active
@@ -41,7 +41,9 @@ def save(model: nn.Module, folder: str | Path, name: str | None = None) -> Path:
         )
     adapter = state.adapters[chosen]
     tensors = {key: p for site, chain in chains(model, chosen).items() for key, p in _named(site, chain)}
-    content = AdapterFile(chosen, adapter.rules, adapter.seed, adapter.entries, tensors, _fingerprint(model, adapter.entries))
+    content = AdapterFile(
+        chosen, adapter.rules, adapter.seed, adapter.entries, tensors, _fingerprint(model, adapter.entries)
+    )
     write_adapter(Path(folder), content)
     return Path(folder)
 
@@ -82,7 +84,9 @@ def _named(site: Site, chain: Chain) -> list[tuple[str, nn.Parameter]]:
     for place, factor in enumerate(chain.factors):
         assert isinstance(factor, Factor)
         for leaf, parameter in factor.named_parameters():
-            found.append((f"shared:{factor.shared}.{leaf}" if factor.shared else f"{site.key}.{place}.{leaf}", parameter))
+            found.append(
+                (f"shared:{factor.shared}.{leaf}" if factor.shared else f"{site.key}.{place}.{leaf}", parameter)
+            )
     return found
 
 
@@ -127,6 +131,8 @@ def _fill(model: nn.Module, name: str, content: AdapterFile, folder: Path) -> No
     for key, parameter in wanted.items():
         tensor = content.tensors[key]
         if tensor.shape != parameter.shape:
-            raise FileError(f"{folder}: {key} has shape {tuple(tensor.shape)}, the method makes {tuple(parameter.shape)}.")
+            raise FileError(
+                f"{folder}: {key} has shape {tuple(tensor.shape)}, the method makes {tuple(parameter.shape)}."
+            )
         with torch.no_grad():
             parameter.copy_(tensor)

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from graphpeft.passes.merge import merge, unmerge
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from graphpeft.capture import Inputs, example_call, quiet
 from graphpeft.errors import VerifyError
 from graphpeft.owner import home
-from graphpeft.passes.merge import merge, unmerge
 from graphpeft.program import stored
 from graphpeft.state import chains, get_state, inactive, owners
 
@@ -62,11 +62,21 @@ def _accounting(model: nn.Module, report: Report) -> None:
     state = get_state(model)
     names = dict(model.named_parameters())
     lost = [n for n in state.required if n not in names]
-    report.add("base names", not lost, f"{len(state.required)} parameters keep their names" if not lost else f"lost: {lost[:3]}")
+    report.add(
+        "base names",
+        not lost,
+        f"{len(state.required)} parameters keep their names" if not lost else f"lost: {lost[:3]}",
+    )
     planned = {id(p) for a in state.active for c in chains(model, a).values() for p in c.parameters()}
     trained = {id(p): n for n, p in names.items() if p.requires_grad and n not in state.required}
     missing, extra = planned - trained.keys(), [n for i, n in trained.items() if i not in planned]
-    report.add("trainable", not (missing or extra), f"{len(planned)} tensors, as planned" if not (missing or extra) else f"unplanned: {extra[:3]}, missing: {len(missing)}")
+    report.add(
+        "trainable",
+        not (missing or extra),
+        f"{len(planned)} tensors, as planned"
+        if not (missing or extra)
+        else f"unplanned: {extra[:3]}, missing: {len(missing)}",
+    )
 
 
 def _graphs(model: nn.Module, report: Report) -> None:
@@ -86,7 +96,11 @@ def _graphs(model: nn.Module, report: Report) -> None:
 
 def floats(output: Any) -> list[torch.Tensor]:
     """Every floating-point tensor in a model's output, in order."""
-    return [t for t in tree_leaves(dict(output) if hasattr(output, "keys") else output) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    return [
+        t
+        for t in tree_leaves(dict(output) if hasattr(output, "keys") else output)
+        if isinstance(t, torch.Tensor) and t.is_floating_point()
+    ]
 
 
 def difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
@@ -107,7 +121,11 @@ def _outputs(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], rep
         else:
             report.add("effect", True, f"adapters move the output by up to {moved:.1e}")
         if state.active:
-            before = {e.site.weight: stored(model, e.site.weight).detach().clone() for a in state.active for e in state.adapters[a].entries}
+            before = {
+                e.site.weight: stored(model, e.site.weight).detach().clone()
+                for a in state.active
+                for e in state.adapters[a].entries
+            }
             merge(model)
             merged = floats(model(*args, **kwargs))
             unmerge(model)

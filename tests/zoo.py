@@ -67,7 +67,9 @@ def vit(attn: str = "sdpa", **extra: Any) -> nn.Module:
 
 
 def distilbert(attn: str = "sdpa") -> nn.Module:
-    config = tf.DistilBertConfig(vocab_size=VOCAB, dim=64, n_layers=2, n_heads=4, hidden_dim=96, attn_implementation=attn)
+    config = tf.DistilBertConfig(
+        vocab_size=VOCAB, dim=64, n_layers=2, n_heads=4, hidden_dim=96, attn_implementation=attn
+    )
     return tf.DistilBertForSequenceClassification(config)
 
 

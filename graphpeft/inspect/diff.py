@@ -50,7 +50,9 @@ def _before_and_after(owner: nn.Module) -> tuple[list[str], list[str]]:
     running = adapters.running()
     if any(site.form == "weight" for site, _, _ in running):
         names = {path: site.weight.rpartition(".")[2] for site, _, path in running}
-        return sorted(set(names.values())), [f"{weight} + delta({path.removeprefix(HOME + '.')})" for path, weight in names.items()]
+        return sorted(set(names.values())), [
+            f"{weight} + delta({path.removeprefix(HOME + '.')})" for path, weight in names.items()
+        ]
     after = lines(cast(fx.Graph, owner.graph))
     if adapters.base is not None:
         return lines(strip_checks(copy.deepcopy(adapters.base))), after

@@ -37,15 +37,17 @@ def explain(model: nn.Module, fold: bool = True) -> Explanation:
         items: list[tuple[str, int | None]] = []
         for entry, (site, chain) in zip(adapter.entries, chains(model, name).items(), strict=True):
             where = re.sub(r"\.\d+\.", ".*.", site.weight, count=1) if fold and site.layer is not None else site.weight
-            cells = (site.role + (" cross" if site.cross else ""), where, rows_text(site.rows), f"{site.outputs} × {site.inputs}",
-                     str(entry.method), site.form, str(chain.rank), f"{sum(p.numel() for p in chain.parameters()):,}")  # fmt: skip
-            key = "\t".join(cells)
+            role = site.role + (" cross" if site.cross else "")
+            cells = (role, where, rows_text(site.rows), f"{site.outputs} × {site.inputs}", entry.method, site.form, chain.rank)
+            key = "\t".join([*map(str, cells), f"{sum(p.numel() for p in chain.parameters()):,}"])
             items.append((key, site.layer))
             original = state.originals.get(site.weight, stored(model, site.weight))
             lines.setdefault(key, []).append(_moved(chain.delta(), original))
         columns = ("role", "weight", "rows", "out × in", "method", "form", "rank", "parameters", "‖ΔW‖/‖W‖", "")
         rows = [(*key.split("\t"), f"{max(lines[key]):.2g}", layers_text(layers)) for key, layers in folded(items)]
-        count = sum(p.numel() for p in {id(p): p for c in chains(model, name).values() for p in c.parameters()}.values())
+        count = sum(
+            p.numel() for p in {id(p): p for c in chains(model, name).values() for p in c.parameters()}.values()
+        )
         title = f"{name} ({status}): {adapter.rules}  —  {len(adapter.entries)} sites, {count:,} parameters"
         blocks.append(table(columns, rows, title, right=["rank", "parameters", "‖ΔW‖/‖W‖"]))
     return Explanation("\n\n".join(blocks))

@@ -11,7 +11,9 @@ from rich.table import Table
 from graphpeft.program import Rows
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None, right: Iterable[str] = ()) -> str:
+def table(
+    columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None, right: Iterable[str] = ()
+) -> str:
     """A plain table; columns named in `right` are right-aligned."""
     aligned = set(right)
     made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")

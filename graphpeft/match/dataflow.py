@@ -20,16 +20,33 @@ ATTENTION = frozenset({"scaled_dot_product_attention"})
 SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax"})
 ADD = frozenset({"add", "add_"})
 # Operators that only rename, move or keep their first operand's values: what they return *is* that operand.
-SAME = frozenset({"to", "_to_copy", "type_as", "alias", "detach", "detach_", "contiguous", "clone", "dropout", "lift_fresh_copy"})
+SAME = frozenset(
+    {"to", "_to_copy", "type_as", "alias", "detach", "detach_", "contiguous", "clone", "dropout", "lift_fresh_copy"}
+)
 # Operators after which only part of a projection's output features may be left.
 PARTIAL = frozenset(
-    {"slice", "select", "split", "split_with_sizes", "chunk", "unbind", "index", "index_select", "narrow", "gather", "tensor_split", "getitem"}
+    {"slice", "select", "split", "split_with_sizes", "chunk", "unbind", "index", "index_select", "narrow", "gather",
+     "tensor_split", "getitem"}
 )  # fmt: skip
 # Point-wise, yet linear in the operand they are called on: not an activation function.
 LINEAR_POINTWISE = frozenset(
     {"add", "add_", "sub", "mul", "mul_", "div", "neg", "clone", "where", "masked_fill", "rsub", "fill", "to", "clamp"}
 )
-RESHAPES = frozenset({"view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "expand", "permute", "transpose", "getitem", "_unsafe_view"})
+RESHAPES = frozenset(
+    {
+        "view",
+        "reshape",
+        "unsqueeze",
+        "squeeze",
+        "flatten",
+        "unflatten",
+        "expand",
+        "permute",
+        "transpose",
+        "getitem",
+        "_unsafe_view",
+    }
+)
 TRANSPOSES = frozenset({"t", "transpose", "permute", "numpy_T", "mT", "T"})
 
 
@@ -141,7 +158,9 @@ class Dataflow:
     def parents(self, node: fx.Node) -> list[fx.Node]:
         return [p for p in node.all_input_nodes if p in self.active]
 
-    def upstream(self, start: fx.Node, through: Callable[[fx.Node], bool] = lambda n: True) -> Iterator[tuple[fx.Node, ...]]:
+    def upstream(
+        self, start: fx.Node, through: Callable[[fx.Node], bool] = lambda n: True
+    ) -> Iterator[tuple[fx.Node, ...]]:
         """Paths from `start` up to each nearest barrier, `start` first; one path per barrier, nearest first.
 
         A path whose inner nodes do not all pass `through` is not followed."""
@@ -200,7 +219,10 @@ class Dataflow:
         for node in self.nodes:
             if op(node) not in ADD or node not in self.active:
                 continue
-            pair = sorted({strip(a) for a in node.args[:2] if isinstance(a, fx.Node) and a in self.active}, key=self.order.__getitem__)
+            pair = sorted(
+                {strip(a) for a in node.args[:2] if isinstance(a, fx.Node) and a in self.active},
+                key=self.order.__getitem__,
+            )
             if len(pair) == 2 and self._bypasses(*pair):
                 found[node] = (pair[0], pair[1])
         return found
@@ -217,7 +239,9 @@ class Dataflow:
 
     def _projects(self, node: fx.Node, source: fx.Node, floor: int) -> bool:
         """Whether `node` multiplies `source`, seen through nothing but normalization and the like, by a parameter."""
-        if op(node) not in PRODUCTS or not any(behind_transposes(w)[0] in self.program.weights for w in node.all_input_nodes):
+        if op(node) not in PRODUCTS or not any(
+            behind_transposes(w)[0] in self.program.weights for w in node.all_input_nodes
+        ):
             return False
         inputs = self.parents(node)
         return source in inputs or any(source in self.ancestors(x, floor, stop=self._mixes) for x in inputs)

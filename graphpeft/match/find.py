@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePath
 
@@ -49,8 +49,8 @@ def find(program: Program) -> Found:
     cross: set[fx.Node] = set()  # cross-attention cores, and the projections around them
     misses: dict[str, Miss] = {}
     for declaration, core, match in _matches(flow, misses):
-        for role, bounds in match.bound.items():
-            for bound in bounds:
+        for role, bound_here in match.bound.items():
+            for bound in bound_here:
                 hits.setdefault(bound.node, {}).setdefault(role, []).append(bound)
         if declaration.name == "attention" and _is_cross(flow, match):
             cross |= {core} | {b.node for r in "qkv" for b in match.bound.get(r, ())}
@@ -134,9 +134,9 @@ def _merge(one: Site, other: Site) -> Site:
     return replace(one, rows=_union([one.rows, other.rows]), cross=one.cross or other.cross)
 
 
-def _without_shadows(sites: Sequence[Site] | object) -> tuple[Site, ...]:
+def _without_shadows(sites: Iterable[Site]) -> tuple[Site, ...]:
     """A weight with a role at one call site is not also listed as `other` for the rest."""
-    every: list[Site] = list(sites)  # type: ignore[call-overload]
+    every: list[Site] = list(sites)
     named = {s.weight for s in every if s.role != "other"}
     return tuple(s for s in every if s.role != "other" or s.weight not in named)
 

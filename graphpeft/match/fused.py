@@ -48,8 +48,9 @@ def _signature(flow: Dataflow, affine: fx.Node, operand: fx.Node) -> tuple[Any, 
         if not isinstance(value, fx.Node):
             return repr(value)
         example = value.meta.get("val")
-        outside = value not in flow.program.constants and isinstance(example, torch.Tensor) and example.is_floating_point()
-        return places.get(value, concrete(example.shape) if outside else value)
+        if value in places or value in flow.program.constants or not isinstance(example, torch.Tensor):
+            return places.get(value, value)
+        return concrete(example.shape) if example.is_floating_point() else value
 
     shape = concrete(affine.meta["val"].shape)
     return shape, *((n.target, tuple(map(seen, pytree.tree_leaves((n.args, n.kwargs))))) for n in list(places)[1:])
@@ -57,7 +58,9 @@ def _signature(flow: Dataflow, affine: fx.Node, operand: fx.Node) -> tuple[Any, 
 
 def runs(mask: torch.Tensor) -> Rows:
     """The half-open runs of True in a one-dimensional mask."""
-    edges = torch.diff(mask.to(torch.int8), prepend=torch.zeros(1, dtype=torch.int8), append=torch.zeros(1, dtype=torch.int8))
+    edges = torch.diff(
+        mask.to(torch.int8), prepend=torch.zeros(1, dtype=torch.int8), append=torch.zeros(1, dtype=torch.int8)
+    )
     starts, ends = (edges == 1).nonzero().flatten().tolist(), (edges == -1).nonzero().flatten().tolist()
     return tuple(zip(starts, ends, strict=True))
 

@@ -170,14 +170,22 @@ class Flow(Pattern):
         total: Match | None = None
         best = Miss(node, "nothing upstream stops the flow")
         for path in flow.upstream(node, self._through if self.pointwise else lambda n: True):
-            if self.activated is not None and any(map(df.activation, flow.between(path[-1], node))) is not self.activated:
-                best = max(best, Miss(path[-1], "a non-linear function is missing or in the way", 1), key=lambda m: m.depth)
+            if (
+                self.activated is not None
+                and any(map(df.activation, flow.between(path[-1], node))) is not self.activated
+            ):
+                best = max(
+                    best, Miss(path[-1], "a non-linear function is missing or in the way", 1), key=lambda m: m.depth
+                )
                 continue
             result = self.pattern.at(flow, path[-1])
             if isinstance(result, Miss):
                 best = max(best, result.deeper(), key=lambda m: m.depth)
                 continue
-            seen = {n: tuple(replace(b, seen_from=node, path=path) if b.node is path[-1] else b for b in bs) for n, bs in result.bound.items()}
+            seen = {
+                n: tuple(replace(b, seen_from=node, path=path) if b.node is path[-1] else b for b in bs)
+                for n, bs in result.bound.items()
+            }
             total = Match(seen) if total is None else total + Match(seen)
         return best if total is None else total
 

@@ -6,7 +6,20 @@ from dataclasses import dataclass
 
 from graphpeft.match import fused
 from graphpeft.match.dataflow import Dataflow
-from graphpeft.match.pattern import ANY, Match, Pattern, affine, elementwise, flow, join, matmul, mul, sdpa, seen, softmax
+from graphpeft.match.pattern import (
+    ANY,
+    Match,
+    Pattern,
+    affine,
+    elementwise,
+    flow,
+    join,
+    matmul,
+    mul,
+    sdpa,
+    seen,
+    softmax,
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +45,10 @@ def apart(flow: Dataflow, match: Match) -> str | None:
         return "gate and up are not one projection each"
     if gate[0].node is not up[0].node:
         return None
-    sets = [{i for a, b in fused.rows(flow, x.node, x.seen_from) or ((0, 1 << 30),) for i in (a, b)} for x in (gate[0], up[0])]
+    sets = [
+        {i for a, b in fused.rows(flow, x.node, x.seen_from) or ((0, 1 << 30),) for i in (a, b)}
+        for x in (gate[0], up[0])
+    ]
     return "gate and up read the same features" if sets[0] == sets[1] else None
 
 
@@ -50,8 +66,18 @@ GATED_MLP = join(flow(affine("down", seen(mul(GATE, UP).where(apart)))), bypasse
 MLP = join(flow(affine("down", elementwise(affine("up"), activated=True)).where(single)), bypassed="up")
 
 DECLARED: list[Declaration] = [
-    Declaration("attention", CORE, ("q", "k", "v"), "a scaled_dot_product_attention, or a softmax fed by a product and feeding one"),
+    Declaration(
+        "attention",
+        CORE,
+        ("q", "k", "v"),
+        "a scaled_dot_product_attention, or a softmax fed by a product and feeding one",
+    ),
     Declaration("attention output", affine("o", flow(ATTENDED)), ("o",), "a projection of what attention returns"),
-    Declaration("mlp", GATED_MLP | MLP, ("gate", "up", "down"), "a residual join around two projections with an activation between"),
+    Declaration(
+        "mlp",
+        GATED_MLP | MLP,
+        ("gate", "up", "down"),
+        "a residual join around two projections with an activation between",
+    ),
 ]
 ROLES = tuple(role for declaration in DECLARED for role in declaration.roles)

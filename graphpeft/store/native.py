@@ -93,7 +93,9 @@ def _describe(folder: Path) -> dict[str, Any]:
     path = folder / DESCRIPTION
     if not path.is_file():
         found = sorted(p.name for p in folder.iterdir())[:5] if folder.is_dir() else []
-        foreign = " It looks like a PEFT adapter, which this version does not read." if "adapter_config.json" in found else ""
+        foreign = (
+            " It looks like a PEFT adapter, which this version does not read." if "adapter_config.json" in found else ""
+        )
         raise FileError(
             f"{folder} is no graphpeft adapter: there is no {DESCRIPTION}"
             + (f" (it holds {', '.join(found)})." if found else ".")
@@ -102,14 +104,20 @@ def _describe(folder: Path) -> dict[str, Any]:
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise FileError(f"{path} is not readable JSON: {error}. It was cut short or edited; copy the folder again.") from error
+        raise FileError(
+            f"{path} is not readable JSON: {error}. It was cut short or edited; copy the folder again."
+        ) from error
     needed = {"format": str, "version": int, "name": str, "rules": str, "seed": int, "base_fingerprint": str,
               "tensors_sha256": str, "sites": list}  # fmt: skip
     wrong = [k for k, kind in needed.items() if not isinstance(about, dict) or not isinstance(about.get(k), kind)]
     if wrong or about["format"] != FORMAT:
-        raise FileError(f"{path} is not a description of a graphpeft adapter: {', '.join(wrong) or 'format'} missing or wrong.")
+        raise FileError(
+            f"{path} is not a description of a graphpeft adapter: {', '.join(wrong) or 'format'} missing or wrong."
+        )
     if about["version"] > VERSION:
-        raise FileError(f"{path} has format version {about['version']}; this graphpeft reads up to {VERSION}. Update graphpeft.")
+        raise FileError(
+            f"{path} has format version {about['version']}; this graphpeft reads up to {VERSION}. Update graphpeft."
+        )
     unknown = sorted(about.keys() - needed.keys() - {"versions"})
     if unknown:
         warnings.warn(f"{path} has fields that this version ignores: {', '.join(unknown)}", stacklevel=4)
