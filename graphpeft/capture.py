@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from graphpeft.errors import CaptureError
+from graphpeft.owner import evaluating
 from graphpeft.program import Program, stored
 from graphpeft.samples import sample_inputs, without_cache
 
@@ -76,7 +77,7 @@ def quiet(model: nn.Module) -> Iterator[None]:
     for module in training:
         module.training = False
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
@@ -115,8 +116,8 @@ def _whole(module: fx.GraphModule) -> Program:
             weights[node] = first[id(value)]
         elif isinstance(value, torch.Tensor):
             constants[node] = value
-    missing = [n.name for n in graph.nodes if n.op == "call_function" and "val" not in n.meta]
-    if len(missing) > len(graph.nodes) // 2:
+    calls = [n for n in graph.nodes if n.op == "call_function"]
+    if sum("val" not in n.meta for n in calls) > len(calls) // 2:
         raise CaptureError(
             "This GraphModule carries no shapes (node.meta['val']). Usually it was made by make_fx or by hand. "
             "Capture the original model with torch.export.export(model, ...), and pass the exported program."

@@ -29,6 +29,8 @@ class Flat:
     dropped: tuple[str, ...]
     """Outputs that are no tensors (caches, nested tuples) and are left out."""
     axes: Axes
+    positional: tuple[str, ...] = ()
+    """Names that the sample call passes by position; an exported program insists on it."""
 
     @classmethod
     def of(cls, model: nn.Module, given: Inputs = None) -> Flat:
@@ -46,21 +48,28 @@ class Flat:
         named: dict[str, Any] = {}
         for name, value in bound.items():
             named |= value if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+        positional = tuple(bound)[: len(args)]
         inputs = {name: value for name, value in named.items() if isinstance(value, Tensor)}
-        constants = {name: value for name, value in named.items() if name not in inputs and value is not None}
+        constants = {name: value for name, value in named.items() if name not in inputs}
         axes = _axes(inputs)
-        found = _named(model(**inputs, **constants))
+        found = _named(model(*args, **kwargs))
         outputs = tuple(name for name, value in found.items() if isinstance(value, Tensor))
         if not outputs:
             kind = type(model).__name__
             raise ExportError(f"{kind} returns no tensor, but {list(found)}. Wrap it in a module that returns tensors.")
         dropped = tuple(name for name, value in found.items() if name not in outputs and value is not None)
-        return cls(model, inputs, constants, outputs, dropped, axes)
+        return cls(model, inputs, constants, outputs, dropped, axes, positional)
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         """The model's outputs, as ONNX Runtime would return them."""
-        found = _named(self.model(**inputs, **self.constants))
+        args, kwargs = self.call(inputs)
+        found = _named(self.model(*args, **kwargs))
         return {name: found[name].cpu().numpy() for name in self.outputs}
+
+    def call(self, inputs: Mapping[str, Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """(args, kwargs) of the sample call with other tensors."""
+        named = {**self.constants, **inputs}
+        return tuple(named.pop(name) for name in self.positional), named
 
     def module(self, parameters: Sequence[str] = ()) -> nn.Module:
         """The model as a module of positional tensors: the inputs, then values for the named parameters.
@@ -78,7 +87,7 @@ class _Positional(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         inputs = dict(zip(self.flat.inputs, tensors, strict=False))
         values = dict(zip(self.replaced, tensors[len(inputs) :], strict=True))
-        found = _named(torch.func.functional_call(self.model, values, (), {**inputs, **self.flat.constants}))
+        found = _named(torch.func.functional_call(self.model, values, *self.flat.call(inputs)))
         return tuple(found[name] for name in self.flat.outputs)
 
 

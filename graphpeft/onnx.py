@@ -176,6 +176,8 @@ def _tidy(model: ir.Model) -> None:
         if name.startswith(PREFIX) and (name := name.removeprefix(PREFIX)) not in taken:
             taken.add(name)
             value.name = name
+    outputs = [value for node in model.graph for value in node.outputs]
+    for value in (*model.graph.inputs, *model.graph.initializers.values(), *outputs):
         value.metadata_props.clear()
     for node in model.graph:
         scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")

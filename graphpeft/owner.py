@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal, cast
 
 import torch
@@ -115,14 +116,30 @@ class AdaptedGraph(Adapted):
         return self.train(False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        clone = cast(Any, fx.GraphModule.__deepcopy__)(self, memo)
         # A GraphModule compiles its code into its own class: a copy that shared the class would rewrite the original.
-        clone.__class__ = type(fx.GraphModule.__new__(fx.GraphModule))
-        for name in (HOME, STATE):
-            if name in self.__dict__ or name in cast(nn.Module, self)._modules:
-                setattr(clone, name, copy.deepcopy(getattr(self, name), memo))
+        clone = memo[id(self)] = self.base_class.__new__(self.base_class)
+        clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
         relower(clone)
         return clone
+
+
+def _call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What an adapted graph's class calls: `fx.GraphModule` wraps it, and would otherwise wrap its base's wrapper."""
+    return nn.Module.__call__(self, *args, **kwargs)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The adapted graph modules of a model in eval mode for a while, where setting `training` would not do it."""
+    modes = {m: cast(Adapters, home(m)).mode for m in model.modules() if isinstance(m, AdaptedGraph)}
+    for module in modes:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            cast(Adapters, home(cast(nn.Module, module))).mode = mode
+            relower(cast(nn.Module, module))
 
 
 STATE = "_graphpeft"
@@ -193,12 +210,19 @@ def restore(owner: nn.Module) -> None:
         owner.graph = copy.deepcopy(adapters.base)
 
 
-def vacate(owner: nn.Module) -> Adapters | None:
-    """Restore the owner and take its adapters off the module tree; returns them."""
+def vacate(owner: nn.Module, keep_mode: bool = False) -> Adapters | None:
+    """Restore the owner and take its adapters off the module tree; returns them.
+
+    A graph module goes back to the mode that it was exported in, or with `keep_mode` stays in the one it has.
+    """
     restore(owner)
     adapters = cast("Adapters | None", owner._modules.pop(HOME, None))
     if adapters is not None:
         owner.__dict__.update(adapters.refusals)
+        if keep_mode and adapters.mode is not None:
+            graph_module = cast(fx.GraphModule, owner)
+            set_mode(graph_module.graph, adapters.mode)
+            graph_module.recompile()
     return adapters
 
 
@@ -220,7 +244,7 @@ def relower(owner: nn.Module) -> None:
         graph = lower(owner, adapters)
         if adapters.mode is not None:
             set_mode(graph, adapters.mode)
-        _inject(owner, {}, AdaptedGraph)
+        _inject(owner, {"__call__": _call}, AdaptedGraph)
         owner.graph = graph
         return
     if adapters is None or not adapters.running():

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from graphpeft.passes.merge import unmerge
 from torch import nn
 
 from graphpeft.owner import STATE, home, vacate
+from graphpeft.passes.merge import unmerge
 from graphpeft.program import stored
 from graphpeft.state import get_state, inactive, names, owners, refuse_merged, set_active
 

@@ -36,7 +36,7 @@ def merge(model: nn.Module, name: str | Sequence[str] | None = None) -> None:
                 updated[site.weight] = fold(weight.to(wide), site, _finite(chain.delta(), adapter, site))
     active = state.active
     for path, owner in owners(model, tuple(state.adapters)).items():
-        adapters = vacate(owner)
+        adapters = vacate(owner, keep_mode=True)
         if adapters is not None:
             state.parked[path] = adapters
     for path, value in updated.items():

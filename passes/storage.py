@@ -6,13 +6,13 @@ import warnings
 from pathlib import Path
 
 import torch
-from graphpeft.passes.activate import remove
-from graphpeft.passes.initialize import initialize
-from graphpeft.passes.insert import check_name, insert
 from torch import nn
 
 from graphpeft.chain import Chain, Factor
 from graphpeft.errors import AdapterError, FileError
+from graphpeft.passes.activate import remove
+from graphpeft.passes.initialize import initialize
+from graphpeft.passes.insert import check_name, insert
 from graphpeft.plan import Entry
 from graphpeft.program import Site, stored
 from graphpeft.state import chains, find_state, get_state, names, set_active

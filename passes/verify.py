@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from graphpeft.passes.merge import merge, unmerge
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from graphpeft.capture import Inputs, example_call, quiet
 from graphpeft.errors import VerifyError
-from graphpeft.owner import home
+from graphpeft.owner import Adapted, home
+from graphpeft.passes.merge import merge, unmerge
 from graphpeft.program import stored
 from graphpeft.state import chains, get_state, inactive, owners
 
@@ -85,10 +85,10 @@ def _graphs(model: nn.Module, report: Report) -> None:
     absent = []
     for path, owner in owners(model, state.active).items():
         adapters = home(owner)
-        graph = getattr(owner, "graph", None)
+        graph = getattr(owner, "graph", None)  # `None` in the weight form, whose class reads every branch
         tags = {n.meta.get("graphpeft") for n in graph.nodes} if graph is not None else set()
         for site, _, branch in adapters.running() if adapters else []:
-            if site.form == "branch" and branch not in tags:
+            if branch not in tags if graph is not None else not isinstance(owner, Adapted):
                 absent.append(f"{path}:{site.role}")
     count = sum(len(state.adapters[a].entries) for a in state.active)
     report.add("graphs", not absent, f"{count} sites rewritten" if not absent else f"no branch at {absent[:3]}")

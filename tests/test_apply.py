@@ -83,45 +83,6 @@ def test_other_dtypes_are_restored_to_the_bit(name: str, dtype: torch.dtype) -> 
     assert same(outputs(model, example), base)
 
 
-def test_two_thirds_of_a_fused_projection() -> None:
-    """PEFT can only adapt `c_attn` as a whole; here the keys' columns do not change by a bit."""
-    model = build("gpt2")
-    example = call("gpt2", model)
-    seen: list[torch.Tensor] = []
-    first = model.transformer.h[0].attn.c_attn
-    gp.apply(model, "qv:lora(r=8)")
-    randomize(model)
-    first.register_forward_hook(lambda module, args, output: seen.append(output.detach()))
-    with gp.disabled(model):
-        outputs(model, example)
-    outputs(model, example)
-    base, adapted = seen
-    assert torch.equal(adapted[..., 64:128], base[..., 64:128])
-    assert (adapted - base)[..., :64].abs().min(-1).values.max() > 0
-    assert (adapted - base)[..., 128:].abs().min(-1).values.max() > 0
-    site = first.adapters.default.q
-    assert tuple(site.factors[1].weight.shape) == (64, 8)  # B makes the queries alone
-    assert gp.trainable(model)[0] == 2 * 2 * 8 * (64 + 64)
-
-
-def test_interleaved_rows_are_adapted_and_nothing_between_them() -> None:
-    model = build("gpt_neox")
-    example = call("gpt_neox", model)
-    seen: list[torch.Tensor] = []
-    first = model.gpt_neox.layers[0].attention.query_key_value
-    gp.apply(model, "k:lora")
-    randomize(model)
-    first.register_forward_hook(lambda module, args, output: seen.append(output.detach()))
-    with gp.disabled(model):
-        outputs(model, example)
-    outputs(model, example)
-    moved = (seen[1] - seen[0]).abs().amax((0, 1)) > 0
-    keys = torch.zeros(192, dtype=torch.bool)
-    for start in (16, 64, 112, 160):
-        keys[start : start + 16] = True
-    assert torch.equal(moved, keys)
-
-
 @pytest.mark.parametrize("name", ["llama", "gpt2", "albert", "torch_encoder"])
 def test_branches_compute_what_the_dense_update_says(name: str) -> None:
     """Against the definition: weights replaced by W + ΔW, by hand."""

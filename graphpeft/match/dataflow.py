@@ -161,29 +161,24 @@ class Dataflow:
     def upstream(
         self, start: fx.Node, through: Callable[[fx.Node], bool] = lambda n: True
     ) -> Iterator[tuple[fx.Node, ...]]:
-        """Paths from `start` up to each nearest barrier, `start` first; one path per barrier, nearest first.
+        """Paths from `start` up to each nearest node that stops the flow, `start` first, nearest first.
 
-        A path whose inner nodes do not all pass `through` is not followed."""
-        if self.barrier(start):
-            yield (start,)
-            return
+        A barrier stops it, and so does a node that does not pass `through`."""
         came_from: dict[fx.Node, fx.Node | None] = {start: None}
         queue = [start]
         for node in queue:
-            if not through(node):
+            if not self.barrier(node) and through(node):
+                for parent in self.parents(node):
+                    if parent not in came_from:
+                        came_from[parent] = node
+                        queue.append(parent)
                 continue
-            for parent in self.parents(node):
-                if parent in came_from:
-                    continue
-                came_from[parent] = node
-                if not self.barrier(parent):
-                    queue.append(parent)
-                    continue
-                path, step = [parent], came_from[parent]
-                while step is not None:
-                    path.append(step)
-                    step = came_from[step]
-                yield tuple(reversed(path))
+            path: list[fx.Node] = []
+            step: fx.Node | None = node
+            while step is not None:
+                path.append(step)
+                step = came_from[step]
+            yield tuple(reversed(path))
 
     def between(self, start: fx.Node, end: fx.Node) -> list[fx.Node]:
         """Nodes on any path from `start` (exclusive) to `end` (inclusive), in graph order."""
@@ -223,8 +218,14 @@ class Dataflow:
                 {strip(a) for a in node.args[:2] if isinstance(a, fx.Node) and a in self.active},
                 key=self.order.__getitem__,
             )
-            if len(pair) == 2 and self._bypasses(*pair):
-                found[node] = (pair[0], pair[1])
+            if len(pair) != 2:
+                continue
+            # Parallel branches: (x + f(x)) + g(x) joins g(x) to the bypass of the inner sum.
+            inner = [(found[one][0], other) for one, other in (pair, pair[::-1]) if one in found]
+            for bypass, branch in ((pair[0], pair[1]), *inner):
+                if self._bypasses(bypass, branch):
+                    found[node] = (bypass, branch)
+                    break
         return found
 
     def _bypasses(self, early: fx.Node, late: fx.Node) -> bool:

@@ -35,8 +35,11 @@ class Found:
         """In words, why `role` has no site, as far as the graph tells."""
         for declaration in declared.DECLARED:
             if role in declaration.roles:
+                present = dict.fromkeys(s.role for s in self.sites if s.role in declaration.roles)
+                if present:
+                    return f"its {declaration.name} has {' and '.join(present)} but no {role}"
                 miss = self.misses.get(declaration.name)
-                near = f"; nearest miss at {where(miss.node)}: {miss.reason}" if miss and miss.depth else ""
+                near = f"; nearest miss at {where(miss.node)}: {miss.reason}" if miss is not None and miss.depth else ""
                 absent = ABSENT.get(declaration.name, f"{declaration.anchor} was not found")
                 return absent + near
         return f"no pattern declares the role {role!r}"

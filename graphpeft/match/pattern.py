@@ -22,7 +22,6 @@ class Bound:
 
     node: fx.Node
     seen_from: fx.Node
-    path: tuple[fx.Node, ...]
 
 
 @dataclass(frozen=True)
@@ -152,46 +151,61 @@ class AffineOp(Pattern):
         result = self.reads.at(flow, found.input)
         if isinstance(result, Miss):
             return result.deeper()
-        return Match({self.name: (Bound(node, node, (node,)),)}) + result
+        return Match({self.name: (Bound(node, node),)}) + result
 
 
 @dataclass(frozen=True)
 class Flow(Pattern):
-    """`pattern` holds at one or more of the nearest barriers upstream, reached through nothing else.
-
-    Through anything by default; `pointwise` allows element-wise work and reshaping only; `activated` asks for (True)
-    or forbids (False) a non-linear function on the way."""
+    """`pattern` holds at one or more of the nearest barriers upstream, whatever work lies between."""
 
     pattern: Pattern
-    pointwise: bool = False
-    activated: bool | None = None
 
     def at(self, flow: df.Dataflow, node: fx.Node) -> Result:
         total: Match | None = None
         best = Miss(node, "nothing upstream stops the flow")
-        for path in flow.upstream(node, self._through if self.pointwise else lambda n: True):
-            if (
-                self.activated is not None
-                and any(map(df.activation, flow.between(path[-1], node))) is not self.activated
-            ):
-                best = max(
-                    best, Miss(path[-1], "a non-linear function is missing or in the way", 1), key=lambda m: m.depth
-                )
-                continue
+        for path in flow.upstream(node):
             result = self.pattern.at(flow, path[-1])
             if isinstance(result, Miss):
                 best = max(best, result.deeper(), key=lambda m: m.depth)
-                continue
-            seen = {
-                n: tuple(replace(b, seen_from=node, path=path) if b.node is path[-1] else b for b in bs)
-                for n, bs in result.bound.items()
-            }
-            total = Match(seen) if total is None else total + Match(seen)
+            else:
+                total = (total or Match()) + _seen_from(node, path[-1], result)
         return best if total is None else total
+
+
+@dataclass(frozen=True)
+class Elementwise(Pattern):
+    """`pattern` holds at the nearest barriers upstream, at all of them, and only element-wise work and reshaping lie
+    between; `activated` asks for (True) or forbids (False) a non-linear function among it."""
+
+    pattern: Pattern
+    activated: bool | None = None
+
+    def at(self, flow: df.Dataflow, node: fx.Node) -> Result:
+        total = Match()
+        for path in flow.upstream(node, self._through):
+            result = self.pattern.at(flow, path[-1])
+            if isinstance(result, Miss):
+                return result.deeper()
+            total = total + _seen_from(node, path[-1], result)
+        ends = {bound.node for bounds in total.bound.values() for bound in bounds}
+        active = any(df.activation(n) for end in ends for n in flow.between(end, node))
+        if self.activated is not None and active is not self.activated:
+            return Miss(node, "a non-linear function is " + ("in the way" if active else "missing"), 1)
+        return total
 
     @staticmethod
     def _through(node: fx.Node) -> bool:
         return df.pointwise(node) or df.op(node) in df.SAME | df.RESHAPES | df.PARTIAL
+
+
+def _seen_from(node: fx.Node, end: fx.Node, result: Match) -> Match:
+    """The match with `node` noted as the operand that the projection found at `end` flows into."""
+    return Match(
+        {
+            name: tuple(replace(b, seen_from=node) if b.node is end else b for b in bounds)
+            for name, bounds in result.bound.items()
+        }
+    )
 
 
 @dataclass(frozen=True)
@@ -238,7 +252,7 @@ def flow(pattern: Pattern) -> Pattern:
 
 
 def elementwise(pattern: Pattern, activated: bool | None = None) -> Pattern:
-    return Flow(pattern, pointwise=True, activated=activated)
+    return Elementwise(pattern, activated)
 
 
 def seen(pattern: Pattern) -> Pattern:

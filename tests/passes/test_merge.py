@@ -1,0 +1,186 @@
+"""Merging folds an adapter into plain weights; un-merging gives the old ones back, every bit of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from checks import Snapshot, adapters, build, call, delta, inputs, outputs, randomize, same
+from torch import nn
+
+import graphpeft as gp
+from graphpeft.errors import AdapterError
+from graphpeft.owner import Adapted
+from graphpeft.program import Site
+from graphpeft.state import get_state
+
+
+@pytest.mark.parametrize("method", ["lora(r=4, alpha=8)", "rlora"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5", "albert", "torch_encoder", "hand_written"])
+def test_merged_is_adapted_and_unmerging_is_exact(name: str, method: str) -> None:
+    model = build(name)
+    example = call(name, model)
+    before = Snapshot.of(model)
+    target = "attn" if name == "hand_written" else "linear"
+    gp.apply(model, f"{target}:{method}", inputs=inputs(name, model))
+    randomize(model, std=0.05)
+    with_adapters, adapted = Snapshot.of(model), outputs(model, example)
+    scale = max(1.0, *(float(t.abs().max()) for t in adapted))
+
+    gp.merge(model)
+    # float32: one rounding per weight, carried through two layers.
+    assert delta(outputs(model, example), adapted) < 1e-5 * scale
+    plain = Snapshot.of(model)
+    assert list(plain.tensors) == list(before.tensors)
+    assert plain.modules == before.modules
+    assert plain.identities == before.identities
+    touched = {n for n in before.tensors if not torch.equal(plain.tensors[n], before.tensors[n])}
+    assert touched == {e.site.weight for e in get_state(model).adapters["default"].entries}
+
+    gp.unmerge(model)
+    with_adapters.check(model, adapted=True)
+    assert same(outputs(model, example), adapted)
+    gp.remove(model)
+    before.check(model)
+
+
+def test_many_merges_leave_no_trace() -> None:
+    """Subtracting a rounded sum would drift in bfloat16; putting the original back does not."""
+    model = build("llama", dtype=torch.bfloat16)
+    base = {n: p.detach().clone() for n, p in model.named_parameters()}
+    gp.apply(model, "linear:lora")
+    for seed in range(5):
+        randomize(model, seed=seed)
+        gp.merge(model)
+        gp.unmerge(model)
+    assert all(torch.equal(dict(model.named_parameters())[n], p) for n, p in base.items())
+
+
+def test_a_merge_in_half_precision_rounds_once() -> None:
+    """Two adapters on one weight: the sum is made in float32, then cast. Casting in between would round twice."""
+    model = build("llama", dtype=torch.bfloat16)
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    base = weight.detach().float().clone()
+    for name in ("one", "two"):
+        gp.apply(model, "q:lora(r=4)", name=name)
+        randomize(model, name, std=0.05, seed=len(name))
+    branches = model.model.layers[0].self_attn.q_proj.adapters
+    exact = base + branches.one.q.delta().detach() + branches.two.q.delta().detach()
+    gp.merge(model, ("one", "two"))
+    assert torch.equal(weight, exact.bfloat16())
+
+
+def test_removing_a_merged_adapter_restores_the_base() -> None:
+    model = build("gpt2")
+    before = Snapshot.of(model)
+    gp.apply(model, "qv:lora")
+    randomize(model)
+    gp.merge(model)
+    gp.remove(model)
+    before.check(model)
+
+
+def test_removing_one_of_two_while_merged() -> None:
+    model = build("gpt2")
+    example = call("gpt2", model)
+    gp.apply(model, "qv:lora", name="one")
+    gp.apply(model, "o:lora", name="two")
+    randomize(model, "two")
+    gp.activate(model, "two")
+    expected = outputs(model, example)
+    gp.merge(model)
+    gp.remove(model, "one")
+    assert same(outputs(model, example), expected)
+    assert not adapters(model, "one")
+
+
+def test_a_shared_block_is_folded_once() -> None:
+    """ALBERT calls one block twice: W + ΔW, not W + 2 ΔW."""
+    model = build("albert")
+    gp.apply(model, "q:lora")
+    randomize(model)
+    query = model.albert.encoder.albert_layer_groups[0].albert_layers[0].attention.query
+    base, update = query.weight.detach().clone(), query.adapters.default.q.delta().detach()
+    gp.merge(model)
+    assert torch.equal(query.weight, base + update)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_update_that_is_not_finite_is_refused(value: float) -> None:
+    model = build("llama")
+    gp.apply(model, "qv:lora")
+    randomize(model)
+    # The last site, so that a merge in progress would have changed the others.
+    adapters(model)["model.layers.1.self_attn.v_proj.adapters.default.v.factors.0.weight"].data[0, 0] = value
+    before = Snapshot.of(model)
+    with pytest.raises(AdapterError, match=r"'default' at model\.layers\.1\.self_attn\.v_proj\.weight \(v\) has NaN or inf"):
+        gp.merge(model)
+    assert {n: type(m) for n, m in model.named_modules()} == before.modules
+    gp.remove(model)
+    reference = build("llama").state_dict()
+    assert all(torch.equal(t, reference[n]) for n, t in model.state_dict().items())
+
+
+def test_a_tied_weight_is_refused() -> None:
+    """GPT-2's head is its embedding: folding an adapter of the head would change the embedding too."""
+    model = build("gpt2")
+    assert model.lm_head.weight is model.transformer.wte.weight
+    example = call("gpt2", model)
+    gp.apply(model, "path(lm_head):lora")
+    randomize(model)
+    before, adapted = Snapshot.of(model), outputs(model, example)
+    with pytest.raises(AdapterError, match=r"lm_head\.weight is tied: .*transformer\.wte.*Untie it"):
+        gp.merge(model)
+    before.check(model)
+    assert same(outputs(model, example), adapted)
+
+
+def test_an_untied_head_merges() -> None:
+    model = build("llama")
+    example = call("llama", model)
+    gp.apply(model, "path(lm_head):lora")
+    randomize(model)
+    adapted = outputs(model, example)
+    gp.merge(model)
+    assert delta(outputs(model, example), adapted) < 1e-5
+    assert not any(isinstance(m, Adapted) for m in model.modules())
+
+
+def test_a_shared_module_merges() -> None:
+    """One module under two names holds one tensor once: nothing is tied to anything that the adapter misses."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(8, 8)
+            self.second = self.first
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(torch.relu(self.first(x)))
+
+    model, x = Twice(), torch.randn(3, 8)
+    base = model(x)
+    gp.apply(model, "path(first):lora", inputs=(x,), expect=1)
+    randomize(model)
+    adapted = model(x)
+    gp.merge(model)
+    assert delta([model(x)], [adapted]) < 1e-5
+    gp.unmerge(model)
+    gp.remove(model)
+    assert torch.equal(model(x), base)
+
+
+def test_a_site_of_a_transposed_weight_folds_transposed() -> None:
+    model = build("gpt2")
+    gp.apply(model, "v:lora")
+    randomize(model)
+    layer = model.transformer.h[0].attn.c_attn
+    base, branch = layer.weight.detach().clone(), layer.adapters.default.v
+    site: Site = get_state(model).adapters["default"].entries[0].site
+    _, B, A = branch.factors
+    expected = base.clone()
+    expected[:, 128:192] += (B.weight @ A.weight).T.detach()
+    gp.merge(model)
+    assert site.transposed
+    # float32: one product of rank 8 in another order.
+    assert delta([layer.weight], [expected]) < 1e-6
+    assert torch.equal(layer.weight[:, :128], base[:, :128])

@@ -1,0 +1,62 @@
+"""The exported folder: complete or not there, and never instead of somebody else's files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from exports import deployed
+
+from graphpeft.deploy import staged
+from graphpeft.errors import ExportError
+
+
+def test_report_is_printed_and_saved_with_every_figure() -> None:
+    report = deployed().report
+    saved = json.loads((deployed().folder / "graphpeft.json").read_text())
+    assert [check["test"] for check in saved["checks"]] == ["slots", *["numbers"] * 3, *["effect"] * 2, "swap"]
+    assert all(c.value >= c.limit if c.least else c.value <= c.limit for c in report.checks)
+    assert {p.name for p in deployed().folder.iterdir()} == {*saved["files"], "graphpeft.json"}
+    assert set(saved["files"]) == {
+        "model.onnx",
+        "model.onnx.data",
+        "a.onnx_adapter",
+        "a.json",
+        "b.onnx_adapter",
+        "b.json",
+    }
+    assert str(deployed().folder) not in json.dumps(saved)
+    text = str(report)
+    assert "swap     a > b > base > a" in text
+    assert "2 slots" in text
+    assert "not verified" not in text
+    assert 'not verified: verify="off"' in str(replace(report, checks=(), verify="off"))
+
+
+def test_a_folder_with_anything_else_is_refused_and_untouched(tmp_path: Path) -> None:
+    def refused(match: str) -> None:
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        with pytest.raises(ExportError, match=match), staged(tmp_path / "deploy"):
+            pass
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+    (tmp_path / "deploy").write_text("a file")
+    refused("this is a file")
+    (tmp_path / "deploy").unlink()
+    (tmp_path / "deploy").mkdir()
+    (tmp_path / "deploy" / "thesis.tex").write_text("years of work")
+    refused("no export of graphpeft wrote it")
+    (tmp_path / "deploy" / "graphpeft.json").write_text('{"files": {"model.onnx": 1}}')
+    refused("'thesis.tex' is not of it")
+
+
+def test_what_arrives_in_the_folder_during_an_export_is_not_lost(tmp_path: Path) -> None:
+    export_to_be = staged(tmp_path / "deploy")
+    export_to_be.__enter__()
+    (tmp_path / "deploy").mkdir()
+    (tmp_path / "deploy" / "late.txt").write_text("just now")
+    with pytest.raises(ExportError, match="no export of graphpeft wrote it"):
+        export_to_be.__exit__(None, None, None)
+    assert [path.name for path in tmp_path.rglob("*")] == ["deploy", "late.txt"]
