@@ -59,13 +59,11 @@ def is_aten(graph: fx.Graph) -> bool:
 
 def example_call(model: nn.Module, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """`inputs` as (args, kwargs), with the key-value cache off."""
-    if isinstance(inputs, torch.Tensor):
-        return (inputs,), {}
+    if inputs is None:
+        return (), without_cache(model, sample_inputs(model))
     if isinstance(inputs, Mapping):
         return (), without_cache(model, dict(inputs))
-    if inputs is not None:
-        return tuple(inputs), {}
-    return (), without_cache(model, sample_inputs(model))
+    return (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs), without_cache(model, {})
 
 
 @contextlib.contextmanager

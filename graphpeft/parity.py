@@ -63,7 +63,7 @@ def cases(sample: Tensors, axes: Mapping[str, Mapping[int, str]]) -> list[Case]:
             plans[-1]["batch"] = 1 if shift < 0 else sizes["batch"] + 1
     made = [Case(_label(sizes), dict(sample))]
     for plan in plans[1:]:
-        inputs = {name: _resized(tensor, axes[name], plan) for name, tensor in sample.items()}
+        inputs = {name: _resized(tensor.clone(), axes[name], plan) for name, tensor in sample.items()}
         for name, tensor in inputs.items():
             if "mask" in name and tensor.ndim == 2 and min(tensor.shape) > 1:
                 tensor[-1, -1:] = 0

@@ -12,12 +12,12 @@ import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
-import transformers
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
@@ -56,7 +56,7 @@ def write_adapter(folder: Path, adapter: AdapterFile) -> None:
         "seed": adapter.seed,
         "base_fingerprint": adapter.fingerprint,
         "tensors_sha256": hashlib.sha256(data).hexdigest(),
-        "versions": {m.__name__: str(m.__version__) for m in (torch, transformers)},
+        "versions": {name: version(name) for name in ("graphpeft", "torch")},
         "sites": [
             {**asdict(e.site), "method": e.method.text([o.name for o in options(type(e.method))]), "rule": e.rule}
             for e in adapter.entries

@@ -127,3 +127,8 @@ def test_short_forms() -> None:
     assert layers_text([0, 1, 2, 5]) == "× 4, layers 0-2,5"
     assert layers_text([None]) == ""
     assert layers_text([4]) == "layer 4"
+
+
+def test_positional_inputs_are_captured_without_the_cache() -> None:
+    tokens = torch.randint(3, 100, (2, 7))
+    assert len(gp.sites(gpt2(), (tokens,))) == len(gp.sites(gpt2())) == len(gp.sites(gpt2(), tokens))
