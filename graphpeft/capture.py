@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from graphpeft.errors import CaptureError
+from graphpeft.meta import with_shapes
 from graphpeft.owner import evaluating
 from graphpeft.program import Program, stored
 from graphpeft.samples import sample_inputs, without_cache
@@ -35,9 +36,9 @@ def capture(model: nn.Module | ExportedProgram, inputs: Inputs = None) -> Progra
     if isinstance(model, fx.GraphModule) and is_aten(model.graph):
         return _whole(model)
     args, kwargs = example_call(model, inputs)
-    with quiet(model):
+    with quiet(model), with_shapes(model) as fitting:
         try:
-            exported = torch.export.export(model, args, kwargs, strict=False)
+            exported = torch.export.export(model, *fitting((args, kwargs)), strict=False)
         except Exception as error:
             raise CaptureError(_explain(model, error, inputs is None)) from error
     return _lifted(model, exported, (args, kwargs))
@@ -91,8 +92,9 @@ def _lifted(model: nn.Module, exported: ExportedProgram, sample: tuple[tuple[Any
     # Tied weights have several names; the first is the one that `named_parameters` gives.
     weights = {nodes[arg]: first[id(stored(model, name))] for arg, name in signature.inputs_to_parameters.items()}
     constants: dict[fx.Node, torch.Tensor] = {}
+    buffers = dict(model.named_buffers(remove_duplicate=False))
     for arg, name in {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}.items():
-        value = exported.constants.get(name, exported.state_dict.get(name))
+        value = buffers.get(name, exported.constants.get(name))
         if isinstance(value, torch.Tensor):
             constants[nodes[arg]] = value
     return Program(exported.graph, model, weights, constants, whole=False, sample=sample)

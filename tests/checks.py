@@ -13,7 +13,20 @@ from zoo import BERT, SMALL, VOCAB, ZOO
 
 from graphpeft.samples import sample_inputs
 
-__all__ = ["BERT", "CASES", "SMALL", "VOCAB", "Snapshot", "adapters", "build", "call", "delta", "outputs", "randomize", "same"]
+__all__ = [
+    "BERT",
+    "CASES",
+    "SMALL",
+    "VOCAB",
+    "Snapshot",
+    "adapters",
+    "build",
+    "call",
+    "delta",
+    "outputs",
+    "randomize",
+    "same",
+]
 
 EAGER_ONLY = {"gemma2", "bloom", "deberta_v2"}
 """transformers has no scaled_dot_product_attention for these."""
@@ -128,5 +141,3 @@ class Snapshot:
         }
         assert now.attributes == self.attributes
         assert now.code == self.code
-
-

@@ -37,8 +37,18 @@ class Branching(nn.Module):
 X = torch.randn(2, 7, 32)
 BAD: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], type[GraphPeftError], str]] = {
     "role typo": (lambda: build("llama"), {"rules": "qw:lora"}, RuleError, r"Unknown target qw.*\^\^.*runs of q k v o"),
-    "unknown method": (lambda: build("llama"), {"rules": "qv:lroa"}, RuleError, r"Unknown method lroa.*\^{4}.*mean lora"),
-    "unknown option": (lambda: build("llama"), {"rules": "qv:lora(rank=4)"}, RuleError, r"option of lora rank.*\^{4}.*r \("),
+    "unknown method": (
+        lambda: build("llama"),
+        {"rules": "qv:lroa"},
+        RuleError,
+        r"Unknown method lroa.*\^{4}.*mean lora",
+    ),
+    "unknown option": (
+        lambda: build("llama"),
+        {"rules": "qv:lora(rank=4)"},
+        RuleError,
+        r"option of lora rank.*\^{4}.*r \(",
+    ),
     "bad value": (lambda: build("llama"), {"rules": "qv:lora(r=0)"}, RuleError, r"r = 0 is not int >= 1.*\^"),
     "no rules": (lambda: build("llama"), {"rules": " "}, RuleError, r"empty.*qv:lora"),
     "no such layer": (
@@ -47,9 +57,24 @@ BAD: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], type[GraphPeftErro
         MatchError,
         r"`qv\[layers=5-7\]:lora` matches no site of LlamaForCausalLM.*q × 2.*layer 0 outside 5-7.*Widen",
     ),
-    "no cross attention": (lambda: build("llama"), {"rules": "q[cross]:lora"}, MatchError, r"not cross-attention.*Widen"),
-    "no gate": (lambda: build("bert"), {"rules": "gate:lora"}, MatchError, r"`gate:lora` matches no site.*its mlp has up and down but no gate.*up × 2"),
-    "one rule of two": (lambda: build("bert"), {"rules": "q:lora; gate:lora"}, MatchError, r"`gate:lora` matches no site"),
+    "no cross attention": (
+        lambda: build("llama"),
+        {"rules": "q[cross]:lora"},
+        MatchError,
+        r"not cross-attention.*Widen",
+    ),
+    "no gate": (
+        lambda: build("bert"),
+        {"rules": "gate:lora"},
+        MatchError,
+        r"`gate:lora` matches no site.*its mlp has up and down but no gate.*up × 2",
+    ),
+    "one rule of two": (
+        lambda: build("bert"),
+        {"rules": "q:lora; gate:lora"},
+        MatchError,
+        r"`gate:lora` matches no site",
+    ),
     "no such path": (
         lambda: build("llama"),
         {"rules": "path(*.query):lora"},
@@ -69,8 +94,18 @@ BAD: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], type[GraphPeftErro
         MatchError,
         r"`qv:lora` selects 4 sites of LlamaForCausalLM, expected 8.*gp\.plan",
     ),
-    "name with a dot": (lambda: build("llama"), {"rules": "q:lora", "name": "a.b"}, AdapterError, r"'a\.b' cannot name"),
-    "name of a method": (lambda: build("llama"), {"rules": "q:lora", "name": "keys"}, AdapterError, r"'keys' cannot name"),
+    "name with a dot": (
+        lambda: build("llama"),
+        {"rules": "q:lora", "name": "a.b"},
+        AdapterError,
+        r"'a\.b' cannot name",
+    ),
+    "name of a method": (
+        lambda: build("llama"),
+        {"rules": "q:lora", "name": "keys"},
+        AdapterError,
+        r"'keys' cannot name",
+    ),
     "no name": (lambda: build("llama"), {"rules": "q:lora", "name": ""}, AdapterError, r"'' cannot name.*letters"),
     "no inputs": (
         lambda: build("hand_written"),
@@ -136,13 +171,19 @@ def test_a_path_adapts_what_has_no_role() -> None:
 
 
 ADAPTED: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
-    "apply twice": (lambda m: gp.apply(m, "o:lora"), r"already has an adapter 'default', made by `qv:lora`.*name=.*gp\.remove"),
+    "apply twice": (
+        lambda m: gp.apply(m, "o:lora"),
+        r"already has an adapter 'default', made by `qv:lora`.*name=.*gp\.remove",
+    ),
     "unmerge": (gp.unmerge, r"Nothing is merged into LlamaForCausalLM.*gp\.merge"),
     "activate": (lambda m: gp.activate(m, "other"), r"no adapter 'other' on LlamaForCausalLM; there are: default"),
     "activate one of two": (lambda m: gp.activate(m, ["default", "x"]), r"no adapter 'x'"),
     "merge": (lambda m: gp.merge(m, "other"), r"no adapter 'other'"),
     "remove": (lambda m: gp.remove(m, "other"), r"no adapter 'other'"),
-    "submodule": (lambda m: gp.remove(m.model), r"LlamaModel has no adapters\. Its submodule .*pass the model that gp\.apply"),
+    "submodule": (
+        lambda m: gp.remove(m.model),
+        r"LlamaModel has no adapters\. Its submodule .*pass the model that gp\.apply",
+    ),
     "owner": (lambda m: gp.merge(m.model.layers[0].self_attn.q_proj), r"has no adapters"),
 }
 

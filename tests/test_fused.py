@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import graphpeft as gp
 
+
 def test_two_thirds_of_a_fused_projection() -> None:
     """PEFT can only adapt `c_attn` as a whole; here the keys' columns do not change by a bit."""
     model = build("gpt2")
@@ -51,7 +52,6 @@ def test_interleaved_rows_are_adapted_and_nothing_between_them() -> None:
     assert torch.equal(moved, keys)
 
 
-
 class Fused(nn.Module):
     """Two heads of four features, made by one projection that `take` cuts into q, k and v."""
 
@@ -89,7 +89,9 @@ LAYOUTS: dict[str, tuple[Callable[[Tensor], tuple[Tensor, ...]], tuple[str, str,
 
 
 @pytest.mark.parametrize(("take", "rows"), LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_rows_of_any_layout(take: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], rows: tuple[str, str, str]) -> None:
+def test_rows_of_any_layout(
+    take: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], rows: tuple[str, str, str]
+) -> None:
     model = Fused(take).eval()
     x = torch.randn(2, 5, 8)
     found = {s.role: s.rows for s in gp.sites(model, (x,))}

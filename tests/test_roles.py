@@ -98,12 +98,16 @@ TABLE: dict[str, tuple[dict[str, dict[str, str]], str]] = {
     "distilbert": (
         {
             "distilbert.transformer.layer.{}": {
-                "q": "attention.q_lin", "k": "attention.k_lin", "v": "attention.v_lin", "o": "attention.out_lin",
-                "up": "ffn.lin1", "down": "ffn.lin2",
+                "q": "attention.q_lin",
+                "k": "attention.k_lin",
+                "v": "attention.v_lin",
+                "o": "attention.out_lin",
+                "up": "ffn.lin1",
+                "down": "ffn.lin2",
             }
         },
         "pre_classifier classifier",
-    ),  # fmt: skip
+    ),
     "deberta_v2": (
         {
             "deberta.encoder.layer.{}": BERT
@@ -114,12 +118,16 @@ TABLE: dict[str, tuple[dict[str, dict[str, str]], str]] = {
     "albert": (
         {
             "albert.encoder.albert_layer_groups.0.albert_layers.0": {
-                "q": "attention.query", "k": "attention.key", "v": "attention.value", "o": "attention.dense",
-                "up": "ffn", "down": "ffn_output",
+                "q": "attention.query",
+                "k": "attention.key",
+                "v": "attention.value",
+                "o": "attention.dense",
+                "up": "ffn",
+                "down": "ffn_output",
             }
         },
         "albert.encoder.embedding_hidden_mapping_in albert.pooler classifier",
-    ),  # fmt: skip
+    ),
     "vit": (
         {"vit.layers.{}": {r: f"attention.{r}_proj" for r in "qkvo"} | {"up": "mlp.fc1", "down": "mlp.fc2"}},
         "classifier",

@@ -134,7 +134,10 @@ def test_reentrant_checkpoints_of_a_vision_model_fail_aloud() -> None:
     gp.apply(model, "qv:lora")
     example = call("vit", model)
     model.gradient_checkpointing_enable({"use_reentrant": True})
-    with pytest.raises(RuntimeError, match="does not require grad"), pytest.warns(UserWarning, match="None of the inputs"):
+    with (
+        pytest.raises(RuntimeError, match="does not require grad"),
+        pytest.warns(UserWarning, match="None of the inputs"),
+    ):
         gradients(model, example)
     model.enable_input_require_grads()  # the remedy
     gradients(model, example)

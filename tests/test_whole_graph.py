@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from checks import Snapshot, adapters, build, call, delta, outputs, randomize, same
+from test_roles import expected
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 
@@ -29,7 +30,7 @@ def export(name: str, training: bool = True) -> ExportedProgram:
     kwargs: dict[str, Any] = sample(2, 7)
     shape = {0: Dim("batch", min=2, max=64), 1: Dim("length", min=2, max=60)}
     shapes: dict[str, Any] = dict.fromkeys(kwargs, shape)
-    if name == "gpt2":
+    if name != "bert":
         kwargs["use_cache"], shapes["use_cache"] = False, None
     return torch.export.export(model, (), kwargs, dynamic_shapes=shapes, strict=False)
 
@@ -87,6 +88,13 @@ def test_it_trains_on_changing_shapes(name: str, programs: dict[str, ExportedPro
     assert sum(losses[-6:]) < sum(losses[:6]) - 0.3  # nats over six steps each, dropout's noise averaged
     assert all(torch.equal(dict(model.named_parameters())[n], p) for n, p in base.items())
     assert all(not torch.equal(p, start[n]) for n, p in adapters(model).items())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "llama"])
+def test_sizes_that_vary_hide_no_role(name: str, programs: dict[str, ExportedProgram]) -> None:
+    found = gp.sites(programs[name] if name in programs else export(name))
+    listed = [(s.role, s.weight, s.rows) for s in found if s.role != "other"]
+    assert sorted(listed) == sorted(e for e in expected(name) if e[0] != "other")
 
 
 def test_train_and_eval_switch_every_dropout(name: str, module: fx.GraphModule) -> None:
@@ -234,4 +242,6 @@ def test_a_traced_module_of_modules_is_adapted_at_its_modules() -> None:
     assert delta(outputs(traced, ((x,), {})), base) > 1e-4
     gp.remove(traced)
     before.check(traced)
-    assert same(outputs(traced, call("hand_written", traced)), outputs(build("hand_written"), call("hand_written", traced)))
+    assert same(
+        outputs(traced, call("hand_written", traced)), outputs(build("hand_written"), call("hand_written", traced))
+    )

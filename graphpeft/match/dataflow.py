@@ -124,9 +124,11 @@ class Dataflow:
 
     @cached_property
     def active(self) -> set[fx.Node]:
-        """Nodes that depend on the model's input, as opposed to parameters and constants alone."""
+        """Nodes that depend on the values of the model's input, as opposed to its sizes, parameters and constants."""
         found: set[fx.Node] = set()
         for n in self.nodes:
+            if isinstance(n.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)):
+                continue
             if n.op == "placeholder":
                 if n not in self.program.weights and n not in self.program.constants:
                     found.add(n)

@@ -121,7 +121,15 @@ def test_between_holds_the_nodes_on_the_way() -> None:
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("relu", True), ("gelu", True), ("silu", True), ("tanh", True), ("sigmoid", True), ("hardswish", True), ("neg", False)],
+    [
+        ("relu", True),
+        ("gelu", True),
+        ("silu", True),
+        ("tanh", True),
+        ("sigmoid", True),
+        ("hardswish", True),
+        ("neg", False),
+    ],
 )
 def test_activations(name: str, expected: bool) -> None:
     function = getattr(F, name, None) or getattr(torch, name)

@@ -104,7 +104,10 @@ def test_a_product_commutes() -> None:
     for combine in (lambda m, x: F.silu(m.a(x)) * m.b(x), lambda m, x: m.b(x) * F.silu(m.a(x))):
         result = match(mul(gate, up), combine)
         assert bound(result) == {"gate": 1, "up": 1}
-    assert bound(match(seen(mul(gate, up)), lambda m, x: F.dropout(m.b(x) * F.silu(m.a(x)), 0.1, False))) == {"gate": 1, "up": 1}
+    assert bound(match(seen(mul(gate, up)), lambda m, x: F.dropout(m.b(x) * F.silu(m.a(x)), 0.1, False))) == {
+        "gate": 1,
+        "up": 1,
+    }
 
 
 def test_an_incomplete_pattern_says_so() -> None:
@@ -117,7 +120,10 @@ def test_an_incomplete_pattern_says_so() -> None:
 
 MLPS = {
     "plain": (lambda m, x: x + m.b(F.gelu(m.a(m.norm(x)))), {"a": "up", "b": "down"}),
-    "with dropout": (lambda m, x: x + F.dropout(m.b(F.dropout(F.relu(m.a(x)), 0.1, False)), 0.1, False), {"a": "up", "b": "down"}),
+    "with dropout": (
+        lambda m, x: x + F.dropout(m.b(F.dropout(F.relu(m.a(x)), 0.1, False)), 0.1, False),
+        {"a": "up", "b": "down"},
+    ),
     "norm after": (lambda m, x: m.norm(m.b(torch.tanh(m.a(x))) + x), {"a": "up", "b": "down"}),
     "squared relu": (lambda m, x: x + m.b(F.relu(m.a(x)) ** 2), {"a": "up", "b": "down"}),
     "gelu spelled out": (
@@ -192,7 +198,9 @@ def test_a_role_declared_by_the_user() -> None:
 
 def test_the_nearest_miss_is_told() -> None:
     model = Net(lambda m, x: m.d(torch.softmax(x @ m.b(x).mT, -1) @ m.c(x))).eval()
-    with pytest.raises(MatchError, match=r"no attention core was found.*nearest miss at x: nothing upstream stops the flow"):
+    with pytest.raises(
+        MatchError, match=r"no attention core was found.*nearest miss at x: nothing upstream stops the flow"
+    ):
         gp.plan(model, "q:lora", inputs=(X,))
     model.combine = lambda m, x: m.d(torch.sigmoid(m.a(x) @ m.b(x).mT) @ m.c(x))
     with pytest.raises(MatchError, match=r"nearest miss at test_pattern\.py:\d+: \w+ is not .*softmax"):

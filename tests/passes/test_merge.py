@@ -112,7 +112,9 @@ def test_an_update_that_is_not_finite_is_refused(value: float) -> None:
     # The last site, so that a merge in progress would have changed the others.
     adapters(model)["model.layers.1.self_attn.v_proj.adapters.default.v.factors.0.weight"].data[0, 0] = value
     before = Snapshot.of(model)
-    with pytest.raises(AdapterError, match=r"'default' at model\.layers\.1\.self_attn\.v_proj\.weight \(v\) has NaN or inf"):
+    with pytest.raises(
+        AdapterError, match=r"'default' at model\.layers\.1\.self_attn\.v_proj\.weight \(v\) has NaN or inf"
+    ):
         gp.merge(model)
     assert {n: type(m) for n, m in model.named_modules()} == before.modules
     gp.remove(model)

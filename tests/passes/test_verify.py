@@ -101,7 +101,7 @@ def test_a_base_parameter_that_trains_is_no_secret() -> None:
 def test_a_frozen_adapter_is_noticed() -> None:
     model = adapted()
     next(iter(adapters(model).values())).requires_grad_(False)
-    with pytest.raises(VerifyError, match="FAIL trainable: .*missing: 1"):
+    with pytest.raises(VerifyError, match=r"FAIL trainable: .*missing: 1"):
         gp.verify(model, level="fast")
 
 
