@@ -38,7 +38,7 @@ def apply(
 ) -> nn.Module:
     """Add an adapter to a model where the rules match its graph; returns the model, adapted in place.
 
-    An `ExportedProgram` is turned into a module first, which is returned. The base parameters are frozen, the new
+    An `ExportedProgram` is turned into a module first, which is returned and shares its parameters with the program. The base parameters are frozen, the new
     adapter trains, and adapters that were active before rest (see `activate`).
 
     Args:

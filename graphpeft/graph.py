@@ -1,4 +1,4 @@
-"""FX surgery that owners share: tracing a module's own code, finding projections in it, inlining a branch."""
+"""FX surgery on an owner's graph: stripping a capture's checks, inlining a branch after a projection."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
-from graphpeft.match.dataflow import op, read_affine
+from graphpeft.match.dataflow import op
 from graphpeft.program import Site
 
 CHECKS = frozenset(
@@ -21,45 +21,6 @@ def strip_checks(graph: fx.Graph) -> fx.Graph:
         if (op(node) in CHECKS or node.target == "_guards_fn") and not node.users:
             graph.erase_node(node)
     return graph
-
-
-class _Tracer(fx.Tracer):
-    """Traces a module's own code only: whatever it calls stays a call."""
-
-    proxy_buffer_attributes = True
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-
-def trace(module: nn.Module) -> fx.Graph | None:
-    """The module's own FX graph, or `None` where its code cannot be traced or was replaced on the instance."""
-    if isinstance(module, fx.GraphModule):
-        return module.graph
-    if "forward" in module.__dict__:
-        return None
-    try:
-        return _Tracer().trace(module)
-    except Exception:
-        # Tracing runs the module's code on proxies, so anything may be raised; the caller takes the weight form.
-        return None
-
-
-def projections(owner: nn.Module, graph: fx.Graph, parameter: nn.Parameter) -> list[tuple[fx.Node, fx.Node]]:
-    """(projection, its input) for each node of `graph` that multiplies by `parameter`."""
-
-    def is_weight(node: fx.Node) -> bool:
-        return node.op == "get_attr" and _attribute(owner, str(node.target)) is parameter
-
-    found = [read_affine(n, is_weight) for n in graph.nodes if n.op in {"call_function", "call_method"}]
-    return [(a.node, a.input) for a in found if a]
-
-
-def _attribute(owner: nn.Module, path: str) -> Any:
-    value: Any = owner
-    for name in path.split("."):
-        value = getattr(value, name, None)
-    return value
 
 
 class _Branch(nn.Module):

@@ -1,6 +1,6 @@
-"""Models without weights, for capture: parameters on the meta device stand in as fake CPU tensors.
+"""Fake tensors, which torch keeps private: all that graphpeft does with them is in this file.
 
-Captured as they are, such models would lose values that their code makes itself: an index such as `x[..., [-2], :]`
+A model without weights is captured with fake CPU tensors in the place of its parameters on the meta device. Captured as it is, such a model would lose values that its code makes itself: an index such as `x[..., [-2], :]`
 is created on the device of `x`, and a tensor on the meta device holds nothing. Beside a fake CPU tensor it is real.
 """
 
@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
-from torch._subclasses import FakeTensorMode
+from torch import fx, nn
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 
@@ -42,3 +43,26 @@ def with_shapes(model: nn.Module) -> Iterator[Callable[[Any], Any]]:
     finally:
         for store, name, tensor in held:
             store[name] = tensor
+
+
+def fill_shapes(graph: fx.Graph, owner: nn.Module) -> None:
+    """Give every node that was inserted into an exported graph its `val`, as `torch.export` gave one to the others."""
+    known = next((v for n in graph.nodes if isinstance(v := n.meta.get("val"), FakeTensor)), None)
+    if known is None:
+        return
+    mode = known.fake_mode
+    for node in graph.nodes:
+        if "graphpeft" not in node.meta:
+            continue
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
+        # Composite operators pass symbolic sizes on only when they are taken apart in Python.
+        with mode, enable_python_dispatcher(), torch.no_grad():
+            if node.op == "get_attr":
+                path, _, leaf = str(node.target).rpartition(".")
+                node.meta["val"] = mode.from_tensor(getattr(owner.get_submodule(path), leaf))
+            elif node.op == "call_module":  # dropout, the only module that a branch calls
+                node.meta["val"] = args[0]
+            elif node.op == "call_method":
+                node.meta["val"] = getattr(args[0], node.target)(*args[1:], **kwargs)
+            else:
+                node.meta["val"] = node.target(*args, **kwargs)

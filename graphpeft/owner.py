@@ -13,60 +13,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal, cast
+from typing import Any, cast
 
-import torch
 from torch import fx, nn
 
+from graphpeft.adapters import HOME, Adapters, adapted_parameter, home
 from graphpeft.errors import AdapterError
-from graphpeft.graph import insert_branch, projections, strip_checks, trace
+from graphpeft.graph import insert_branch, strip_checks
+from graphpeft.match.owners import projections, trace
+from graphpeft.meta import fill_shapes
 from graphpeft.mode import set_mode
-from graphpeft.program import Program, Site, stored
-
-HOME = "adapters"
-"""Attribute of an owner under which its adapters live."""
-
-
-class Adapters(nn.Module):
-    """What an owner knows of its adapters: per adapter a `ModuleDict` of branches, and which adapters are active."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sites: dict[str, dict[str, Site]] = {}
-        self.active: tuple[str, ...] = ()
-        self.base: fx.Graph | None = None
-        """The base graph of a `GraphModule` owner; other owners are traced anew from their own class."""
-        self.mode: bool | None = None
-        """For such an owner, the mode that `train()` or `eval()` asked for; `None` as long as neither was called."""
-        self.refusals: dict[str, Any] = {}
-        """The `train` and `eval` that torch.export put on the instance, which raise."""
-
-    def add(self, name: str, site: Site, branch: nn.Module) -> None:
-        if name not in self._modules:
-            self.add_module(name, nn.ModuleDict())
-            self.sites[name] = {}
-        key = slot(site)
-        cast(nn.ModuleDict, self._modules[name])[key] = branch
-        self.sites[name][key] = site
-
-    def drop(self, name: str) -> None:
-        del self._modules[name], self.sites[name]
-        self.active = tuple(a for a in self.active if a != name)
-
-    def branches(self, name: str) -> Iterator[tuple[Site, nn.Module, str]]:
-        """(site, branch, path of the branch below the owner) of one adapter."""
-        modules = cast(nn.ModuleDict, self._modules[name])
-        for key, site in self.sites[name].items():
-            yield site, modules[key], f"{HOME}.{name}.{key}"
-
-    def running(self) -> list[tuple[Site, nn.Module, str]]:
-        return [b for name in self.active for b in self.branches(name)]
-
-
-def slot(site: Site) -> str:
-    """Name of a site's branch inside its owner: the role, after the weight's path where one owner has several."""
-    local = site.weight[len(site.owner) + 1 if site.owner else 0 :]
-    return site.role if local == "weight" else f"{local.removesuffix('.weight').replace('.', '_')}_{site.role}"
+from graphpeft.weight_form import weight_form
 
 
 class Adapted:
@@ -146,61 +103,6 @@ STATE = "_graphpeft"
 """Attribute of the root model that holds its `State`; named here because copies must carry it along."""
 
 
-def locate(program: Program, node: fx.Node, weight: str) -> tuple[str, Literal["branch", "weight"]]:
-    """Path of the owner of a captured projection, and whether a branch can be inserted there."""
-    if program.whole:
-        return "", "branch"
-    model = program.model
-    stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
-    path = stack[-1].partition("@")[0] if stack else ""
-    parameter = stored(model, weight)
-    while path and not any(p is parameter for p in model.get_submodule(path).parameters()):
-        path = path.rpartition(".")[0]
-    if _traceable(model.get_submodule(path), parameter) and not _bypassed(model, path):
-        return path, "branch"
-    return weight.rpartition(".")[0], "weight"
-
-
-def _traceable(owner: nn.Module, parameter: nn.Parameter) -> bool:
-    if type(owner) is nn.Linear and "forward" not in owner.__dict__:
-        return True
-    graph = trace(owner)
-    return graph is not None and bool(projections(owner, graph, parameter))
-
-
-def _bypassed(model: nn.Module, path: str) -> bool:
-    """Whether the module around reads the owner's weight past its `forward`, as the fused path of torch's encoder does."""
-    parent = model.get_submodule(path.rpartition(".")[0]) if path else None
-    return isinstance(parent, (nn.TransformerEncoderLayer, nn.MultiheadAttention))
-
-
-# -- lowering ------------------------------------------------------------------------------------------------------
-
-
-def home(owner: nn.Module) -> Adapters | None:
-    """The owner's adapters, or `None` for a module that has none."""
-    found = owner._modules.get(HOME)
-    return found if isinstance(found, Adapters) else None
-
-
-def settle(owner: nn.Module, path: str) -> Adapters:
-    """The owner's adapters, made empty on first use."""
-    existing = home(owner)
-    if existing is not None:
-        return existing
-    if hasattr(owner, HOME):
-        raise AdapterError(
-            f"{path or type(owner).__name__} already has an attribute {HOME!r}, where graphpeft keeps its adapters. "
-            f"Rename that attribute, or choose other sites."
-        )
-    fresh = Adapters()
-    if isinstance(owner, fx.GraphModule):
-        fresh.base = copy.deepcopy(owner.graph)
-        fresh.refusals = {n: owner.__dict__.pop(n) for n in ("train", "eval") if n in owner.__dict__}
-    owner.add_module(HOME, fresh)
-    return fresh
-
-
 def restore(owner: nn.Module) -> None:
     """Give the owner its own code back."""
     if isinstance(owner, Adapted):
@@ -242,6 +144,7 @@ def relower(owner: nn.Module) -> None:
     adapters = home(owner)
     if isinstance(owner, fx.GraphModule) and adapters is not None:
         graph = lower(owner, adapters)
+        fill_shapes(graph, owner)
         if adapters.mode is not None:
             set_mode(graph, adapters.mode)
         _inject(owner, {"__call__": _call}, AdaptedGraph)
@@ -250,7 +153,7 @@ def relower(owner: nn.Module) -> None:
     if adapters is None or not adapters.running():
         return
     if any(site.form == "weight" for site, _, _ in adapters.running()):
-        _inject(owner, _weight_form(owner, adapters))
+        _inject(owner, weight_form(adapters))
         return
     key = _signature(owner, adapters) if type(owner) is nn.Linear else None
     if key is not None and key in _lowered:
@@ -292,7 +195,7 @@ def lower(owner: nn.Module, adapters: Adapters) -> fx.Graph:
     base = adapters.base if adapters.base is not None else trace(owner)
     graph = fx.Graph() if base is None else strip_checks(copy.deepcopy(base))
     for site, branch, path in adapters.running():
-        parameter = _parameter(owner, site)
+        parameter = adapted_parameter(owner, site)
         found = projections(owner, graph, parameter)
         if not found:
             raise AdapterError(
@@ -304,40 +207,3 @@ def lower(owner: nn.Module, adapters: Adapters) -> fx.Graph:
             insert_branch(graph, node, source, site, branch, path, parameter.dtype)
     graph.lint()
     return graph
-
-
-def _parameter(owner: nn.Module, site: Site) -> nn.Parameter:
-    local = site.weight[len(site.owner) + 1 if site.owner else 0 :]
-    return stored(owner, local)
-
-
-def _weight_form(owner: nn.Module, adapters: Adapters) -> dict[str, Any]:
-    """Properties that return weight + delta under the weight's own name; the parameter itself stays where it is."""
-    by_weight: dict[str, list[tuple[Site, nn.Module]]] = {}
-    for site, branch, _ in adapters.running():
-        by_weight.setdefault(site.weight.rpartition(".")[2], []).append((site, branch))
-    return {"graph": None} | {name: property(_adapted_weight(name, tuple(found))) for name, found in by_weight.items()}
-
-
-def _adapted_weight(name: str, found: tuple[tuple[Site, nn.Module], ...]) -> Any:
-    places = tuple((site, slot(site)) for site, _ in found)
-
-    def read(self: nn.Module) -> torch.Tensor:
-        weight = cast(torch.Tensor, self._parameters[name])
-        adapters = cast(Adapters, self._modules[HOME])
-        for adapter in adapters.active:
-            modules = cast(nn.ModuleDict, adapters._modules[adapter])
-            for site, key in places:
-                if key in modules:
-                    weight = fold(weight, site, cast(Any, modules[key]).delta())
-        return weight
-
-    return read
-
-
-def fold(weight: torch.Tensor, site: Site, delta: torch.Tensor) -> torch.Tensor:
-    """weight + delta, summed in the wider dtype and cast last; `weight` itself is not changed. delta is (out, in)."""
-    if site.transposed:
-        delta = delta.t()
-    wide = torch.promote_types(weight.dtype, delta.dtype)
-    return (weight.to(wide) + delta.to(wide)).to(weight.dtype)

@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from graphpeft.adapters import Adapters, home, settle
 from graphpeft.chain import Chain
 from graphpeft.errors import AdapterError, ExportError
-from graphpeft.owner import Adapters, home, relower, settle, vacate
+from graphpeft.owner import relower, vacate
 from graphpeft.program import Site
 from graphpeft.state import inactive
 

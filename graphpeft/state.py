@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from graphpeft.adapters import HOME, Adapters, home
 from graphpeft.chain import Chain
 from graphpeft.errors import AdapterError
-from graphpeft.owner import HOME, STATE, Adapters, home, relower
+from graphpeft.owner import STATE, relower
 from graphpeft.plan import Entry
 from graphpeft.program import Site
 

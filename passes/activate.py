@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from graphpeft.owner import STATE, home, vacate
+from graphpeft.adapters import home
+from graphpeft.owner import STATE, vacate
 from graphpeft.passes.merge import unmerge
 from graphpeft.program import stored
 from graphpeft.state import get_state, inactive, names, owners, refuse_merged, set_active

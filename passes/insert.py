@@ -7,9 +7,10 @@ import re
 import torch
 from torch import nn
 
+from graphpeft.adapters import home, settle
 from graphpeft.chain import Chain, Factor
 from graphpeft.errors import AdapterError
-from graphpeft.owner import STATE, home, settle, vacate
+from graphpeft.owner import STATE, vacate
 from graphpeft.plan import Entry
 from graphpeft.program import stored
 from graphpeft.state import Adapter, State, find_state, refuse_merged

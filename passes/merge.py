@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from graphpeft.errors import AdapterError
-from graphpeft.owner import fold, reoccupy, vacate
+from graphpeft.owner import reoccupy, vacate
 from graphpeft.program import Site, stored
 from graphpeft.state import chains, get_state, names, owners, refuse_merged, set_active
+from graphpeft.weight_form import fold
 
 
 def merge(model: nn.Module, name: str | Sequence[str] | None = None) -> None:

@@ -76,6 +76,19 @@ def test_trap_02_inserted_nodes_carry_their_place() -> None:
     inserted = [n for n in model.graph.nodes if "graphpeft" in n.meta]
     assert {n.meta["graphpeft"].rpartition(".")[2] for n in inserted} == {"q_q", "v_v", "up_up"}
     assert all(n.meta["nn_module_stack"] for n in inserted)
+    # The shape that the meta data promise is the shape that comes out.
+    real: dict[str, torch.Size] = {}
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            real[n.name] = getattr(value, "shape", None)
+            return value
+
+    with torch.no_grad():
+        Recorder(model).run(X)
+    assert len(inserted) > 10
+    assert {n.name: n.meta["val"].shape for n in inserted} == {n.name: real[n.name] for n in inserted}
 
 
 def test_trap_03_a_bias_is_optional() -> None:

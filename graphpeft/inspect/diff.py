@@ -10,10 +10,12 @@ from typing import Any, cast
 
 from torch import fx, nn
 
-from graphpeft.graph import strip_checks, trace
+from graphpeft.adapters import HOME, home
+from graphpeft.graph import strip_checks
 from graphpeft.inspect.table import folded, layers_text
 from graphpeft.match.dataflow import op
-from graphpeft.owner import HOME, home, relower, restore
+from graphpeft.match.owners import trace
+from graphpeft.owner import relower, restore
 from graphpeft.state import get_state, owners
 
 

@@ -38,7 +38,15 @@ def explain(model: nn.Module, fold: bool = True) -> Explanation:
         for entry, (site, chain) in zip(adapter.entries, chains(model, name).items(), strict=True):
             where = re.sub(r"\.\d+\.", ".*.", site.weight, count=1) if fold and site.layer is not None else site.weight
             role = site.role + (" cross" if site.cross else "")
-            cells = (role, where, rows_text(site.rows), f"{site.outputs} × {site.inputs}", entry.method, site.form, chain.rank)
+            cells = (
+                role,
+                where,
+                rows_text(site.rows),
+                f"{site.outputs} × {site.inputs}",
+                entry.method,
+                site.form,
+                chain.rank,
+            )
             key = "\t".join([*map(str, cells), f"{sum(p.numel() for p in chain.parameters()):,}"])
             items.append((key, site.layer))
             original = state.originals.get(site.weight, stored(model, site.weight))

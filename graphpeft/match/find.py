@@ -13,8 +13,8 @@ from torch import fx, nn
 from graphpeft.match import fused
 from graphpeft.match import roles as declared
 from graphpeft.match.dataflow import RESHAPES, SAME, Affine, Dataflow, op, partial
+from graphpeft.match.owners import locate
 from graphpeft.match.pattern import Bound, Match, Miss
-from graphpeft.owner import locate
 from graphpeft.program import Program, Rows, Site, stored
 
 ABSENT = {

@@ -1,0 +1,87 @@
+"""Where an owner keeps its adapters: one container on the module, with a branch for each site."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, cast
+
+from torch import fx, nn
+
+from graphpeft.errors import AdapterError
+from graphpeft.program import Site, stored
+
+HOME = "adapters"
+"""Attribute of an owner under which its adapters live."""
+
+
+class Adapters(nn.Module):
+    """What an owner knows of its adapters: per adapter a `ModuleDict` of branches, and which adapters are active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sites: dict[str, dict[str, Site]] = {}
+        self.active: tuple[str, ...] = ()
+        self.base: fx.Graph | None = None
+        """The base graph of a `GraphModule` owner; other owners are traced anew from their own class."""
+        self.mode: bool | None = None
+        """For such an owner, the mode that `train()` or `eval()` asked for; `None` as long as neither was called."""
+        self.refusals: dict[str, Any] = {}
+        """The `train` and `eval` that torch.export put on the instance, which raise."""
+
+    def add(self, name: str, site: Site, branch: nn.Module) -> None:
+        if name not in self._modules:
+            self.add_module(name, nn.ModuleDict())
+            self.sites[name] = {}
+        key = slot(site)
+        cast(nn.ModuleDict, self._modules[name])[key] = branch
+        self.sites[name][key] = site
+
+    def drop(self, name: str) -> None:
+        del self._modules[name], self.sites[name]
+        self.active = tuple(a for a in self.active if a != name)
+
+    def branches(self, name: str) -> Iterator[tuple[Site, nn.Module, str]]:
+        """(site, branch, path of the branch below the owner) of one adapter."""
+        modules = cast(nn.ModuleDict, self._modules[name])
+        for key, site in self.sites[name].items():
+            yield site, modules[key], f"{HOME}.{name}.{key}"
+
+    def running(self) -> list[tuple[Site, nn.Module, str]]:
+        return [b for name in self.active for b in self.branches(name)]
+
+
+def slot(site: Site) -> str:
+    """Name of a site's branch inside its owner: the role, after the weight's path where one owner has several."""
+    local = site.weight[len(site.owner) + 1 if site.owner else 0 :]
+    return site.role if local == "weight" else f"{local.removesuffix('.weight').replace('.', '_')}_{site.role}"
+
+
+def adapted_parameter(owner: nn.Module, site: Site) -> nn.Parameter:
+    """The base weight of a site, found below its owner."""
+    local = site.weight[len(site.owner) + 1 if site.owner else 0 :]
+    return stored(owner, local)
+
+
+def home(owner: nn.Module) -> Adapters | None:
+    """The owner's adapters, or `None` for a module that has none."""
+    found = owner._modules.get(HOME)
+    return found if isinstance(found, Adapters) else None
+
+
+def settle(owner: nn.Module, path: str) -> Adapters:
+    """The owner's adapters, made empty on first use."""
+    existing = home(owner)
+    if existing is not None:
+        return existing
+    if hasattr(owner, HOME):
+        raise AdapterError(
+            f"{path or type(owner).__name__} already has an attribute {HOME!r}, where graphpeft keeps its adapters. "
+            f"Rename that attribute, or choose other sites."
+        )
+    fresh = Adapters()
+    if isinstance(owner, fx.GraphModule):
+        fresh.base = copy.deepcopy(owner.graph)
+        fresh.refusals = {n: owner.__dict__.pop(n) for n in ("train", "eval") if n in owner.__dict__}
+    owner.add_module(HOME, fresh)
+    return fresh
