@@ -38,8 +38,8 @@ def apply(
 ) -> nn.Module:
     """Add an adapter to a model where the rules match its graph; returns the model, adapted in place.
 
-    An `ExportedProgram` is turned into a module first, which is returned and shares its parameters with the program. The base parameters are frozen, the new
-    adapter trains, and adapters that were active before rest (see `activate`).
+    An `ExportedProgram` is turned into a module first, which is returned; it shares the program's parameters. The base
+    parameters are frozen, the new adapter trains, and adapters that were active before rest (see `activate`).
 
     Args:
         rules: such as `"qv:rlora"` or `"qkvo[layers=0-7]:lora(r=8, alpha=16); mlp:lora"`.

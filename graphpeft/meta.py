@@ -1,7 +1,8 @@
 """Fake tensors, which torch keeps private: all that graphpeft does with them is in this file.
 
-A model without weights is captured with fake CPU tensors in the place of its parameters on the meta device. Captured as it is, such a model would lose values that its code makes itself: an index such as `x[..., [-2], :]`
-is created on the device of `x`, and a tensor on the meta device holds nothing. Beside a fake CPU tensor it is real.
+A model without weights is captured with fake CPU tensors in place of its parameters on the meta device. Captured as
+it is, it would lose values that its code makes itself: an index such as `x[..., [-2], :]` is created on the device of
+`x`, and a tensor on the meta device holds nothing. Beside a fake CPU tensor it is real.
 """
 
 from __future__ import annotations
