@@ -1,0 +1,33 @@
+"""The README's code is the example's code, and it runs; its test command is the one that CI takes out of it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_readme_shows_the_quickstart() -> None:
+    code = (ROOT / "examples/quickstart.py").read_text().split('"""', 2)[2].strip()
+    assert f"```python\n{code}\n```" in (ROOT / "README.md").read_text()
+
+
+def test_the_quickstart_runs_and_leaves_the_base_model() -> None:
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "examples/quickstart.py")], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert "20 sites, 8,448 trainable of" in run.stdout
+    assert "default (active): qv:rlora; mlp:lora(r=4)" in run.stdout
+    assert "× 4, layers 0-3" in run.stdout
+    assert run.stdout.rstrip().endswith("(4, 16, 128)")
+
+
+def test_the_readme_has_one_command_for_the_demo_and_one_for_the_tests() -> None:
+    commands = re.findall(r"```sh\n(.+)\n```", (ROOT / "README.md").read_text())
+    assert len(commands) == 2
+    assert commands[0].endswith("graphpeft demo")
+    assert "-m pytest" in commands[1]
