@@ -109,7 +109,7 @@ def test_explain_folds_layers_and_says_how_far_they_moved() -> None:
     with torch.no_grad():
         chain.factors[0].weight.normal_()
     weight = model.model.layers[1].self_attn.q_proj.weight
-    ratio = float((chain.factors[0].weight @ chain.factors[1].weight).norm() / weight.norm())
+    ratio = float((chain.factors[0].weight @ chain.factors[1].weight).detach().norm() / weight.detach().norm())
     assert f"{ratio:.2g}" in str(gp.explain(model))
     gp.merge(model)
     assert "task (merged)" in str(gp.explain(model))
