@@ -1,23 +1,24 @@
 """Traps that graph rewriters fall into, each with a test; the numbers are those of a list made from other tools' bugs.
 
-Not here, because they cannot occur: 5, dropout left in ONNX graphs, belongs to the tests of export; 14, a residual
-that a wrapper reads after a cast, and 17, blocks that cannot be cut out, because nothing is wrapped or cut: a branch is
-added behind one projection, whose inputs stay what they were.
+Not here, because they cannot occur: 14, a residual that a wrapper reads after a cast, and 17, blocks that cannot be cut
+out. Nothing is wrapped or cut: a branch is added behind one projection, whose inputs stay what they were.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
+from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from checks import adapters, build, call, delta, outputs, randomize, same
 from test_roles import expected
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
-from zoo import ZOO, llama
+from zoo import ZOO, gpt2, llama
 
 import graphpeft as gp
 from graphpeft.capture import as_module, capture
@@ -125,6 +126,15 @@ def test_trap_04_modes_switch_flags_and_keep_probabilities(keyword: bool) -> Non
     assert literals(model.graph) == start
     assert not same(run(model), run(model))
     assert not torch.equal(model.norm.running_mean, mean)
+
+
+def test_trap_05_no_dropout_is_left_in_an_onnx_graph(tmp_path: Path) -> None:
+    model = gp.apply(gpt2(n_layer=1).train(), "qv:lora(dropout=0.2)")
+    gp.export(model, tmp_path / "out", verify="off")
+    kinds = {node.op_type for node in onnx.load(tmp_path / "out/model.onnx", load_external_data=False).graph.node}
+    assert "MatMul" in kinds
+    assert "Dropout" not in kinds
+    assert model.training, "the export has to give the mode back"
 
 
 def test_trap_06_guards_are_no_module_to_adapt() -> None:
