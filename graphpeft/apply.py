@@ -14,10 +14,12 @@ from graphpeft.inspect.table import rows_text, table
 from graphpeft.match.find import Found, find
 from graphpeft.match.roles import ROLES
 from graphpeft.methods import Method
+from graphpeft.passes import verify as checks
+from graphpeft.passes.activate import remove
 from graphpeft.passes.initialize import initialize
 from graphpeft.passes.insert import check_name, insert
 from graphpeft.passes.normalize import normalize
-from graphpeft.passes.verify import Level, verify
+from graphpeft.passes.verify import Level
 from graphpeft.plan import Plan, make_plan
 from graphpeft.program import Site
 from graphpeft.rules import Rule, coerce, to_text
@@ -60,19 +62,13 @@ def apply(
     try:
         initialize(module, name)
         set_active(module, (name,))
-        _verify(module, inputs, verify)
+        checks.verify(module, inputs, verify, identity=True)
     except BaseException:
-        from graphpeft.passes.activate import remove
-
         remove(module, name)
         if before:
             set_active(module, before)
         raise
     return module
-
-
-def _verify(module: nn.Module, inputs: Inputs, level: Level) -> None:
-    verify(module, inputs, level, identity=True)
 
 
 def _found(module: nn.Module, inputs: Inputs) -> Found:

@@ -41,7 +41,7 @@ def capture(model: nn.Module | ExportedProgram, inputs: Inputs = None) -> Progra
             exported = torch.export.export(model, *fitting((args, kwargs)), strict=False)
         except Exception as error:
             raise CaptureError(_explain(model, error, inputs is None)) from error
-    return _lifted(model, exported, (args, kwargs))
+    return _lifted(model, exported)
 
 
 def as_module(program: ExportedProgram) -> fx.GraphModule:
@@ -84,7 +84,7 @@ def quiet(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _lifted(model: nn.Module, exported: ExportedProgram, sample: tuple[tuple[Any, ...], dict[str, Any]]) -> Program:
+def _lifted(model: nn.Module, exported: ExportedProgram) -> Program:
     """A program from `torch.export`, whose parameters and constants are placeholders."""
     signature = exported.graph_signature
     first = {id(p): name for name, p in model.named_parameters()}
@@ -97,7 +97,7 @@ def _lifted(model: nn.Module, exported: ExportedProgram, sample: tuple[tuple[Any
         value = buffers.get(name, exported.constants.get(name))
         if isinstance(value, torch.Tensor):
             constants[nodes[arg]] = value
-    return Program(exported.graph, model, weights, constants, whole=False, sample=sample)
+    return Program(exported.graph, model, weights, constants, whole=False)
 
 
 def _whole(module: fx.GraphModule) -> Program:

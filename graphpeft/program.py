@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import fx, nn
@@ -69,8 +69,6 @@ class Program:
     """Nodes of buffers and lifted constants with their real values (on the meta device: without)."""
     whole: bool
     """Whether the graph itself is rewritten (`GraphModule`, `ExportedProgram`) rather than owner modules."""
-    sample: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
-    """The (args, kwargs) that the model was captured with."""
 
 
 def stored(model: nn.Module, name: str) -> nn.Parameter:
