@@ -120,7 +120,8 @@ def _outputs(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], rep
         if identity:
             report.add("identity", moved == 0, f"adapters move the output by {moved:.1e}, expected 0 at initialization")
         else:
-            report.add("effect", True, f"adapters move the output by up to {moved:.1e}")
+            acts = any(c.delta().any() for a in state.active for c in chains(model, a).values())
+            report.add("effect", moved > 0 or not acts, f"adapters move the output by up to {moved:.1e}")
         if state.active:
             before = {
                 e.site.weight: stored(model, e.site.weight).detach().clone()
@@ -128,8 +129,10 @@ def _outputs(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], rep
                 for e in state.adapters[a].entries
             }
             merge(model)
-            merged = floats(model(*args, **kwargs))
-            unmerge(model)
+            try:
+                merged = floats(model(*args, **kwargs))
+            finally:
+                unmerge(model)
             error, scale = difference(merged, adapted), max(float(t.abs().max()) for t in adapted)
             # Rounding of one sum per weight, amplified by depth; half precision leaves room for far less of it.
             bound = max(min(1e3 * torch.finfo(t.dtype).eps, 16 * 2**-7) for t in adapted) * max(scale, 1.0)
@@ -139,7 +142,7 @@ def _outputs(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], rep
 
 
 def _gradients(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], report: Report) -> None:
-    """One backward pass reaches every tensor that is planned to train and no base parameter that was frozen."""
+    """One backward pass reaches every tensor that is planned to train; a frozen one cannot be reached."""
     args, kwargs = call
     state = get_state(model)
     wanted = [p for a in state.active for c in chains(model, a).values() for p in c.parameters() if p.requires_grad]
@@ -147,6 +150,9 @@ def _gradients(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], r
         return
     with quiet(model), torch.enable_grad():
         loss = sum(t.float().pow(2).sum() for t in floats(model(*args, **kwargs)))
-        grads = torch.autograd.grad(loss, wanted, allow_unused=True)  # type: ignore[arg-type]
+        if not isinstance(loss, torch.Tensor) or not loss.requires_grad:
+            report.add("gradients", False, f"reach none of {len(wanted)} trained tensors")
+            return
+        grads = torch.autograd.grad(loss, wanted, allow_unused=True)
     unreached = sum(g is None for g in grads)
     report.add("gradients", not unreached, f"reach {len(wanted) - unreached} of {len(wanted)} trained tensors")

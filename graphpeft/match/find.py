@@ -17,12 +17,6 @@ from graphpeft.match.owners import locate
 from graphpeft.match.pattern import Bound, Match, Miss
 from graphpeft.program import Program, Rows, Site, stored
 
-ABSENT = {
-    "attention": "no attention core was found (no scaled_dot_product_attention, no softmax fed by a product of two projections)",
-    "attention output": "no projection reads what an attention core returns",
-    "mlp": "no residual bypasses two projections with an activation between them",
-}
-
 
 @dataclass(frozen=True)
 class Found:
@@ -40,8 +34,7 @@ class Found:
                     return f"its {declaration.name} has {' and '.join(present)} but no {role}"
                 miss = self.misses.get(declaration.name)
                 near = f"; nearest miss at {where(miss.node)}: {miss.reason}" if miss is not None and miss.depth else ""
-                absent = ABSENT.get(declaration.name, f"{declaration.anchor} was not found")
-                return absent + near
+                return declaration.absent + near
         return f"no pattern declares the role {role!r}"
 
 

@@ -24,12 +24,12 @@ from graphpeft.match.pattern import (
 
 @dataclass(frozen=True)
 class Declaration:
-    """A pattern and the roles that it binds. `anchor` says in words where it is looked for."""
+    """A pattern and the roles that it binds. `absent` says in words what is missing where it matches nowhere."""
 
     name: str
     pattern: Pattern
     roles: tuple[str, ...]
-    anchor: str
+    absent: str
 
 
 def from_input(flow: Dataflow, match: Match) -> str | None:
@@ -45,11 +45,8 @@ def apart(flow: Dataflow, match: Match) -> str | None:
         return "gate and up are not one projection each"
     if gate[0].node is not up[0].node:
         return None
-    sets = [
-        {i for a, b in fused.rows(flow, x.node, x.seen_from) or ((0, 1 << 30),) for i in (a, b)}
-        for x in (gate[0], up[0])
-    ]
-    return "gate and up read the same features" if sets[0] == sets[1] else None
+    one, other = (fused.rows(flow, x.node, x.seen_from) for x in (gate[0], up[0]))
+    return "gate and up read the same features" if one == other else None
 
 
 def single(flow: Dataflow, match: Match) -> str | None:
@@ -70,14 +67,16 @@ DECLARED: list[Declaration] = [
         "attention",
         CORE,
         ("q", "k", "v"),
-        "a scaled_dot_product_attention, or a softmax fed by a product and feeding one",
+        "no attention core was found (no scaled_dot_product_attention, no softmax fed by a product of two projections)",
     ),
-    Declaration("attention output", affine("o", flow(ATTENDED)), ("o",), "a projection of what attention returns"),
+    Declaration(
+        "attention output", affine("o", flow(ATTENDED)), ("o",), "no projection reads what an attention core returns"
+    ),
     Declaration(
         "mlp",
         GATED_MLP | MLP,
         ("gate", "up", "down"),
-        "a residual join around two projections with an activation between",
+        "no residual bypasses two projections with an activation between them",
     ),
 ]
 ROLES = tuple(role for declaration in DECLARED for role in declaration.roles)

@@ -8,6 +8,7 @@ from checks import adapters, build, inputs, randomize
 from torch import nn
 
 import graphpeft as gp
+from graphpeft.chain import Chain
 from graphpeft.errors import VerifyError
 from graphpeft.owner import restore
 from graphpeft.passes import merge as merging
@@ -130,4 +131,15 @@ def test_gradients_that_do_not_arrive_are_noticed() -> None:
     layer.register_forward_hook(lambda module, args, output: (output[0].detach(), *output[1:]))
     # What comes before the second layer still trains: its residual passes the hook by.
     with pytest.raises(VerifyError, match="FAIL gradients: reach 4 of 8"):
+        gp.verify(model)
+
+
+def test_an_adapter_that_is_ignored_has_no_effect(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Chain, "accumulate", lambda self, y, x: y * 1)
+    model = gp.apply(build("llama"), "qv:lora(r=5)")  # a rank that no other test uses: equal layers share their code
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.normal_()
+    with pytest.raises(VerifyError, match="FAIL effect"):
         gp.verify(model)
