@@ -18,7 +18,7 @@ class Site:
     """One weight, or some output rows of it, and the role that the graph gives them."""
 
     role: str
-    """`q k v o gate up down`, a role declared by the user, or `other` for a projection without a role."""
+    """One of the declared roles (`q`, `down`, `embed`...), or `other` for a projection without a role."""
     weight: str
     """Qualified name of the parameter, as in `model.state_dict()`."""
     rows: Rows | None
@@ -28,7 +28,8 @@ class Site:
     layer: int | None
     """Index of the repeated block the weight belongs to, or `None`."""
     shape: tuple[int, int]
-    """(out, in) features of the adapted rows."""
+    """(out, in) features of the adapted rows: of a convolution (out, in / groups · kernel), of an embedding table
+    (entries, width), of stacked matrices those of one."""
     form: Literal["branch", "weight"] = "branch"
     """`branch`: a side path is added to the projection's output. `weight`: the weight itself is replaced by weight + delta."""
     owner: str = ""
@@ -37,8 +38,13 @@ class Site:
     """Output features of the whole weight (equal to `shape[0]` unless `rows` is given)."""
     transposed: bool = False
     """Whether the weight is stored (in, out), as GPT-2's Conv1D does, instead of (out, in)."""
+    stack: int | None = None
+    """How many matrices a three-dimensional weight holds, one for each expert; `None` for a weight that is one."""
+    tied: tuple[Site, ...] = ()
+    """The same weight seen from the other modules that hold and use it (tied embeddings and head): one adapter acts
+    in all of them."""
     calls: int = 1
-    """How many nodes of the captured graph use the weight as a projection."""
+    """How many nodes of the captured graph use the weight."""
     source: str = field(default="", compare=False)
     """File and line of the model's code that makes the projection, as far as the capture knows it."""
 
