@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator
 from typing import Any, cast
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from graphpeft.errors import AdapterError
 from graphpeft.program import Site, stored
@@ -28,17 +28,26 @@ class Adapters(nn.Module):
         """For such an owner, the mode that `train()` or `eval()` asked for; `None` as long as neither was called."""
         self.refusals: dict[str, Any] = {}
         """The `train` and `eval` that torch.export put on the instance, which raise."""
+        self.shown: dict[tuple[str, bool], Tensor] | None = None
+        """While the owner's `forward` runs, its adapted weights, by name and by whether gradients are recorded."""
+        self.guests: set[str] = set()
+        """Branches that another owner's tied weight brought along: a state dict holds them there alone."""
+        self.register_state_dict_post_hook(_leave_out_guests)
+        self.register_load_state_dict_pre_hook(_let_guests_be)
 
-    def add(self, name: str, site: Site, branch: nn.Module) -> None:
+    def add(self, name: str, site: Site, branch: nn.Module, guest: bool = False) -> None:
         if name not in self._modules:
             self.add_module(name, nn.ModuleDict())
             self.sites[name] = {}
         key = slot(site)
         cast(nn.ModuleDict, self._modules[name])[key] = branch
         self.sites[name][key] = site
+        if guest:
+            self.guests.add(f"{name}.{key}.")
 
     def drop(self, name: str) -> None:
         del self._modules[name], self.sites[name]
+        self.guests = {path for path in self.guests if not path.startswith(f"{name}.")}
         self.active = tuple(a for a in self.active if a != name)
 
     def branches(self, name: str) -> Iterator[tuple[Site, nn.Module, str]]:
@@ -51,10 +60,31 @@ class Adapters(nn.Module):
         return [b for name in self.active for b in self.branches(name)]
 
 
+# A state dict with two names for one tensor would not pass safetensors, which transformers saves models with.
+
+
+def _leave_out_guests(adapters: Adapters, state: dict[str, Any], prefix: str, _: Any) -> None:
+    for path in adapters.guests:
+        for key in [key for key in state if key.startswith(prefix + path)]:
+            del state[key]
+
+
+def _let_guests_be(adapters: Adapters, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for path in adapters.guests:
+        for key, tensor in adapters.get_submodule(path[:-1]).state_dict().items():
+            state.setdefault(prefix + path + key, tensor)
+
+
 def slot(site: Site) -> str:
     """Name of a site's branch inside its owner: the role, after the weight's path where one owner has several."""
     local = site.weight[len(site.owner) + 1 if site.owner else 0 :]
-    return site.role if local == "weight" else f"{local.removesuffix('.weight').replace('.', '_')}_{site.role}"
+    name = site.role if local == "weight" else f"{local.removesuffix('.weight')}_{site.role}"
+    return name.replace(".", "_")
+
+
+def places(site: Site) -> tuple[Site, ...]:
+    """Every place where the site's adapter acts: its own, and those that hold the same tied weight."""
+    return (site, *site.tied)
 
 
 def adapted_parameter(owner: nn.Module, site: Site) -> nn.Parameter:

@@ -7,8 +7,10 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
-from graphpeft.match.dataflow import op
+from graphpeft.match.owners import Lookup
+from graphpeft.match.products import op
 from graphpeft.program import Site
+from graphpeft.weight_form import added
 
 CHECKS = frozenset(
     {"_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range_for_size", "_guards_fn"}
@@ -69,6 +71,40 @@ def insert_branch(
             if inside.op in {"get_attr", "call_module"}:
                 anchor.target = path + str(inside.target).removeprefix("branch")
             _tag(anchor, node, site, branch, path)
+    for reader in readers:
+        reader.replace_input_with(node, result)
+
+
+def insert_lookup(graph: fx.Graph, found: Lookup, site: Site, branch: nn.Module, path: str) -> None:
+    """Add the rows that a lookup in an embedding table picks from the branch's update."""
+    readers = list(found.node.users)
+    arguments = (_module(graph, found.node, path), found.node, found.ids, found.padding_idx)
+    with graph.inserting_after(arguments[0]):
+        result = graph.call_method("add_rows", arguments)
+    _stand_in(result, found.node, readers, site, branch, path)
+
+
+def insert_sum(graph: fx.Graph, weight: fx.Node, site: Site, branch: nn.Module, path: str) -> None:
+    """The weight form inside a graph: whatever reads `weight` reads weight + delta."""
+    readers = list(weight.users)
+    module = _module(graph, weight, path)
+    with graph.inserting_after(module):
+        delta = graph.call_method("delta", (module,))
+    with graph.inserting_after(delta):
+        result = graph.call_function(added, (weight, delta, site.transposed))
+    _stand_in(result, weight, readers, site, branch, path)
+
+
+def _module(graph: fx.Graph, after: fx.Node, path: str) -> fx.Node:
+    """The branch itself, whose method runs as one call: not every factor's matrix can be traced."""
+    with graph.inserting_after(after):
+        return graph.create_node("get_attr", path)
+
+
+def _stand_in(result: fx.Node, node: fx.Node, readers: list[fx.Node], site: Site, branch: nn.Module, path: str) -> None:
+    if "val" in node.meta:
+        result.meta["val"] = node.meta["val"]  # same shape, same dtype
+    _tag(result, node, site, branch, path)
     for reader in readers:
         reader.replace_input_with(node, result)
 

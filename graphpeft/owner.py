@@ -15,14 +15,16 @@ from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
 from torch import fx, nn
 
 from graphpeft.adapters import HOME, Adapters, adapted_parameter, home
 from graphpeft.errors import AdapterError
-from graphpeft.graph import insert_branch, strip_checks
-from graphpeft.match.owners import projections, trace
+from graphpeft.graph import insert_branch, insert_lookup, insert_sum, strip_checks
+from graphpeft.match.owners import lookups, projections, readers, trace
 from graphpeft.meta import fill_shapes
 from graphpeft.mode import set_mode
+from graphpeft.program import Site
 from graphpeft.weight_form import weight_form
 
 
@@ -31,13 +33,15 @@ class Adapted:
 
     graph: fx.Graph | None
     base_class: type[nn.Module]
+    dtypes: frozenset[torch.dtype]
+    """Of the parameters when the graph was made."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """After a change of dtype the casts in the graph may be wrong: lower again."""
         module = cast(nn.Module, self)
-        before = {p.dtype for p in module.parameters()}
         result = cast(Any, super())._apply(fn, recurse)
-        if {p.dtype for p in module.parameters()} != before:
+        # Compared with the graph, not with before the call: a tied weight was changed with its first holder.
+        if _dtypes(module) != self.dtypes:
             relower(module)
         return result
 
@@ -49,6 +53,10 @@ class Adapted:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (self.base_class, self.__dict__)
+
+
+def _dtypes(module: nn.Module) -> frozenset[torch.dtype]:
+    return frozenset(p.dtype for p in module.parameters())
 
 
 def _rebuild(base_class: type[nn.Module], state: dict[str, Any]) -> nn.Module:
@@ -152,16 +160,19 @@ def relower(owner: nn.Module) -> None:
         return
     if adapters is None or not adapters.running():
         return
-    if any(site.form == "weight" for site, _, _ in adapters.running()):
-        _inject(owner, weight_form(adapters))
-        return
-    key = _signature(owner, adapters) if type(owner) is nn.Linear else None
+    forms = {site.form for site, _, _ in adapters.running()}
+    key = _signature(owner, adapters) if type(owner) is nn.Linear and forms == {"branch"} else None
     if key is not None and key in _lowered:
         owner.__class__ = _lowered[key]
         return
-    graph = lower(owner, adapters)
-    code = fx.GraphModule(owner, graph, type(owner).__name__)
-    _inject(owner, {"forward": type(code).forward, "graph": graph, "code": code.code})
+    members: dict[str, Any] = {"forward": type(owner).forward, "graph": None}
+    if "branch" in forms:
+        graph = lower(owner, adapters)
+        code = fx.GraphModule(owner, graph, type(owner).__name__)
+        members = {"forward": type(code).forward, "graph": graph, "code": code.code}
+    if "weight" in forms:
+        members |= weight_form(adapters, members["forward"])
+    _inject(owner, members)
     if key is not None:
         _lowered[key] = type(owner)
 
@@ -186,24 +197,43 @@ def _make_up(module: nn.Module) -> Hashable:
 
 def _inject(owner: nn.Module, members: Mapping[str, Any], mixin: type = Adapted) -> None:
     base = type(owner)
-    names = {"base_class": base, "__module__": __name__, "__doc__": f"{base.__name__} with adapters."}
+    about = f"{base.__name__} with adapters."
+    names = {"base_class": base, "dtypes": _dtypes(owner), "__module__": __name__, "__doc__": about}
     owner.__class__ = type(f"Adapted{base.__name__.removesuffix('Impl')}", (mixin, base), {**names, **members})
 
 
 def lower(owner: nn.Module, adapters: Adapters) -> fx.Graph:
-    """The owner's base graph with every active branch inlined after its projection."""
+    """The owner's base graph with every active branch put wherever the owner uses its weight."""
     base = adapters.base if adapters.base is not None else trace(owner)
     graph = fx.Graph() if base is None else strip_checks(copy.deepcopy(base))
+    served: set[tuple[nn.Module, nn.Parameter]] = set()  # places of a tied weight may share the owner
     for site, branch, path in adapters.running():
         parameter = adapted_parameter(owner, site)
-        found = projections(owner, graph, parameter)
-        if not found:
+        if (branch, parameter) in served or (site.form == "weight" and adapters.base is None):
+            continue
+        served.add((branch, parameter))
+        if not _adapt(owner, graph, site, branch, path, parameter):
             raise AdapterError(
-                f"The code of {site.owner or type(owner).__name__} has no projection by {site.weight}, so its adapter would be "
+                f"The code of {site.owner or type(owner).__name__} has no use of {site.weight}, so its adapter would be "
                 f"ignored. Usually the file was made for another version of the model, or `forward` was replaced on the "
                 f"instance. Apply the rules anew, or take the replacement off first."
             )
-        for node, source in found:
-            insert_branch(graph, node, source, site, branch, path, parameter.dtype)
     graph.lint()
     return graph
+
+
+def _adapt(
+    owner: nn.Module, graph: fx.Graph, site: Site, branch: nn.Module, path: str, parameter: nn.Parameter
+) -> bool:
+    """Put one branch at every use of its weight; whether there was any."""
+    if site.form == "weight":
+        found = readers(owner, graph, parameter)
+        for node in found:
+            insert_sum(graph, node, site, branch, path)
+        return bool(found)
+    products, picks = projections(owner, graph, parameter), lookups(owner, graph, parameter)
+    for node, source in products:
+        insert_branch(graph, node, source, site, branch, path, parameter.dtype)
+    for pick in picks:
+        insert_lookup(graph, pick, site, branch, path)
+    return bool(products or picks)

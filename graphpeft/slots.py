@@ -65,6 +65,10 @@ class SlotBranch(nn.Module):
         """y + (x @ A) @ B."""
         return y + (x @ self.A) @ self.B
 
+    def add_rows(self, y: Tensor, ids: Tensor, padding_idx: int | None = None) -> Tensor:
+        """Raises `ExportError`: a table's rows are picked, not multiplied by what the slot is fed."""
+        raise ExportError("an adapted weight is also an embedding table, which has no slot; export with merged=True.")
+
     def delta(self) -> Tensor:
         """The weight update (out, in)."""
         return (self.A @ self.B).t()
@@ -93,10 +97,16 @@ def lower(chains: Mapping[Site, Chain]) -> Pairs:
     Pairs of several sites in one fused weight are put side by side; each has zeros where it has no output.
 
     Raises:
-        ExportError: a chain has no inner width to be cut at.
+        ExportError: a chain has no inner width to be cut at, or its weight is no plain matrix.
     """
     pairs: Pairs = {}
     for site, chain in chains.items():
+        kind = "a stack of matrices" if site.stack else "an embedding table" if site.role == "embed" else ""
+        if kind or site.tied:
+            raise ExportError(
+                f"{site.weight} is {kind or 'a tied weight'}, and a slot serves one matrix that activations meet in one "
+                f"place. Export it folded in, with merged=True, or leave this adapter out with adapters=."
+            )
         try:
             down, up = chain.to_lora()
         except AdapterError as error:

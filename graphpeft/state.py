@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from graphpeft.adapters import HOME, Adapters, home
+from graphpeft.adapters import HOME, Adapters, home, places
 from graphpeft.chain import Chain
 from graphpeft.errors import AdapterError
 from graphpeft.owner import STATE, relower
@@ -80,7 +80,7 @@ def names(model: nn.Module, wanted: str | tuple[str, ...] | list[str] | None) ->
 def owners(model: nn.Module, adapters: tuple[str, ...]) -> dict[str, nn.Module]:
     """Path and module of every owner that the adapters touch, in graph order."""
     state = get_state(model)
-    paths = dict.fromkeys(e.site.owner for name in adapters for e in state.adapters[name].entries)
+    paths = dict.fromkeys(p.owner for name in adapters for e in state.adapters[name].entries for p in places(e.site))
     return {path: model.get_submodule(path) for path in paths}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any, cast
 
 import torch
@@ -11,33 +13,72 @@ from graphpeft.adapters import HOME, Adapters, slot
 from graphpeft.program import Site
 
 
-def weight_form(adapters: Adapters) -> dict[str, Any]:
-    """Properties that return weight + delta under the weight's own name; the parameter itself stays where it is."""
-    by_weight: dict[str, list[tuple[Site, nn.Module]]] = {}
-    for site, branch, _ in adapters.running():
-        by_weight.setdefault(site.weight.rpartition(".")[2], []).append((site, branch))
-    return {"graph": None} | {name: property(_adapted_weight(name, tuple(found))) for name, found in by_weight.items()}
+def weight_form(adapters: Adapters, forward: Callable[..., Any]) -> dict[str, Any]:
+    """Members of a class whose instances show weight + delta under the weight's own name; the parameter itself stays.
+
+    `forward` is what the class would run otherwise.
+    """
+    by_weight: dict[str, list[Site]] = {}
+    for site, _, _ in adapters.running():
+        if site.form == "weight":
+            by_weight.setdefault(site.weight.rpartition(".")[2], []).append(site)
+    shown = {name: property(_adapted_weight(name, tuple(sites))) for name, sites in by_weight.items()}
+    return {**shown, "forward": _keeping(forward)}
 
 
-def _adapted_weight(name: str, found: tuple[tuple[Site, nn.Module], ...]) -> Any:
-    places = tuple((site, slot(site)) for site, _ in found)
+def _keeping(forward: Callable[..., Any]) -> Any:
+    """`forward` with each adapted weight made once, when it is first read: loops over experts read theirs many times.
+
+    Whatever reads a weight from outside, as `nn.MultiheadAttention` does of its child, has it made anew.
+    """
+
+    @wraps(forward)
+    def kept(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        adapters = cast(Adapters, self._modules[HOME])
+        if adapters.shown is not None:  # the module calls itself
+            return forward(self, *args, **kwargs)
+        adapters.shown = {}
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            adapters.shown = None
+
+    return kept
+
+
+def _adapted_weight(name: str, sites: tuple[Site, ...]) -> Any:
+    places = tuple((site, slot(site)) for site in sites)
 
     def read(self: nn.Module) -> torch.Tensor:
-        weight = cast(torch.Tensor, self._parameters[name])
         adapters = cast(Adapters, self._modules[HOME])
+        # A weight made without gradients is not one to train with.
+        key = name, torch.is_grad_enabled()
+        if adapters.shown is not None and key in adapters.shown:
+            return adapters.shown[key]
+        weight = cast(torch.Tensor, self._parameters[name])
         for adapter in adapters.active:
             modules = cast(nn.ModuleDict, adapters._modules[adapter])
-            for site, key in places:
-                if key in modules:
-                    weight = fold(weight, site, cast(Any, modules[key]).delta())
+            for site, place in places:
+                if place in modules:
+                    weight = fold(weight, site, cast(Any, modules[place]).delta())
+        if adapters.shown is not None:
+            adapters.shown[key] = weight
         return weight
 
     return read
 
 
 def fold(weight: torch.Tensor, site: Site, delta: torch.Tensor) -> torch.Tensor:
-    """weight + delta, summed in the wider dtype and cast last; `weight` itself is not changed. delta is (out, in)."""
-    if site.transposed:
-        delta = delta.t()
+    """The weight of a site with `delta` added to it."""
+    return added(weight, delta, site.transposed)
+
+
+def added(weight: torch.Tensor, delta: torch.Tensor, transposed: bool) -> torch.Tensor:
+    """weight + delta, summed in the wider dtype and cast last; `weight` itself is not changed.
+
+    `delta` is (out, in), or a stack of such; it takes the weight's shape, as that of a convolution.
+    """
+    if transposed:
+        delta = delta.transpose(-1, -2)
     wide = torch.promote_types(weight.dtype, delta.dtype)
-    return (weight.to(wide) + delta.to(wide)).to(weight.dtype)
+    return (weight.to(wide) + delta.to(wide).reshape(weight.shape)).to(weight.dtype)

@@ -7,7 +7,7 @@ import re
 import torch
 from torch import nn
 
-from graphpeft.adapters import home, settle
+from graphpeft.adapters import home, places, settle
 from graphpeft.chain import Chain, Factor
 from graphpeft.errors import AdapterError
 from graphpeft.owner import STATE, vacate
@@ -39,11 +39,13 @@ def insert(model: nn.Module, name: str, rules: str, seed: int, entries: tuple[En
     touched: list[nn.Module] = []
     try:
         for entry in entries:
-            owner = model.get_submodule(entry.site.owner)
-            touched.append(owner)
-            adapters = settle(owner, entry.site.owner)
-            adapters.add(name, entry.site, _branch(model, entry, shared))
-            adapters.train(owner.training)
+            branch = _branch(model, entry, shared)
+            for place in places(entry.site):
+                owner = model.get_submodule(place.owner)
+                touched.append(owner)
+                adapters = settle(owner, place.owner)
+                adapters.add(name, place, branch, guest=place is not entry.site)
+                adapters.train(owner.training)
     except BaseException:
         for owner in touched:
             _withdraw(owner, name)
@@ -57,6 +59,27 @@ def insert(model: nn.Module, name: str, rules: str, seed: int, entries: tuple[En
             stored(model, n).requires_grad_(False)
     state.adapters[name] = Adapter(rules, seed, entries)
     return state
+
+
+def _check(model: nn.Module, entry: Entry) -> None:
+    """The places of a site hold one tensor, in one orientation; a stack takes the weight form."""
+    site = entry.site
+    if site.stack and site.form != "weight":
+        raise AdapterError(
+            f"{site.weight} is a stack of {site.stack} matrices, which a side path cannot serve. Sites come from "
+            f"gp.sites(model); there this one has the form 'weight'."
+        )
+    for place in site.tied:
+        if stored(model, place.weight) is not stored(model, site.weight):
+            raise AdapterError(
+                f"{place.weight} and {site.weight} are planned as one tied weight, and are two tensors now. Usually the "
+                f"model was untied in between, as by assigning to one of them. Plan again: gp.apply(model, rules)."
+            )
+        if place.transposed != site.transposed:
+            raise AdapterError(
+                f"{place.weight} and {site.weight} are one tensor, read as (out, in) by one module and as (in, out) by "
+                f"the other, so no single update serves both. Untie them, or choose other sites."
+            )
 
 
 def home_parameters(owner: nn.Module, name: str) -> list[nn.Parameter]:
@@ -75,16 +98,23 @@ def _withdraw(owner: nn.Module, name: str) -> None:
 def _branch(model: nn.Module, entry: Entry, shared: dict[str, Factor]) -> Chain:
     """An empty branch on the weight's device, in float32 where the base is in half precision."""
     weight = stored(model, entry.site.weight)
+    _check(model, entry)
     half = weight.dtype in (torch.float16, torch.bfloat16)
     with torch.device(weight.device):
         chain = entry.build().to(torch.float32 if half else weight.dtype)
-    if entry.site.form == "weight" and chain.probability:
-        raise AdapterError(
-            f"{entry.site.weight} takes the weight form, because its module reads the weight inside a fused operator, "
-            f"and dropout on the input cannot be expressed there. Use dropout=0 for `{entry.rule}`."
-        )
-    for place, factor in enumerate(chain.factors):
+    for place in places(entry.site) if chain.probability else ():
+        if place.form == "weight":
+            raise AdapterError(
+                f"{place.weight} takes the weight form, because its module reads the weight inside a fused operator, "
+                f"and dropout on the input cannot be expressed there. Use dropout=0 for `{entry.rule}`."
+            )
+        if place.role == "embed":
+            raise AdapterError(
+                f"{place.weight} is an embedding table, whose input are indices: dropout has no features to act on. "
+                f"Use dropout=0 for `{entry.rule}`."
+            )
+    for i, factor in enumerate(chain.factors):
         assert isinstance(factor, Factor)
         if factor.shared:
-            chain.factors[place] = shared.setdefault(factor.shared, factor)
+            chain.factors[i] = shared.setdefault(factor.shared, factor)
     return chain

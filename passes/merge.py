@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import fx, nn
 
+from graphpeft.adapters import places
 from graphpeft.errors import AdapterError
 from graphpeft.owner import reoccupy, vacate
 from graphpeft.program import Site, stored
@@ -20,29 +21,31 @@ def merge(model: nn.Module, name: str | Sequence[str] | None = None) -> None:
     W + ΔW is summed in float32 or wider and cast to the weight's dtype last. Afterwards the model is plain: its own
     classes, no extra parameters. The original weights are kept, so that `unmerge` gives them back to the bit.
     Raises `AdapterError`, and changes nothing, if the model is merged already, an adapter is unknown, a delta is
-    not finite, or a weight is also used by an operator that the adapter does not touch (a tied embedding).
+    not finite, or a weight is tied to one that the adapter does not touch.
     """
     state = get_state(model)
     refuse_merged(model, "merge")
     folded = state.active if name is None else names(model, name if isinstance(name, str) else tuple(name))
     if not folded:
         raise AdapterError("No adapter is active, so there is nothing to merge. Name one: gp.merge(model, 'default').")
-    updated: dict[str, torch.Tensor] = {}
+    updated: dict[nn.Parameter, torch.Tensor] = {}
     for adapter in folded:
         for site, chain in chains(model, adapter).items():
             _refuse_tied(model, site)
+            parameter = stored(model, site.weight)
             with torch.no_grad():
-                weight = updated.get(site.weight, stored(model, site.weight).detach())
+                weight = updated.get(parameter, parameter.detach())
                 wide = torch.promote_types(weight.dtype, torch.float32)
-                updated[site.weight] = fold(weight.to(wide), site, _finite(chain.delta(), adapter, site))
+                updated[parameter] = fold(weight.to(wide), site, _finite(chain.delta(), adapter, site))
+    weights = {e.site.weight: stored(model, e.site.weight) for a in state.adapters.values() for e in a.entries}
     active = state.active
     for path, owner in owners(model, tuple(state.adapters)).items():
         adapters = vacate(owner, keep_mode=True)
         if adapters is not None:
             state.parked[path] = adapters
-    for path, value in updated.items():
-        parameter = stored(model, path)
-        state.originals[path] = parameter.detach().clone()
+    before = {parameter: parameter.detach().clone() for parameter in updated}
+    state.originals = {path: before[parameter] for path, parameter in weights.items() if parameter in before}
+    for parameter, value in updated.items():
         parameter.data.copy_(value)  # rounds once, to the weight's own dtype
     state.merged, state.active = folded, active
 
@@ -71,15 +74,25 @@ def _finite(delta: torch.Tensor, adapter: str, site: Site) -> torch.Tensor:
 
 
 def _refuse_tied(model: nn.Module, site: Site) -> None:
-    """A weight that another module holds too would change there as well, where the adapter never acted."""
+    """A weight that another module uses too would change there as well, where the adapter never acted.
+
+    A site with tied places lists all that use the weight, so that further modules may hold but do not use it, as T5's
+    `shared` does. In a graph of the whole model an adapter acts wherever its weight is used.
+    """
     parameter = stored(model, site.weight)
+    loose = [place.weight for place in places(site) if stored(model, place.weight) is not parameter]
+    if loose:
+        raise AdapterError(
+            f"{', '.join(loose)} was tied to {site.weight} when adapter and model were joined, and is another tensor now, "
+            f"so there is no one weight to fold into. Tie them again, or keep the adapter unmerged."
+        )
     holders = {
         id(module): path
         for path, module in model.named_modules()
         for p in module._parameters.values()
         if p is parameter
     }
-    if len(holders) > 1:
+    if len(holders) > 1 and not site.tied and not isinstance(model.get_submodule(site.owner), fx.GraphModule):
         raise AdapterError(
             f"{site.weight} is tied: {', '.join(holders.values())} hold the same tensor, and merging would change all of "
             f"them, though the adapter acts on one. Untie it first (give one module a clone), or keep the adapter unmerged."

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from math import prod
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from graphpeft.adapters import places
 from graphpeft.chain import Chain, Factor
 from graphpeft.errors import AdapterError, FileError
 from graphpeft.passes.activate import remove
@@ -99,17 +101,39 @@ def _fingerprint(model: nn.Module, entries: tuple[Entry, ...]) -> str:
 def _check_sites(model: nn.Module, content: AdapterFile, folder: Path) -> None:
     """Every weight that the file names is there with the shape it had, before anything is allocated."""
     shapes = {n: tuple(p.shape) for m_path, m in model.named_modules() for n, p in _own(m_path, m)}
-    for entry in content.entries:
-        site = entry.site
-        wanted = (site.inputs, site.full) if site.transposed else (site.full, site.inputs)
-        if shapes.get(site.weight) != wanted:
-            there = f"it is {shapes[site.weight]} here" if site.weight in shapes else "it is not there"
+    for site in (place for entry in content.entries for place in places(entry.site)):
+        shape, wanted = shapes.get(site.weight), _shape(site)
+        if shape is None or not _fits(shape, wanted):
+            there = f"it is {shape} here" if shape is not None else "it is not there"
             raise FileError(
                 f"{folder} does not fit {type(model).__name__}: it adapts {site.weight} of shape {wanted}, and {there}. "
                 f"Usually the adapter was trained on another model. Load it on the base it was made for."
             )
         if site.owner and not _has(model, site.owner):
             raise FileError(f"{folder} does not fit {type(model).__name__}: there is no module {site.owner}.")
+    for site in (entry.site for entry in content.entries):
+        loose = [p.weight for p in site.tied if stored(model, p.weight) is not stored(model, site.weight)]
+        if loose:
+            raise FileError(
+                f"{folder} does not fit {type(model).__name__}: one adapter serves {site.weight} and {', '.join(loose)}, "
+                f"which were one tied tensor and are two here. Tie them as the base model did (tie_word_embeddings)."
+            )
+
+
+def _shape(site: Site) -> tuple[int, ...]:
+    """The shape of a site's weight as a matrix, or as a stack of matrices."""
+    matrix = (site.inputs, site.full) if site.transposed else (site.full, site.inputs)
+    return (site.stack, *matrix) if site.stack else matrix
+
+
+def _fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether a weight is that matrix with inputs or outputs spread over several axes, as a convolution's are."""
+    *stack, rows, columns = wanted
+    rest = shape[len(stack) :]
+    cuts = range(1, len(rest))
+    return shape[: len(stack)] == tuple(stack) and any(
+        (prod(rest[:i]), prod(rest[i:])) == (rows, columns) for i in cuts
+    )
 
 
 def _own(path: str, module: nn.Module) -> list[tuple[str, nn.Parameter]]:

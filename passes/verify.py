@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
-from graphpeft.adapters import home
+from graphpeft.adapters import home, places
 from graphpeft.capture import Inputs, example_call, quiet
 from graphpeft.errors import VerifyError
-from graphpeft.owner import Adapted
+from graphpeft.owner import Adapted, relower
 from graphpeft.passes.merge import merge, unmerge
-from graphpeft.program import stored
+from graphpeft.program import Site, stored
 from graphpeft.state import chains, get_state, inactive, owners
 
 Level = Literal["off", "fast", "full"]
@@ -81,15 +83,18 @@ def _accounting(model: nn.Module, report: Report) -> None:
 
 
 def _graphs(model: nn.Module, report: Report) -> None:
-    """Every active branch stands in its owner's graph as often as its weight is used there."""
+    """Every active branch stands in its owner's graph, or its owner shows the adapted weight."""
     state = get_state(model)
     absent = []
     for path, owner in owners(model, state.active).items():
         adapters = home(owner)
-        graph = getattr(owner, "graph", None)  # `None` in the weight form, whose class reads every branch
+        graph = getattr(owner, "graph", None)
         tags = {n.meta.get("graphpeft") for n in graph.nodes} if graph is not None else set()
-        for site, _, branch in adapters.running() if adapters else []:
-            if branch not in tags if graph is not None else not isinstance(owner, Adapted):
+        for site, chain, branch in adapters.running() if adapters else []:
+            # Two places of a tied weight in one owner are served by one branch.
+            names = {b for _, c, b in adapters.running() if c is chain} if adapters else {branch}
+            shown = site.form == "weight" and not isinstance(owner, fx.GraphModule)
+            if not isinstance(owner, Adapted) if shown else not names & tags:
                 absent.append(f"{path}:{site.role}")
     count = sum(len(state.adapters[a].entries) for a in state.active)
     report.add("graphs", not absent, f"{count} sites rewritten" if not absent else f"no branch at {absent[:3]}")
@@ -143,16 +148,51 @@ def _outputs(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], rep
 
 def _gradients(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], report: Report) -> None:
     """One backward pass reaches every tensor that is planned to train; a frozen one cannot be reached."""
-    args, kwargs = call
     state = get_state(model)
     wanted = [p for a in state.active for c in chains(model, a).values() for p in c.parameters() if p.requires_grad]
     if not wanted:
         return
+    unreached = _unreached(model, call, wanted)
+    report.add("gradients", not unreached, f"reach {len(wanted) - unreached} of {len(wanted)} trained tensors")
+    tied = [(s, c) for a in state.active for s, c in chains(model, a).items() if s.tied]
+    ignored = []
+    for site, chain in tied:
+        for place in places(site):
+            with _alone(model, site, place):
+                if _unreached(model, call, [p for p in chain.parameters() if p.requires_grad]):
+                    ignored.append(place.weight)
+    if tied:
+        count = sum(len(places(site)) for site, _ in tied)
+        told = f"ignored at {', '.join(ignored[:3])}" if ignored else f"each of {count} places reaches its adapter"
+        report.add("tied weights", not ignored, told)
+
+
+def _unreached(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], wanted: Sequence[torch.Tensor]) -> int:
+    """How many of the tensors no gradient of the model's output reaches."""
+    args, kwargs = call
     with quiet(model), torch.enable_grad():
         loss = sum(t.float().pow(2).sum() for t in floats(model(*args, **kwargs)))
         if not isinstance(loss, torch.Tensor) or not loss.requires_grad:
-            report.add("gradients", False, f"reach none of {len(wanted)} trained tensors")
-            return
-        grads = torch.autograd.grad(loss, wanted, allow_unused=True)
-    unreached = sum(g is None for g in grads)
-    report.add("gradients", not unreached, f"reach {len(wanted) - unreached} of {len(wanted)} trained tensors")
+            return len(wanted)
+        return sum(g is None for g in torch.autograd.grad(loss, wanted, allow_unused=True))
+
+
+@contextmanager
+def _alone(model: nn.Module, site: Site, place: Site) -> Iterator[None]:
+    """The adapters at one place of a tied weight without those at its other places, for a while."""
+    others = [model.get_submodule(path) for path in {p.owner for p in places(site)} - {place.owner}]
+    active = {owner: adapters.active for owner in others if (adapters := home(owner)) is not None}
+    try:
+        for owner in active:
+            _switch(owner, ())
+        yield
+    finally:
+        for owner, names in active.items():
+            _switch(owner, names)
+
+
+def _switch(owner: nn.Module, names: tuple[str, ...]) -> None:
+    adapters = home(owner)
+    assert adapters is not None
+    adapters.active = names
+    relower(owner)

@@ -5,6 +5,7 @@ from graphpeft.chain.factors import Dense, Diag
 from graphpeft.chain.hadamard import hadamard_factors, hadamard_matrix, hadamard_order
 from graphpeft.chain.inits import Init, constant, kaiming, normal, zeros
 from graphpeft.chain.srht import SRHT, AdjointSRHT
+from graphpeft.chain.stack import Stack
 
 __all__ = [
     "SRHT",
@@ -15,6 +16,7 @@ __all__ = [
     "Factor",
     "Init",
     "Scatter",
+    "Stack",
     "constant",
     "hadamard_factors",
     "hadamard_matrix",

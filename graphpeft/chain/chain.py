@@ -220,14 +220,36 @@ class Chain(nn.Module):
         The chain is cut at its narrowest inner width r, the scale goes into B. Nothing is approximated: if every
         inner width is large, so is r. Raises `AdapterError` for a single factor, which has no inner width.
         """
-        factors = self._factors
-        if len(factors) < 2:
+        if len(self._factors) < 2:
             raise AdapterError(
-                f"{factors[0]} alone has no inner width to cut at, so it is no LoRA pair. "
+                f"{self._factors[0]} alone has no inner width to cut at, so it is no LoRA pair. "
                 "Merge the adapter, or store it in graphpeft's own format."
             )
-        cut = min(range(1, len(factors)), key=lambda place: factors[place].outputs)
-        return _dense(factors[cut:]), self.scale * _dense(factors[:cut])
+        a, b = self._cut()
+        return a, self.scale * b
+
+    def lookup(self, ids: Tensor, padding_idx: int | None = None) -> Tensor:
+        """The rows `ids` of ΔW, `(*ids.shape, inputs)`: the update of an embedding table, which is never formed.
+
+        As in `nn.Embedding`, row `padding_idx` hands no gradient to the factors that make it.
+        """
+        if len(self._factors) < 2:
+            return F.embedding(ids, self.delta(), padding_idx)
+        a, b = self._cut()
+        rows = F.embedding(ids, b, padding_idx) @ a
+        return rows if self.scale == 1 else rows * self.scale
+
+    def add_rows(self, y: Tensor, ids: Tensor, padding_idx: int | None = None) -> Tensor:
+        """`y + lookup(ids)` in the dtype of `y`, summed in the wider one."""
+        return (y + self.lookup(ids, padding_idx)).to(y.dtype)
+
+    def _cut(self) -> tuple[Tensor, Tensor]:
+        """A and B with `scale · B @ A` equal to ΔW, cut at the narrowest inner width."""
+        factors = self._factors
+        widths = [factor.outputs for factor in factors[1:]]
+        cut = 1 + widths.index(min(widths))
+        a = _dense(factors[cut:])
+        return a, _dense(factors[:cut]).to(a.dtype)  # a Scatter alone has no dtype of its own
 
     def extra_repr(self) -> str:
         return f"scale={self.scale:g}"

@@ -13,8 +13,8 @@ from torch import fx, nn
 from graphpeft.adapters import HOME, home
 from graphpeft.graph import strip_checks
 from graphpeft.inspect.table import folded, layers_text
-from graphpeft.match.dataflow import op
 from graphpeft.match.owners import trace
+from graphpeft.match.products import op
 from graphpeft.owner import relower, restore
 from graphpeft.state import get_state, owners
 
@@ -49,22 +49,21 @@ def _before_and_after(owner: nn.Module) -> tuple[list[str], list[str]]:
     adapters = home(owner)
     if adapters is None or not adapters.running():
         return [], []
-    running = adapters.running()
-    if any(site.form == "weight" for site, _, _ in running):
-        names = {path: site.weight.rpartition(".")[2] for site, _, path in running}
-        return sorted(set(names.values())), [
-            f"{weight} + delta({path.removeprefix(HOME + '.')})" for path, weight in names.items()
-        ]
-    after = lines(cast(fx.Graph, owner.graph))
     if adapters.base is not None:
-        return lines(strip_checks(copy.deepcopy(adapters.base))), after
+        return lines(strip_checks(copy.deepcopy(adapters.base))), lines(cast(fx.Graph, owner.graph))
+    names = {path: s.weight.rpartition(".")[2] for s, _, path in adapters.running() if s.form == "weight"}
+    before = sorted(set(names.values()))
+    after = [f"{weight} + delta({path.removeprefix(HOME + '.')})" for path, weight in names.items()]
+    if owner.graph is None:
+        return before, after
+    after += lines(cast(fx.Graph, owner.graph))
     restore(owner)
     try:
         base = trace(owner)
     finally:
         relower(owner)
     assert base is not None
-    return lines(base), after
+    return before + lines(base), after
 
 
 def lines(graph: fx.Graph) -> list[str]:
@@ -88,7 +87,7 @@ def _line(node: fx.Node) -> str:
 
 def _tensor(path: str) -> str:
     """A tensor's path; one of an adapter as `default.q[1].weight`, the tensor of the chain's factor 1."""
-    return re.sub(rf"^{HOME}\.(.+)\.factors\.(\d+)\.", r"\1[\2].", path)
+    return re.sub(r"^(.+)\.factors\.(\d+)\.", r"\1[\2].", path.removeprefix(f"{HOME}."))
 
 
 def _hunks(before: list[str], after: list[str], context: int) -> list[list[str]]:

@@ -125,12 +125,17 @@ def _describe(folder: Path) -> dict[str, Any]:
 
 
 def _entry(saved: Mapping[str, Any]) -> Entry:
+    # A method is only ever written in a rule, so a rule is what reads it.
+    return Entry(_site(saved), parse(f"linear:{saved['method']}")[0].method, str(saved["rule"]))
+
+
+def _site(saved: Mapping[str, Any]) -> Site:
     known = {f.name for f in fields(Site)}
     values = {k: v for k, v in saved.items() if k in known}
     values["rows"] = tuple((int(a), int(b)) for a, b in values["rows"]) if values["rows"] else None
     values["shape"] = tuple(map(int, values["shape"]))
-    # A method is only ever written in a rule, so a rule is what reads it.
-    return Entry(Site(**values), parse(f"linear:{saved['method']}")[0].method, str(saved["rule"]))
+    values["tied"] = tuple(map(_site, values.get("tied", ())))
+    return Site(**values)
 
 
 def fingerprint(weights: Mapping[str, torch.Tensor]) -> str:

@@ -1,0 +1,79 @@
+"""Adapters of stacked weights: one chain for each matrix of a three-dimensional weight, such as the experts of a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from graphpeft.chain.chain import Chain
+from graphpeft.errors import AdapterError
+
+T = TypeVar("T")
+
+
+class Stack(Chain):
+    """`n` chains that are alike, whose tensors are stacked along a new first axis; `delta` is `(n, outputs, inputs)`.
+
+    Any chain can be stacked, for its own code is what runs on the tensors of each matrix (`torch.vmap`). The chain is
+    taken over: its tensors become stacks. A factor that sites share stays one, common to all matrices.
+    """
+
+    def __init__(self, chain: Chain, n: int) -> None:
+        super().__init__(chain._factors, chain.scale, chain.probability)
+        self.n = n
+        for module in (m for factor in self._factors if not factor.shared for m in factor.modules()):
+            for name, tensor in module._parameters.items():
+                if tensor is not None:
+                    module._parameters[name] = nn.Parameter(torch.stack([tensor.detach()] * n), tensor.requires_grad)
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = torch.stack([buffer] * n)
+
+    def reset(self, seed: int, site: str) -> None:
+        """Fill every tensor: matrix `e` gets what the chain alone would get as the site called `site[e]`."""
+        for e in range(self.n):
+            one = {name: tensor.detach()[e] for name, tensor in self._stacks().items()}
+            functional_call(self, one, (partial(super().reset, seed, f"{site}[{e}]"),))
+
+    def delta(self) -> Tensor:
+        """ΔW of every matrix, dense `(n, outputs, inputs)`, in float32 or better, differentiable."""
+        return self._each(super().delta)
+
+    def to_lora(self) -> tuple[Tensor, Tensor]:
+        """The matrices' plain LoRA pairs: A `(n, r, inputs)` and B `(n, outputs, r)`. Raises as `Chain.to_lora`."""
+        return self._each(super().to_lora)
+
+    def accumulate(self, y: Tensor, x: Tensor) -> Tensor:
+        """Raises `AdapterError`: which matrix an activation meets is known to its module alone."""
+        raise AdapterError(
+            "Stacked matrices have no side path of their own: adapt the weight itself (a site of form 'weight'), as "
+            "gp.sites lists them."
+        )
+
+    def forward(self, compute: Callable[[], T]) -> T:  # type: ignore[override]
+        """`compute()`. `functional_call` runs it with the tensors of one matrix in place of the stacks."""
+        return compute()
+
+    def _each(self, compute: Callable[[], T]) -> T:
+        """`compute` on the tensors of every matrix, the results stacked."""
+
+        def one(tensors: dict[str, Tensor]) -> T:
+            return functional_call(self, tensors, (compute,))
+
+        return torch.vmap(one)(self._stacks())
+
+    def _stacks(self) -> dict[str, Tensor]:
+        return {
+            f"factors.{place}.{name}": tensor
+            for place, factor in enumerate(self._factors)
+            if not factor.shared
+            for name, tensor in (*factor.named_parameters(), *factor.named_buffers())
+        }
+
+    def extra_repr(self) -> str:
+        return f"{self.n} matrices, {super().extra_repr()}"
