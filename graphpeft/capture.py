@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
+import logging
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,33 +18,75 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from graphpeft import hf
+from graphpeft.blocks import Folding, kinds
+from graphpeft.diagnose import explain
 from graphpeft.errors import CaptureError
 from graphpeft.meta import with_shapes
 from graphpeft.owner import evaluating
+from graphpeft.passes.functional import functional
 from graphpeft.program import Program, stored
 from graphpeft.samples import sample_inputs, without_cache
+from graphpeft.unfold import unfold
+
+log = logging.getLogger(__name__)
 
 Inputs = torch.Tensor | Sequence[Any] | Mapping[str, Any] | None
 """An example call: one tensor, positional arguments, or keyword arguments; `None` makes one from the config."""
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def capture(model: nn.Module | ExportedProgram, inputs: Inputs = None) -> Program:
+def capture(model: nn.Module | ExportedProgram, inputs: Inputs = None, *, blocks: bool = True) -> Program:
     """Capture a model as a graph of ATen operators, with no change to the model.
 
-    A model on the meta device is captured too; no weights are needed. Raises `CaptureError`, naming the last line
-    of the model's code that was reached, when `torch.export` cannot trace it.
+    A model on the meta device is captured too; no weights are needed. Of equal blocks, only the first and the last are
+    traced, and copied for the others; with `blocks=False` each is traced, to the same graph. Raises `CaptureError`, naming the
+    module and the line of its code that was reached, the cause and the remedy, when `torch.export` cannot trace it.
     """
     if isinstance(model, ExportedProgram):
         model = as_module(model)
     if isinstance(model, fx.GraphModule) and is_aten(model.graph):
         return _whole(model)
-    args, kwargs = example_call(model, inputs)
-    with quiet(model), with_shapes(model) as fitting:
-        try:
-            exported = torch.export.export(model, *fitting((args, kwargs)), strict=False)
-        except Exception as error:
-            raise CaptureError(_explain(model, error, inputs is None)) from error
+    try:
+        example = example_call(model, inputs)
+        with quiet(model), _silent(), with_shapes(model) as fitting:
+            exported = _export_any(model, example, fitting(example), blocks)
+    except CaptureError:
+        raise
+    except Exception as error:
+        raise CaptureError(explain(model, error, inputs is None)) from error
     return _lifted(model, exported)
+
+
+def _export_any(model: nn.Module, example: Call, fitting: Call, blocks: bool) -> ExportedProgram:
+    """By `torch.export`; where it refuses, the way that transformers exports its own models."""
+    try:
+        return _export(model, *fitting, blocks)
+    except Exception:
+        args, kwargs = example
+        if args or not hf.known(model):
+            raise
+        with contextlib.suppress(Exception):  # the first error says more about the model
+            return functional(hf.export(model, kwargs))  # it reads values, so it gets the real tensors
+        raise
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], blocks: bool) -> ExportedProgram:
+    exact: frozenset[str] = frozenset()
+    while blocks and (repeated := kinds(model, exact)):
+        folding = Folding(model, repeated)
+        try:
+            with folding.folded():
+                exported = functional(torch.export.export(model, args, kwargs, strict=False))
+            if not folding.used:
+                return unfold(model, exported)
+        except Exception as error:
+            # Whatever it is, the full capture does without leaving blocks out, or says what is wrong with the model.
+            log.debug("blocks not folded: %s: %s", type(error).__name__, error)
+        if folding.used <= exact:
+            break
+        exact |= folding.used
+    return functional(torch.export.export(model, args, kwargs, strict=False))
 
 
 def as_module(program: ExportedProgram) -> fx.GraphModule:
@@ -84,6 +129,27 @@ def quiet(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Drop the traces that torch logs, and the graphs that it prints, before it raises: a `CaptureError` says it all."""
+    loggers = [v for k, v in logging.root.manager.loggerDict.items() if f"{k}.".startswith("torch.")]
+    handlers = {h for v in loggers if isinstance(v, logging.Logger) and v.name != "torch.__trace" for h in v.handlers}
+    printed = io.StringIO()
+
+    def not_torchs(record: logging.LogRecord) -> bool:
+        return not f"{record.name}.".startswith("torch.")
+
+    for handler in handlers:
+        handler.addFilter(not_torchs)
+    try:
+        with contextlib.redirect_stderr(printed):
+            yield
+        sys.stderr.write(printed.getvalue())
+    finally:
+        for handler in handlers:
+            handler.removeFilter(not_torchs)
+
+
 def _lifted(model: nn.Module, exported: ExportedProgram) -> Program:
     """A program from `torch.export`, whose parameters and constants are placeholders."""
     signature = exported.graph_signature
@@ -123,22 +189,3 @@ def _whole(module: fx.GraphModule) -> Program:
             "Capture the original model with torch.export.export(model, ...), and pass the exported program."
         )
     return Program(graph, module, weights, constants, whole=True)
-
-
-def _explain(model: nn.Module, error: Exception, guessed: bool) -> str:
-    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    place, trace = "", error.__traceback__
-    while trace is not None:
-        file = trace.tb_frame.f_code.co_filename
-        if "/torch/" not in file and not file.endswith("graphpeft/capture.py"):
-            place = f"{file.rpartition('/')[2]}:{trace.tb_lineno}"
-        trace = trace.tb_next
-    remedy = (
-        "The inputs were made from the config; pass inputs={...} with a call that works"
-        if guessed
-        else "Check that model(**inputs) runs, with a batch and lengths of at least 2"
-    )
-    return (
-        f"{type(model).__name__} cannot be captured: {type(error).__name__} at {place or 'an unknown place'}: {reason.strip()}. "
-        f"Usually the model branches on the values of a tensor, or the inputs do not fit. {remedy}."
-    )

@@ -29,8 +29,7 @@ def with_shapes(model: nn.Module) -> Iterator[Callable[[Any], Any]]:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def fake(tensor: torch.Tensor) -> torch.Tensor:
-        with mode:
-            return torch.empty_like(tensor, device="cpu")
+        return FakeTensor(mode, torch.empty_like(tensor, device="meta"), torch.device("cpu"))
 
     made: dict[torch.Tensor, torch.Tensor] = {}  # tied tensors stay tied
     for _, _, tensor in held:
@@ -53,7 +52,7 @@ def fill_shapes(graph: fx.Graph, owner: nn.Module) -> None:
         return
     mode = known.fake_mode
     for node in graph.nodes:
-        if "graphpeft" not in node.meta:
+        if "graphpeft" not in node.meta or "val" in node.meta:
             continue
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
         # Composite operators pass symbolic sizes on only when they are taken apart in Python.
@@ -67,3 +66,17 @@ def fill_shapes(graph: fx.Graph, owner: nn.Module) -> None:
                 node.meta["val"] = getattr(args[0], node.target)(*args[1:], **kwargs)
             else:
                 node.meta["val"] = node.target(*args, **kwargs)
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, FakeTensor)
+
+
+def has_value(tensor: torch.Tensor) -> bool:
+    """Whether code that is being traced can read the tensor's values: it is real, or a constant that torch knows."""
+    return not isinstance(tensor, FakeTensor) or tensor.constant is not None
+
+
+def storage(tensor: torch.Tensor) -> int:
+    """A number that tensors share if, and only if, they share memory; fake ones have no address to compare."""
+    return tensor.untyped_storage()._cdata

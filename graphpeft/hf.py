@@ -1,0 +1,29 @@
+"""transformers' own way to a captured graph, for models that plain `torch.export` refuses.
+
+Vision towers that read pictures of several sizes in one row split it where the *values* of an input say so. transformers
+knows its models: it computes such inputs beforehand and replaces the splitting code while it exports. The modules that
+own the weights are called as ever, so what the graph says about them holds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.export import ExportedProgram
+
+
+def known(model: nn.Module) -> bool:
+    """Whether transformers made the model."""
+    from transformers import PreTrainedModel
+
+    return isinstance(model, PreTrainedModel)
+
+
+def export(model: nn.Module, kwargs: dict[str, Any]) -> ExportedProgram:
+    """Export by `transformers.exporters`. Raises whatever it raises."""
+    from transformers.exporters.configs import DynamoConfig
+    from transformers.exporters.exporter_dynamo import DynamoExporter
+
+    program, _ = DynamoExporter().export_program(model, dict(kwargs), DynamoConfig(dynamic=False))  # type: ignore[arg-type]
+    return program
