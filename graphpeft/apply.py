@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import overload
 
 from torch import nn
 from torch.export import ExportedProgram
 
-from graphpeft.capture import Inputs, as_module, capture
-from graphpeft.inspect.table import rows_text, table
-from graphpeft.match.find import Found, find
-from graphpeft.match.roles import ROLES
+from graphpeft.capture import Inputs, as_module
+from graphpeft.inspect.table import names_text, role_text, rows_text, size_text, table
+from graphpeft.match.find import Found
 from graphpeft.methods import Method
 from graphpeft.passes import verify as checks
 from graphpeft.passes.activate import remove
 from graphpeft.passes.initialize import initialize
 from graphpeft.passes.insert import check_name, insert
-from graphpeft.passes.normalize import normalize
 from graphpeft.passes.verify import Level
 from graphpeft.plan import Plan, make_plan
 from graphpeft.program import Site
 from graphpeft.rules import Rule, coerce, to_text
+from graphpeft.samples import settled
 from graphpeft.state import inactive, set_active
+from graphpeft.survey import survey
 
 Rules = str | Rule | Iterable[Rule | str] | Mapping[str, Method | str]
 
@@ -53,10 +53,10 @@ def apply(
 
     Raises: `RuleError`, `CaptureError`, `MatchError`, `AdapterError`, `VerifyError`; the model is then as it was.
     """
-    parsed = coerce(rules, ROLES)
+    parsed = coerce(rules)
     module = as_module(model) if isinstance(model, ExportedProgram) else model
     check_name(module, name)
-    made = make_plan(module, _found(module, inputs), parsed, expect)
+    made = make_plan(module, found_in(module, inputs), parsed, expect)
     state = insert(module, name, to_text(parsed), seed, made.entries)
     before = state.active
     try:
@@ -71,17 +71,16 @@ def apply(
     return module
 
 
-def _found(module: nn.Module, inputs: Inputs) -> Found:
-    with inactive(module):
-        program = capture(module, inputs)
-        program = normalize(program)
-        return find(program)
+def found_in(module: nn.Module, inputs: Inputs = None) -> Found:
+    """Every site of a model, and what was not found. Adapters rest meanwhile."""
+    with inactive(module), settled(module):
+        return survey(module, inputs)
 
 
 def plan(model: nn.Module | ExportedProgram, rules: Rules, *, inputs: Inputs = None, expect: int | None = None) -> Plan:
     """What `apply` would do: a table of sites, methods and parameter counts. Changes nothing; raises as `apply` does."""
     module = as_module(model) if isinstance(model, ExportedProgram) else model
-    return make_plan(module, _found(module, inputs), coerce(rules, ROLES), expect)
+    return make_plan(module, found_in(module, inputs), coerce(rules), expect)
 
 
 @dataclass(frozen=True)
@@ -89,13 +88,15 @@ class Sites(Sequence[Site]):
     """Sites in graph order; prints as a table."""
 
     items: tuple[Site, ...]
+    unreached: Mapping[str, str] = field(default_factory=dict)
+    """Parts of the model that no example call ran, so that nothing is known of them, and why."""
 
     @overload
     def __getitem__(self, index: int) -> Site: ...
     @overload
     def __getitem__(self, index: slice) -> Sites: ...
     def __getitem__(self, index: int | slice) -> Site | Sites:
-        return Sites(self.items[index]) if isinstance(index, slice) else self.items[index]
+        return Sites(self.items[index], self.unreached) if isinstance(index, slice) else self.items[index]
 
     def __len__(self) -> int:
         return len(self.items)
@@ -105,17 +106,21 @@ class Sites(Sequence[Site]):
 
     def __str__(self) -> str:
         rows = [
-            (s.role + (" cross" if s.cross else ""), s.weight, rows_text(s.rows), f"{s.outputs} × {s.inputs}",
+            (role_text(s), names_text(s), rows_text(s.rows), size_text(s),
              "" if s.layer is None else s.layer, s.form, s.source)
             for s in self.items
         ]  # fmt: skip
-        return table(("role", "weight", "rows", "out × in", "layer", "form", "source"), rows)
+        found = table(("role", "weight", "rows", "out × in", "layer", "form", "source"), rows)
+        return "\n".join(
+            [found, *(f"not reached: {path or 'the whole'}: {why}" for path, why in self.unreached.items())]
+        )
 
 
 def sites(model: nn.Module | ExportedProgram, inputs: Inputs = None) -> Sites:
     """Every projection of the model and the role that its graph gives it. Raises `CaptureError`."""
     module = as_module(model) if isinstance(model, ExportedProgram) else model
-    return Sites(_found(module, inputs).sites)
+    found = found_in(module, inputs)
+    return Sites(found.sites, found.unreached)
 
 
 def trainable(model: nn.Module) -> tuple[int, int]:

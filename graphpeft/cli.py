@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
-from torch import nn
 
 import graphpeft as gp
 from graphpeft import methods as known
-from graphpeft.errors import CaptureError, GraphPeftError
+from graphpeft.errors import GraphPeftError
+from graphpeft.inspect.roles import overview
 from graphpeft.inspect.table import table
+from graphpeft.samples import settled
+from graphpeft.skeleton import skeleton
+from graphpeft.survey import survey
 
 app = typer.Typer(
     help="Adapters for PyTorch models, inserted the way a compiler would.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-Folder = Annotated[str, typer.Argument(help="A local model folder with a config.json.")]
+Model = Annotated[
+    str, typer.Argument(help="A local model folder, a config.json, or a model type of transformers such as llama.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the Python trace of an error.")]
 
 
@@ -38,24 +43,6 @@ def _one_line(debug: bool) -> Iterator[None]:
         Console(stderr=True, soft_wrap=True).print(f"[red]error[/red] {type(error).__name__}:", end=" ")
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from error
-
-
-def _skeleton(folder: str) -> nn.Module:
-    """The folder's model on the meta device: its graph without its weights."""
-    import transformers
-
-    if not (Path(folder) / "config.json").is_file():
-        raise CaptureError(
-            f"{folder} has no config.json. Pass the folder of a transformers model, as save_pretrained writes it."
-        )
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    name = (config.architectures or ["none"])[0]
-    build = getattr(transformers, name, None)
-    if build is None:
-        raise CaptureError(f"{folder}/config.json names the architecture {name!r}, which transformers does not have.")
-    with torch.device("meta"):
-        model: nn.Module = build(config)
-    return model
 
 
 @app.command()
@@ -76,20 +63,34 @@ def demo(
 
 @app.command()
 def plan(
-    model: Folder,
+    model: Model,
     rules: Annotated[str, typer.Argument(help="Such as 'qv:rlora; mlp:lora(r=8)'.")],
     debug: Debug = False,
 ) -> None:
     """Show what the rules would adapt: sites, methods, parameter counts."""
     with _one_line(debug):
-        typer.echo(gp.plan(_skeleton(model), rules))
+        typer.echo(gp.plan(skeleton(model), rules))
 
 
 @app.command()
-def sites(model: Folder, debug: Debug = False) -> None:
+def sites(model: Model, debug: Debug = False) -> None:
     """List every projection of a model and the role that its graph gives it."""
     with _one_line(debug):
-        typer.echo(gp.sites(_skeleton(model)))
+        typer.echo(gp.sites(skeleton(model)))
+
+
+@app.command()
+def roles(
+    model: Model,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a model has of each role, why it lacks the others, and what no example call reaches."""
+    with _one_line(debug):
+        built = skeleton(model)
+        with settled(built):
+            found = overview(built, survey(built))
+        typer.echo(json.dumps(found.as_dict(), indent=2) if as_json else found)
 
 
 @app.command()

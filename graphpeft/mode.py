@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx
 
-from graphpeft.match.dataflow import op
+from graphpeft.match.products import op
 
 TRAIN_FLAG = {
     "dropout": 2,

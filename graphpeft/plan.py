@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 
 import torch
 from torch import nn
 
-from graphpeft.chain import Chain, Scatter
+from graphpeft.chain import Chain, Scatter, Stack
 from graphpeft.errors import MatchError, RuleError
-from graphpeft.inspect.table import rows_text, table
+from graphpeft.inspect.misses import nothing
+from graphpeft.inspect.table import names_text, role_text, rows_text, size_text, table
 from graphpeft.match.find import Found
 from graphpeft.methods import Method
 from graphpeft.program import Site
@@ -28,9 +28,11 @@ class Entry:
     rule: str
 
     def build(self) -> Chain:
-        """The site's branch with empty tensors, from the owner's input to the projection's whole output."""
+        """The site's branch with empty tensors: as wide as the weight, and for a stack one for each of its matrices."""
         chain = self.method.chain(self.site)
-        return Scatter(self.site.full, self.site.rows) @ chain if self.site.rows else chain
+        if self.site.rows:
+            chain = Scatter(self.site.full, self.site.rows) @ chain
+        return Stack(chain, self.site.stack) if self.site.stack else chain
 
     def parameters(self) -> int:
         """How many numbers the site's branch trains."""
@@ -73,8 +75,8 @@ class Plan:
 
     def __str__(self) -> str:
         rows = [
-            (e.site.role + (" cross" if e.site.cross else ""), e.site.weight, rows_text(e.site.rows),
-             f"{e.site.outputs} × {e.site.inputs}", e.method, e.site.form, f"{e.parameters():,}", e.site.source)
+            (role_text(e.site), names_text(e.site), rows_text(e.site.rows),
+             size_text(e.site), e.method, e.site.form, f"{e.parameters():,}", e.site.source)
             for e in self.entries
         ]  # fmt: skip
         columns = ("role", "weight", "rows", "out × in", "method", "form", "parameters", "source")
@@ -88,7 +90,7 @@ class Plan:
         )
 
     def _skipped_lines(self) -> list[str]:
-        counted = Counter((site.role, reason) for site, reason in self.skipped)
+        counted = Counter((role_text(site), reason) for site, reason in self.skipped)
         return [f"skipped {n} × {role}: {reason}" for (role, reason), n in counted.items()]
 
 
@@ -119,7 +121,7 @@ def make_plan(model: nn.Module, found: Found, rules: Sequence[Rule], expect: int
             skipped.append((site, _reason(site, rules)))
     for i, rule in enumerate(rules):
         if not used[i]:
-            raise MatchError(_nothing(model, found, rule))
+            raise MatchError(nothing(model, found, rule))
     if expect is not None and len(entries) != expect:
         raise MatchError(
             f"`{to_text(rules)}` selects {len(entries)} sites of {type(model).__name__}, expected {expect}. "
@@ -131,35 +133,7 @@ def make_plan(model: nn.Module, found: Found, rules: Sequence[Rule], expect: int
 
 def _reason(site: Site, rules: Sequence[Rule]) -> str:
     """Why no rule took a site: of a rule that names its role what else it asks, otherwise that none names it."""
-    close = [r.selects(site) for r in rules if site.role in r.roles]
+    close = [r.selects(site) for r in rules if any(r.names(p) for p in (site, *site.tied))]
     return next(
         (r for r in close if r), "no rule names this role" if site.role != "other" else "a projection without a role"
     )
-
-
-def _nothing(model: nn.Module, found: Found, rule: Rule) -> str:
-    name = type(model).__name__
-    roles = Counter(s.role for s in found.sites)
-    present = ", ".join(f"{r} × {n}" for r, n in roles.items()) or "no projections at all"
-    if rule.glob is not None:
-        paths = [s.weight for s in found.sites]
-        near = get_close_matches(rule.glob, paths, n=3, cutoff=0.0)
-        return f"`{rule}` matches no projection of {name}. It has {', '.join(near) or 'none'}. Adjust the glob."
-    asked = [r for r in rule.roles if r in roles]
-    if asked:
-        reasons = Counter(reason for s in found.sites if s.role in rule.roles and (reason := rule.selects(s)))
-        return (
-            f"`{rule}` matches no site of {name}: it has {', '.join(f'{r} × {roles[r]}' for r in asked)}, "
-            f"but {'; '.join(f'{n} × {why}' for why, n in reasons.items())}. Widen the qualifiers in [...]."
-        )
-    why = "; ".join(dict.fromkeys(found.why_not(r) for r in rule.roles))
-    return f"`{rule}` matches no site of {name}: {why}. The graph has {present}. {_try(found, rule)}"
-
-
-def _try(found: Found, rule: Rule) -> str:
-    others = [s.weight for s in found.sites if s.role == "other"]
-    if others:
-        stem = others[0].removesuffix(".weight").rpartition(".")[2]
-        return f"Select projections by path instead, for example path(*.{stem}):{rule.method}."
-    named = "".join(dict.fromkeys(s.role for s in found.sites if len(s.role) == 1))
-    return f"Try a role that is there{f', such as {named}:{rule.method}' if named else ''}, or print gp.sites(model)."

@@ -3,11 +3,12 @@
     qv:rlora(r=256); mlp:lora(r=8)
     qkvo[layers=0-7]:lora(r=8, alpha=16)
     q[cross]:lora
+    experts.down+router:lora
     path(*.in_proj):lora
 
-A target is a role, a run of the letters q k v o, an alias (`attn`, `mlp`, `linear`), several of these joined by
-`+`, or `path(glob)` on the weight's qualified name, with or without its last component. Qualifiers are `layers=`
-with inclusive ranges, `cross` and `self`.
+A target is a role, a run of the letters q k v o, an alias (`attn`, `mlp`, `linear`, `experts`, `mixer`), several of
+these joined by `+`, or `path(glob)` on the weight's qualified name, with or without its last component. Qualifiers
+are `layers=` with inclusive ranges, `cross` and `self`. A tied weight answers to all its roles and names.
 """
 
 from __future__ import annotations
@@ -18,9 +19,7 @@ from fnmatch import fnmatchcase
 
 from graphpeft.methods import Method
 from graphpeft.program import Site
-from graphpeft.syntax import ALIASES, ROLES, Ranges, expand, path_glob, read
-
-__all__ = ["ALIASES", "ROLES", "Rule", "coerce", "parse", "to_text"]
+from graphpeft.syntax import Ranges, expand, path_glob, read
 
 
 @dataclass(frozen=True)
@@ -49,18 +48,26 @@ class Rule:
 
     def selects(self, site: Site) -> str | None:
         """`None` if the rule selects the site, otherwise the reason why it does not."""
-        if self.glob is None and site.role not in self.roles:
-            return f"role {site.role}"
-        if self.glob is not None and not any(
-            fnmatchcase(name, self.glob) for name in (site.weight, site.weight.rpartition(".")[0])
-        ):
-            return f"path not like {self.glob}"
-        if self.layers is not None and site.layer is None:
+        places = (site, *site.tied)
+        named = [place for place in places if self.names(place)]
+        if not named:
+            roles = "+".join(dict.fromkeys(place.role for place in places))
+            return f"role {roles}" if self.glob is None else f"path not like {self.glob}"
+        reasons = [self._declines(place) for place in named]
+        return None if None in reasons else reasons[0]
+
+    def names(self, place: Site) -> bool:
+        """Whether the target, without the qualifiers, means this place of a weight."""
+        return place.role in self.roles if self.glob is None else fits(self.glob, place.weight)
+
+    def _declines(self, place: Site) -> str | None:
+        """Why the qualifiers leave a place out that the target names."""
+        if self.layers is not None and place.layer is None:
             return "not in a layer"
-        if self.layers is not None and not any(site.layer in range(first, last + 1) for first, last in self.layers):
-            return f"layer {site.layer} outside {_ranges(self.layers)}"
-        if self.cross is not None and site.cross != self.cross:
-            return "cross-attention" if site.cross else "not cross-attention"
+        if self.layers is not None and not any(place.layer in range(first, last + 1) for first, last in self.layers):
+            return f"layer {place.layer} outside {_ranges(self.layers)}"
+        if self.cross is not None and place.cross != self.cross:
+            return "cross-attention" if place.cross else "not cross-attention"
         return None
 
     def __str__(self) -> str:
@@ -71,8 +78,8 @@ class Rule:
         return f"{self.target}{where}:{self.method.text(self.options)}"
 
 
-def parse(text: str, roles: Iterable[str] = ROLES) -> tuple[Rule, ...]:
-    """The rules of a text. `roles` names roles that exist besides the built-in ones.
+def parse(text: str, roles: Iterable[str] = ()) -> tuple[Rule, ...]:
+    """The rules of a text. `roles` names roles that exist besides the declared ones.
 
     Raises `RuleError`, which shows the place with a caret and what would have been accepted there.
     """
@@ -80,7 +87,7 @@ def parse(text: str, roles: Iterable[str] = ROLES) -> tuple[Rule, ...]:
 
 
 def coerce(
-    rules: str | Rule | Iterable[Rule | str] | Mapping[str, Method | str], roles: Iterable[str] = ROLES
+    rules: str | Rule | Iterable[Rule | str] | Mapping[str, Method | str], roles: Iterable[str] = ()
 ) -> tuple[Rule, ...]:
     """Rules in any of the forms that the public functions accept; a mapping goes from target to method.
 
@@ -98,6 +105,11 @@ def coerce(
 def to_text(rules: Iterable[Rule]) -> str:
     """One text of all rules; `parse` gives them back."""
     return "; ".join(map(str, rules))
+
+
+def fits(glob: str, weight: str) -> bool:
+    """Whether a `path(...)` pattern means a weight: its qualified name, or its module's."""
+    return any(fnmatchcase(name, glob) for name in (weight, weight.rpartition(".")[0]))
 
 
 def _ranges(layers: Ranges) -> str:

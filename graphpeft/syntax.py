@@ -13,6 +13,8 @@ from lark import Lark, Token, Tree, UnexpectedInput
 
 from graphpeft import methods
 from graphpeft.errors import RuleError
+from graphpeft.match import registry
+from graphpeft.match.registry import ALIASES, opened
 from graphpeft.methods import Method
 
 T = TypeVar("T")
@@ -20,8 +22,6 @@ Ranges = tuple[tuple[int, int], ...]
 Parts = tuple[str, Method, Ranges | None, bool | None, tuple[str, ...]]
 """Target, method, layers, cross, the options that were written."""
 
-ROLES = ("q", "k", "v", "o", "gate", "up", "down")
-ALIASES = {"attn": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down"), "linear": ROLES}
 _QUALIFIERS = "layers=0-3,7, cross, self"
 
 
@@ -35,13 +35,12 @@ def expand(target: str) -> tuple[str, ...]:
     """The roles that a target stands for: aliases and runs of q k v o opened; none for a path."""
     if path_glob(target) is not None:
         return ()
-    words = target.split("+")
-    return tuple(role for word in words for role in ALIASES.get(word, word if set(word) <= set("qkvo") else (word,)))
+    return tuple(role for word in target.split("+") for role in opened(word))
 
 
 def read(text: str, roles: Iterable[str] = ()) -> Iterator[Parts]:
-    """The parts of each rule of a text, where `roles` exist besides the built-in ones. Raises `RuleError`."""
-    reader = _Reader(text, tuple(dict.fromkeys((*ROLES, *roles))))
+    """The parts of each rule of a text, where `roles` exist besides the declared ones. Raises `RuleError`."""
+    reader = _Reader(text, tuple(dict.fromkeys((*registry.roles(), *roles))))
     seen = set()
     for node in reader.tree().children:
         parts = reader.rule(node)
@@ -62,9 +61,8 @@ class _Reader:
     def __init__(self, text: str, roles: tuple[str, ...]) -> None:
         self.text = text
         self.roles = roles
-        for role in set(roles) - set(ROLES):
-            if expand(role) != (role,):
-                raise RuleError(f"A role cannot be called {role!r}: rules read that as {' + '.join(expand(role))}.")
+        for role in roles:
+            registry.check_name(role)
 
     def tree(self) -> Tree[Token]:
         if not self.text.strip():
@@ -90,7 +88,7 @@ class _Reader:
         seen: list[str] = []
         for word in node.children:
             if not set(expand(word)) <= set(self.roles):
-                self.unknown(word, "target", (*self.roles, *ALIASES, "qv", "qkv"), self.targets())
+                self.unknown(word, "target", (*self.roles, *self.aliases(), "qv", "qkv"), self.targets())
             for role in expand(word):
                 if role in seen:
                     self.fail(word, f"The target names the role {role} twice", "Name each role once.")
@@ -147,8 +145,12 @@ class _Reader:
         except RuleError as error:
             self.fail(place, str(error).rstrip("."), cause=error)
 
+    def aliases(self) -> list[str]:
+        return [alias for alias, roles in ALIASES.items() if set(roles) <= set(self.roles)]
+
     def targets(self) -> str:
-        return f"Targets: {', '.join((*self.roles, *ALIASES))}, runs of q k v o such as qv, path(glob), joined by +."
+        known = ", ".join((*self.roles, *self.aliases()))
+        return f"Targets: {known}, runs of q k v o such as qv, path(glob), joined by +."
 
     def unknown(self, word: Token, kind: str, known: Collection[str], accepted: str) -> NoReturn:
         close = get_close_matches(word, known, 1)

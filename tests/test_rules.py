@@ -4,9 +4,12 @@ from itertools import product
 import pytest
 
 from graphpeft.errors import RuleError
+from graphpeft.match import registry
+from graphpeft.match.pattern import affine
+from graphpeft.match.registry import Declaration
 from graphpeft.methods import LoRA, RLoRA
 from graphpeft.program import Site
-from graphpeft.rules import ROLES, Rule, coerce, parse, to_text
+from graphpeft.rules import Rule, coerce, parse, to_text
 
 CANONICAL = [
     "qv:rlora",
@@ -19,6 +22,8 @@ CANONICAL = [
     "qv[layers=0-3,7]:lora",
     "gate+up[layers=5, cross]:lora(rslora=true, alpha=none, dropout=0.05)",
     "qv+mlp:lora(dropout=1e-05)",
+    "experts.down:lora; experts.gate+experts.up:lora(r=2)",
+    "embed+head+latent[layers=2]:lora",
 ]
 
 
@@ -34,6 +39,7 @@ def test_canonical_text_prints_back_as_it_was(text: str) -> None:
         ("q[ cross , layers = 0 - 3 , 7 ]:lora", "q[layers=0-3,7, cross]:lora"),
         ("q[layers=2-2]:lora", "q[layers=2]:lora"),
         ("path ( *.in_proj ):lora", "path(*.in_proj):lora"),
+        ("experts.down + router : lora", "experts.down+router:lora"),
         ("q + v:lora(rslora=True, alpha=None)", "q+v:lora(rslora=true, alpha=none)"),
     ],
 )
@@ -61,6 +67,8 @@ def test_what_a_text_means() -> None:
         ("attn", "q k v o"),
         ("mlp", "gate up down"),
         ("linear", "q k v o gate up down"),
+        ("experts", "experts.gate experts.up experts.down"),
+        ("experts.down+head", "experts.down head"),
         ("qv+mlp", "q v gate up down"),
         ("up+q", "up q"),
     ],
@@ -85,6 +93,7 @@ def test_every_combination_survives_printing() -> None:
 # Which sites a rule selects
 
 
+HEAD = Site("head", "lm_head.weight", None, False, None, (8, 8))
 SITE = Site("q", "model.layers.3.attn.q_proj.weight", None, False, 3, (8, 8))
 
 
@@ -111,6 +120,12 @@ SITE = Site("q", "model.layers.3.attn.q_proj.weight", None, False, 3, (8, 8))
         ("path(*.[0-2].*):lora", {}, "path not like *.[0-2].*"),
         ("path(q_proj):lora", {}, "path not like q_proj"),
         ("path(*.q_proj)[layers=4]:lora", {}, "layer 3 outside 4"),
+        ("embed:lora", {"role": "embed", "tied": (HEAD,)}, None),
+        ("head:lora", {"role": "embed", "tied": (HEAD,)}, None),
+        ("path(lm_head):lora", {"role": "embed", "tied": (HEAD,)}, None),
+        ("qv:lora", {"role": "embed", "tied": (HEAD,)}, "role embed+head"),
+        ("head[layers=3]:lora", {"role": "embed", "tied": (HEAD,)}, "not in a layer"),
+        ("embed+head[layers=3]:lora", {"role": "embed", "tied": (HEAD,)}, None),
     ],
 )
 def test_selection_and_its_reason(text: str, change: dict[str, object], reason: str | None) -> None:
@@ -142,17 +157,30 @@ def test_coerce_checks_rules_made_in_python() -> None:
             coerce(rules)
 
 
-def test_roles_declared_by_the_user() -> None:
-    (rule,) = parse("router+q:lora", roles=(*ROLES, "router"))
-    assert rule.roles == ("router", "q")
-    assert parse("router:lora", roles=["router"])[0].roles == ("router",)
-    assert coerce({"router": LoRA()}, roles=["router"])[0].roles == ("router",)
-    with pytest.raises(RuleError, match="Unknown target router"):
-        parse("router:lora")
-    with pytest.raises(RuleError, match=r"Did you mean router\?.*down, router, attn"):
-        parse("roter:lora", roles=["router"])
-    with pytest.raises(RuleError, match=r"cannot be called 'kv': rules read that as k \+ v"):
-        parse("q:lora", roles=["kv"])
+def test_roles_besides_the_declared_ones() -> None:
+    (rule,) = parse("hub+q:lora", roles=["hub"])
+    assert rule.roles == ("hub", "q")
+    assert coerce({"my.hub": LoRA()}, roles=["my.hub"])[0].roles == ("my.hub",)
+    with pytest.raises(RuleError, match="Unknown target hub"):
+        parse("hub:lora")
+    with pytest.raises(RuleError, match=r"Did you mean hubs\?.*, hubs, attn"):
+        parse("hub:lora", roles=["hubs"])
+    for role, words in {"kv": r"k \+ v", "mlp": r"gate \+ up \+ down"}.items():
+        with pytest.raises(RuleError, match=f"cannot be called '{role}': rules read that as {words}"):
+            parse("q:lora", roles=[role])
+
+
+def test_a_registered_role_is_known_to_rules_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_REGISTERED", [])
+    with pytest.raises(RuleError, match=r"Unknown target bell\.up"):
+        parse("bell.up:lora")
+    registry.register(Declaration("bell", affine("bell.up"), ("bell.up",), "no bell"))
+    assert parse("q+bell.up:lora")[0].roles == ("q", "bell.up")
+
+
+def test_every_declared_role_is_a_target() -> None:
+    for role in registry.roles():
+        assert parse(f"{role}:lora")[0].roles == (role,)
 
 
 # Errors: the text, a caret under the place, and what would be accepted
@@ -168,10 +196,14 @@ ERRORS = {
     ":lora": ("^", "Found : where I expected path(glob) or a target"),
     "qv:lora qv:lora": ("        ^", "Found qv where I expected the end"),
     "qv[]:lora": ("   ^", "layers=0-3,7, cross, self"),
-    "qv:lora;;q:lora": ("        ^", "Targets: q, k, v, o, gate"),
+    "qv:lora;;q:lora": ("        ^", "Targets: q, k, v, "),
     "qv:7": ("   ^", "Methods: lora, rlora."),
     "qz:lora": ("^^", "Unknown target qz"),
-    "q+gatee:lora": ("  ^^^^^", "Did you mean gate? Targets: q, k, v, o, gate, up, down, attn, mlp, linear"),
+    "q+gatee:lora": ("  ^^^^^", "Did you mean gate? Targets: q, k, v, "),
+    "expertz:lora": ("^^^^^^^", "Did you mean experts?"),
+    "experts.dwn:lora": ("^^^^^^^^^^^", "Did you mean experts.down?"),
+    "experts.:lora": ("       ^", "Found . where I expected ':'"),
+    "experts+experts.up:lora": ("        ^^^^^^^^^^", "The target names the role experts.up twice"),
     "qv:lroa": ("   ^^^^", "Did you mean lora? Methods: lora, rlora."),
     "qv:lora(rank=8)": ("        ^^^^", "Options: r (int >= 1), alpha (float > 0 or none), rslora (true or false)"),
     "qv:lora(aplha=8)": ("        ^^^^^", "Did you mean alpha?"),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from graphpeft.inspect.table import folded, layers_text, rows_text, table
+from graphpeft.inspect.table import folded, layers_text, names_text, role_text, rows_text, size_text, table
 from graphpeft.program import stored
 from graphpeft.state import chains, get_state
 
@@ -36,13 +36,14 @@ def explain(model: nn.Module, fold: bool = True) -> Explanation:
         lines: dict[str, list[float]] = {}
         items: list[tuple[str, int | None]] = []
         for entry, (site, chain) in zip(adapter.entries, chains(model, name).items(), strict=True):
-            where = re.sub(r"\.\d+\.", ".*.", site.weight, count=1) if fold and site.layer is not None else site.weight
-            role = site.role + (" cross" if site.cross else "")
+            where = names_text(site)
+            where = re.sub(r"\.\d+\.", ".*.", where, count=1) if fold and site.layer is not None else where
+            role = role_text(site)
             cells = (
                 role,
                 where,
                 rows_text(site.rows),
-                f"{site.outputs} × {site.inputs}",
+                size_text(site),
                 entry.method,
                 site.form,
                 chain.rank,

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from graphpeft.program import Rows
+from graphpeft.program import Rows, Site
 
 
 def table(
@@ -36,6 +36,21 @@ def rows_text(rows: Rows | None) -> str:
     if len(rows) <= 2:
         return " ".join(f"{a}:{b}" for a, b in rows)
     return f"{rows[0][0]}:{rows[0][1]} … {rows[-1][0]}:{rows[-1][1]} ({len(rows)} runs)"
+
+
+def role_text(site: Site) -> str:
+    """`q`, `q cross`; of a tied weight with several roles `embed+head`."""
+    return "+".join(dict.fromkeys(place.role for place in (site, *site.tied))) + (" cross" if site.cross else "")
+
+
+def size_text(site: Site) -> str:
+    """`out × in`; `n × out × in` where the weight is a stack of matrices."""
+    return " × ".join(map(str, (*((site.stack,) if site.stack else ()), *site.shape)))
+
+
+def names_text(site: Site) -> str:
+    """The weight's name; of a tied one `a = b = c`."""
+    return " = ".join((site.weight, *(place.weight for place in site.tied)))
 
 
 def folded(items: Iterable[tuple[str, int | None]]) -> list[tuple[str, list[int | None]]]:

@@ -6,110 +6,26 @@ Everything here is read off operators, operands and shapes. No module or paramet
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator
 from functools import cached_property
 
 import torch
 from torch import fx
 
-from graphpeft.program import Program, Rows, stored
-
-PRODUCTS = frozenset({"linear", "addmm", "mm", "bmm", "matmul", "baddbmm", "einsum", "conv1d", "conv2d", "conv3d"})
-ATTENTION = frozenset({"scaled_dot_product_attention"})
-SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax"})
-ADD = frozenset({"add", "add_"})
-# Operators that only rename, move or keep their first operand's values: what they return *is* that operand.
-SAME = frozenset(
-    {"to", "_to_copy", "type_as", "alias", "detach", "detach_", "contiguous", "clone", "dropout", "lift_fresh_copy"}
+from graphpeft.match.operators import (
+    ADD,
+    ATTENTION,
+    BARRIERS,
+    FRESH,
+    LIKE,
+    NORMS,
+    RESHAPES,
+    depthwise,
+    floating,
+    strip,
 )
-# Operators after which only part of a projection's output features may be left.
-PARTIAL = frozenset(
-    {"slice", "select", "split", "split_with_sizes", "chunk", "unbind", "index", "index_select", "narrow", "gather",
-     "tensor_split", "getitem"}
-)  # fmt: skip
-# Point-wise, yet linear in the operand they are called on: not an activation function.
-LINEAR_POINTWISE = frozenset(
-    {"add", "add_", "sub", "mul", "mul_", "div", "neg", "clone", "where", "masked_fill", "rsub", "fill", "to", "clamp"}
-)
-RESHAPES = frozenset(
-    {
-        "view",
-        "reshape",
-        "unsqueeze",
-        "squeeze",
-        "flatten",
-        "unflatten",
-        "expand",
-        "permute",
-        "transpose",
-        "getitem",
-        "_unsafe_view",
-    }
-)
-TRANSPOSES = frozenset({"t", "transpose", "permute", "numpy_T", "mT", "T"})
-
-
-def op(node: fx.Node) -> str:
-    """The operator's plain name, the same for `aten.linear.default`, `F.linear` and a method call."""
-    if node.op == "call_method":
-        return str(node.target)
-    if node.op != "call_function":
-        return node.op
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.name.split("::")[1]
-    return getattr(node.target, "__name__", str(node.target))
-
-
-def pointwise(node: fx.Node) -> bool:
-    """Whether the operator works element by element (torch's own tag says so)."""
-    tagged = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
-    return tagged or op(node) in {"hardswish", "silu", "selu", "softplus"}
-
-
-def behind_transposes(node: fx.Node) -> tuple[fx.Node, int]:
-    """The node behind transposes, casts and copies, and how many transposes there were."""
-    flips = 0
-    while node.args and isinstance(node.args[0], fx.Node):
-        name = str(node.args[1]) if op(node) == "getattr" else op(node)
-        if name not in TRANSPOSES | SAME:
-            break
-        flips += name in TRANSPOSES
-        node = node.args[0]
-    return node, flips
-
-
-@dataclass(frozen=True)
-class Affine:
-    """A projection: `node` multiplies `input` by the parameter at `weight`."""
-
-    node: fx.Node
-    input: fx.Node
-    weight: fx.Node
-    transposed: bool
-    """The weight is stored (in, out) rather than (out, in)."""
-
-
-def read_affine(node: fx.Node, is_weight: Callable[[fx.Node], bool]) -> Affine | None:
-    """`node` as a product of an activation and a two-dimensional parameter, or `None`."""
-    name = op(node)
-    operands = [a for a in node.args if isinstance(a, fx.Node)]
-    if name == "linear":
-        x, w = node.args[0], node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
-        stored_in_out = False
-    elif name == "addmm" and len(node.args) >= 3:
-        x, w = node.args[1], node.args[2]
-        stored_in_out = True
-    elif name in {"mm", "matmul"} and len(operands) == 2:
-        x, w = operands
-        stored_in_out = True
-    else:
-        return None
-    if not (isinstance(x, fx.Node) and isinstance(w, fx.Node)):
-        return None
-    w, flips = behind_transposes(w)
-    stored_in_out ^= flips % 2 == 1
-    return Affine(node, x, w, stored_in_out) if is_weight(w) and x is not w else None
+from graphpeft.match.products import PRODUCTS, Affine, behind_transposes, op, read_affine
+from graphpeft.program import Program, Rows
 
 
 class Dataflow:
@@ -117,7 +33,7 @@ class Dataflow:
 
     def __init__(self, program: Program):
         self.program = program
-        self.nodes = [n for n in program.graph.nodes if n.op in {"placeholder", "get_attr", "call_function"}]
+        self.nodes = [n for n in program.graph.nodes if n.op in {"placeholder", "get_attr", "call_function", "output"}]
         self.order = {n: i for i, n in enumerate(self.nodes)}
         self.probed: dict[Hashable, Rows | None] = {}
         """Answers of `fused.rows`, by what they depend on."""
@@ -127,7 +43,7 @@ class Dataflow:
         """Nodes that depend on the values of the model's input, as opposed to its sizes, parameters and constants."""
         found: set[fx.Node] = set()
         for n in self.nodes:
-            if isinstance(n.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            if isinstance(n.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)) or op(n) in FRESH:
                 continue
             if n.op == "placeholder":
                 if n not in self.program.weights and n not in self.program.constants:
@@ -138,27 +54,61 @@ class Dataflow:
 
     @cached_property
     def affines(self) -> dict[fx.Node, Affine]:
-        """Every projection of an activation by a parameter, in graph order."""
-        return {n: a for n in self.nodes if (a := self.read(n)) and a.input in self.active}
+        """Every projection of an activation by a parameter that an output of the model depends on, in graph order."""
+        return {n: a for n in self.nodes if n in self.useful and (a := self.read(n)) and a.input in self.active}
+
+    @cached_property
+    def useful(self) -> set[fx.Node]:
+        """Nodes that an output depends on."""
+        found = {n for n in self.nodes if n.op == "output"}
+        for n in reversed(self.nodes):
+            if n in found:
+                found.update(n.all_input_nodes)
+        return found
 
     @cached_property
     def calls(self) -> Counter[str]:
-        """Per weight, the number of projections by it, of constants too."""
-        return Counter(self.program.weights[a.weight] for n in self.nodes if (a := self.read(n)))
+        """Per weight, the number of nodes that use it as a projection, of constants too, or look entries up in it."""
+        uses = [a.weight for a in self._read.values()] + list(self.tables.values())
+        return Counter(self.program.weights[weight] for weight in uses)
 
     def read(self, node: fx.Node) -> Affine | None:
-        """`node` as a projection of anything, constants included, by a parameter that is a matrix."""
-        found = read_affine(node, self.program.weights.__contains__)
-        if found is None or stored(self.program.model, self.program.weights[found.weight]).dim() != 2:
-            return None
-        return found
+        """`node` as a projection of anything, constants included, by a parameter."""
+        return self._read.get(node)
+
+    @cached_property
+    def _read(self) -> dict[fx.Node, Affine]:
+        return {n: a for n in self.nodes if (a := read_affine(n, self.program.weights.__contains__))}
+
+    @cached_property
+    def tables(self) -> dict[fx.Node, fx.Node]:
+        """Embeddings that an output depends on, and the parameter each looks entries up in."""
+        looked = {n: behind_transposes(n.args[0])[0] for n in self.nodes if op(n) == "embedding" and n in self.useful}
+        return {n: table for n, table in looked.items() if table in self.program.weights}
+
+    def anchors(self, operators: frozenset[str] | None) -> list[fx.Node]:
+        """The nodes of these operators; without any, those where flow stops. Only what an output depends on."""
+        if operators is None:
+            return self._barriers
+        return [n for n in self.nodes if op(n) in operators and n in self.useful]
+
+    @cached_property
+    def _barriers(self) -> list[fx.Node]:
+        return [n for n in self.nodes if n in self.useful and self.barrier(n)]
 
     def barrier(self, node: fx.Node) -> bool:
         """Whether `flow` stops here: a product, a softmax, an attention core or a residual join."""
-        return op(node) in PRODUCTS | ATTENTION | SOFTMAX or node in self.joins
+        return self.mixes(node) or node in self.joins
+
+    @staticmethod
+    def mixes(node: fx.Node) -> bool:
+        return op(node) in BARRIERS and not depthwise(node)
 
     def parents(self, node: fx.Node) -> list[fx.Node]:
-        return [p for p in node.all_input_nodes if p in self.active]
+        """What the node computes with: its active inputs, indices, masks and what lends but its size or type left out."""
+        if op(node) in LIKE:
+            return [p for p in node.all_input_nodes[:1] if p in self.active]
+        return [p for p in node.all_input_nodes if p in self.active and floating(p)]
 
     def upstream(
         self, start: fx.Node, through: Callable[[fx.Node], bool] = lambda n: True
@@ -182,14 +132,31 @@ class Dataflow:
                 step = came_from[step]
             yield tuple(reversed(path))
 
+    def readers(self, start: fx.Node) -> set[fx.Node]:
+        """The nearest nodes downstream of `start` that stop the flow."""
+        found: set[fx.Node] = set()
+        seen, queue = {start}, [start]
+        for node in queue:
+            for user in node.users:
+                if user in seen or user not in self.useful or not floating(user):
+                    continue
+                seen.add(user)
+                if self.barrier(user) or user.op == "output":
+                    found.add(user)
+                else:
+                    queue.append(user)
+        return found
+
     def between(self, start: fx.Node, end: fx.Node) -> list[fx.Node]:
-        """Nodes on any path from `start` (exclusive) to `end` (inclusive), in graph order."""
+        """Nodes on the ways that flow takes from `start` (exclusive) to `end` (inclusive), in graph order.
+
+        A way through another projection or an attention core is none."""
         reach = {start}
         low, high = self.order[start], self.order[end]
         for node in self.nodes[low + 1 : high + 1]:
-            if any(p in reach for p in node.all_input_nodes):
+            if any(p in reach for p in node.all_input_nodes) and (node is end or not self.barrier(node)):
                 reach.add(node)
-        needed = self.ancestors(end, low) | {end}
+        needed = self.ancestors(end, low, stop=lambda n: n is not end and self.barrier(n)) | {end}
         return [n for n in self.nodes[low + 1 : high + 1] if n in reach and n in needed]
 
     def ancestors(self, node: fx.Node, floor: int, stop: Callable[[fx.Node], bool] = lambda n: False) -> set[fx.Node]:
@@ -217,7 +184,7 @@ class Dataflow:
             if op(node) not in ADD or node not in self.active:
                 continue
             pair = sorted(
-                {strip(a) for a in node.args[:2] if isinstance(a, fx.Node) and a in self.active},
+                {self.unscaled(a) for a in node.args[:2] if isinstance(a, fx.Node) and a in self.active},
                 key=self.order.__getitem__,
             )
             if len(pair) != 2:
@@ -232,7 +199,7 @@ class Dataflow:
 
     def _bypasses(self, early: fx.Node, late: fx.Node) -> bool:
         def product(n: fx.Node) -> bool:
-            return op(n) in PRODUCTS | ATTENTION
+            return op(n) in PRODUCTS | ATTENTION and not depthwise(n)
 
         floor = self.order[early]
         if early in self.ancestors(late, floor, stop=product):
@@ -242,16 +209,41 @@ class Dataflow:
 
     def _projects(self, node: fx.Node, source: fx.Node, floor: int) -> bool:
         """Whether `node` multiplies `source`, seen through nothing but normalization and the like, by a parameter."""
-        if op(node) not in PRODUCTS or not any(
-            behind_transposes(w)[0] in self.program.weights for w in node.all_input_nodes
-        ):
+        found = None if depthwise(node) else self.read(node)
+        if found is None:
             return False
-        inputs = self.parents(node)
-        return source in inputs or any(source in self.ancestors(x, floor, stop=self._mixes) for x in inputs)
+        return source is found.input or source in self.ancestors(found.input, floor, stop=self.mixes)
 
-    @staticmethod
-    def _mixes(node: fx.Node) -> bool:
-        return op(node) in PRODUCTS | ATTENTION | SOFTMAX
+    def unscaled(self, node: fx.Node) -> fx.Node:
+        """The activation behind casts, copies, dropout, and factors and offsets that do not depend on the input."""
+        while True:
+            node = strip(node)
+            factors = [a for a in node.all_input_nodes if a in self.active]
+            if op(node) not in {"mul", "mul_", "div", "div_", "add", "add_", "sub"} or len(factors) != 1:
+                return node
+            node = factors[0]
+
+    def carried(self, node: fx.Node) -> fx.Node:
+        """The activation behind all that keeps its features: copies, reshapes, fixed factors and normalization."""
+        while True:
+            behind_it = self.unscaled(node)
+            if op(behind_it) in RESHAPES | NORMS and isinstance(behind_it.args[0], fx.Node):
+                behind_it = behind_it.args[0]
+            elif op(behind_it) in {"mul", "mul_", "div", "div_", "sub"}:
+                behind_it = self._normalized(behind_it) or behind_it
+            if behind_it is node:
+                return node
+            node = behind_it
+
+    def _normalized(self, node: fx.Node) -> fx.Node | None:
+        """x, where the node is x times, over or minus a number per position that is made from x itself."""
+        x, factor = (*node.args, None, None)[:2]
+        for one, other in ((x, factor), (factor, x)):
+            if isinstance(one, fx.Node) and isinstance(other, fx.Node) and other in self.active:
+                made = other.meta.get("val")
+                if made is not None and made.dim() and made.shape[-1] == 1 and one.meta["val"].shape[-1] != 1:
+                    return one
+        return None
 
     def reads(self, node: fx.Node, source: fx.Node) -> bool:
         """Whether `node` is `source` seen through normalization, casts and the like (nothing that `flow` stops at)."""
@@ -259,19 +251,3 @@ class Dataflow:
         if start is source:
             return True
         return source in self.ancestors(start, self.order[source], stop=self.barrier)
-
-
-def strip(node: fx.Node) -> fx.Node:
-    """The node behind casts, copies, dropout and other operators that return the values they were given."""
-    while op(node) in SAME and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return node
-
-
-def partial(nodes: Iterable[fx.Node]) -> bool:
-    return any(op(n) in PARTIAL for n in nodes)
-
-
-def activation(node: fx.Node) -> bool:
-    """Whether the operator is a non-linear point-wise function of one activation."""
-    return pointwise(node) and op(node) not in LINEAR_POINTWISE

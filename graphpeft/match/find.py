@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import PurePath
+from typing import Any
 
 import torch
 from torch import fx, nn
 
 from graphpeft.match import fused
-from graphpeft.match import roles as declared
-from graphpeft.match.dataflow import RESHAPES, SAME, Affine, Dataflow, op, partial
+from graphpeft.match.dataflow import Dataflow
+from graphpeft.match.operators import RESHAPES, partial
 from graphpeft.match.owners import locate
 from graphpeft.match.pattern import Bound, Match, Miss
+from graphpeft.match.products import SAME, Affine, op
+from graphpeft.match.registry import Declaration, declarations
 from graphpeft.program import Program, Rows, Site, stored
 
 
@@ -24,18 +28,10 @@ class Found:
 
     sites: tuple[Site, ...]
     misses: dict[str, Miss]
-
-    def why_not(self, role: str) -> str:
-        """In words, why `role` has no site, as far as the graph tells."""
-        for declaration in declared.DECLARED:
-            if role in declaration.roles:
-                present = dict.fromkeys(s.role for s in self.sites if s.role in declaration.roles)
-                if present:
-                    return f"its {declaration.name} has {' and '.join(present)} but no {role}"
-                miss = self.misses.get(declaration.name)
-                near = f"; nearest miss at {where(miss.node)}: {miss.reason}" if miss is not None and miss.depth else ""
-                return declaration.absent + near
-        return f"no pattern declares the role {role!r}"
+    reached: frozenset[str] = frozenset()
+    """Weights that the captured graph uses."""
+    unreached: Mapping[str, str] = field(default_factory=dict)
+    """Parts of the model that no example call ran, and why."""
 
 
 def find(program: Program) -> Found:
@@ -44,7 +40,7 @@ def find(program: Program) -> Found:
     hits: dict[fx.Node, dict[str, list[Bound]]] = {}
     cross: set[fx.Node] = set()  # cross-attention cores, and the projections around them
     misses: dict[str, Miss] = {}
-    for declaration, core, match in _matches(flow, misses):
+    for declaration, core, match in _matches(flow, hits, misses):
         for role, bound_here in match.bound.items():
             for bound in bound_here:
                 hits.setdefault(bound.node, {}).setdefault(role, []).append(bound)
@@ -52,33 +48,73 @@ def find(program: Program) -> Found:
             cross |= {core} | {b.node for r in "qkv" for b in match.bound.get(r, ())}
     cross |= {n for n in hits if "o" in hits[n] and any(p[-1] in cross for p in flow.upstream(flow.affines[n].input))}
     sites: dict[tuple[str, str], Site] = {}
-    for node, affine in flow.affines.items():
-        for role, bounds in hits.get(node, {"other": []}).items():
-            site = _site(flow, affine, role, _rows(flow, node, bounds, len(hits.get(node, ()))), node in cross)
-            key = (site.weight, role)
+    for node in flow.nodes:
+        use = flow.affines.get(node) or (Affine(node, node, flow.tables[node]) if node in hits else None)
+        if use is None:
+            continue
+        for role, rows in _roles(flow, use, hits.get(node, {}), misses):
+            site = _site(flow, use, role, rows, node in cross)
+            key = (flow.program.weights[use.weight], role)
             sites[key] = _merge(sites[key], site) if key in sites else site
-    return Found(_without_shadows(sites.values()), misses)
+    reached = frozenset(name for node, name in program.weights.items() if node in flow.useful)
+    return Found(_one_per_weight(flow, sites), misses, reached)
 
 
-def _matches(flow: Dataflow, misses: dict[str, Miss]) -> Iterator[tuple[declared.Declaration, fx.Node, Match]]:
-    for declaration in declared.DECLARED:
-        for node in filter(flow.barrier, flow.nodes):
+def _roles(
+    flow: Dataflow, use: Affine, hits: Mapping[str, list[Bound]], misses: dict[str, Miss]
+) -> list[tuple[str, Rows | None]]:
+    """The roles that one use of a weight plays, and with which rows of it."""
+    found = []
+    for role, bounds in hits.items():
+        try:
+            found.append((_named(role, use), _of_weight(flow, use, _rows(flow, use, bounds, len(hits)))))
+        except fused.UnknownRowsError as error:
+            declaration = next(d.name for d in declarations() if role in d.roles)
+            misses[declaration] = Miss(use.node, str(error), 99, failed=True)
+    if any(role != "latent" and rows is None for role, rows in found):
+        found = [f for f in found if f[0] != "latent"]  # it makes queries, keys or values directly, too
+    return found or [("other", _of_weight(flow, use, None))]
+
+
+def _named(role: str, use: Affine) -> str:
+    """The MLP of an expert has roles of its own, so that `mlp:lora` means the dense one alone."""
+    return f"experts.{role}" if use.kind == "experts" and role in {"gate", "up", "down"} else role
+
+
+def _matches(
+    flow: Dataflow, hits: Mapping[fx.Node, Any], misses: dict[str, Miss]
+) -> Iterator[tuple[Declaration, fx.Node, Match]]:
+    """Every match of every declaration, in order; what a declaration binds is in `hits` before the next one is tried."""
+    for declaration in declarations():
+        found = []
+        for node in flow.anchors(declaration.at):
             result = declaration.pattern.at(flow, node)
             if isinstance(result, Match):
-                yield declaration, node, result
+                if declaration.rest:
+                    result = Match({r: tuple(b for b in bs if b.node not in hits) for r, bs in result.bound.items()})
+                found.append((declaration, node, result))
             elif declaration.name not in misses or result.depth > misses[declaration.name].depth:
                 misses[declaration.name] = result
+        yield from found
 
 
-def _rows(flow: Dataflow, affine: fx.Node, bounds: Sequence[Bound], roles: int) -> Rows | None:
+def _rows(flow: Dataflow, use: Affine, bounds: Sequence[Bound], roles: int) -> Rows | None:
     """Probe only where some features may be missing: several roles on one projection, or a slice on the way."""
     found: list[Rows | None] = []
     for bound in bounds:
-        if bound.seen_from is not affine and (roles > 1 or partial(flow.between(affine, bound.seen_from))):
-            found.append(fused.rows(flow, affine, bound.seen_from))
+        if bound.seen_from is not use.node and (roles > 1 or partial(flow.between(use.node, bound.seen_from))):
+            found.append(fused.rows(flow, use.node, bound.seen_from))
         else:
             found.append(None)
     return _union(found)
+
+
+def _of_weight(flow: Dataflow, use: Affine, rows: Rows | None) -> Rows | None:
+    """Output features as rows of the whole weight, of which the projection may use only some."""
+    if use.first is None:
+        return rows
+    made = rows or ((0, fused.concrete(use.node.meta["val"].shape)[-1]),)
+    return tuple((a + use.first, b + use.first) for a, b in made)
 
 
 def _union(found: Sequence[Rows | None]) -> Rows | None:
@@ -92,23 +128,29 @@ def _union(found: Sequence[Rows | None]) -> Rows | None:
 
 
 def _is_cross(flow: Dataflow, match: Match) -> bool:
+    """Whether queries and keys are made from different activations, also where a latent bottleneck lies between."""
+    latent = {b.node for b in match.bound.get("latent", ())}
+
     def source(bound: Bound) -> fx.Node:
         node = flow.affines[bound.node].input
+        inner = next((p[-1] for p in flow.upstream(node) if p[-1] in latent), None)
+        node = flow.affines[inner].input if inner is not None else node
         while op(node) in SAME | RESHAPES and isinstance(node.args[0], fx.Node):
             node = node.args[0]
         return node
 
-    return not {source(b) for b in match.bound["q"]} & {source(b) for b in match.bound["k"]}
+    return not {source(b) for b in match.bound.get("q", ())} & {source(b) for b in match.bound["k"]}
 
 
-def _site(flow: Dataflow, affine: Affine, role: str, rows: Rows | None, cross: bool) -> Site:
-    program, name = flow.program, flow.program.weights[affine.weight]
-    owner, form = locate(program, affine.node, name)
+def _site(flow: Dataflow, use: Affine, role: str, rows: Rows | None, cross: bool) -> Site:
+    program, name = flow.program, flow.program.weights[use.weight]
+    owner, form = locate(program, use.node, name)
     # A tied weight has several names: take the one under its owner.
     held = program.model.get_submodule(owner).named_parameters(prefix=owner, remove_duplicate=False)
     parameter = stored(program.model, name)
     local = next(n for n, p in held if p is parameter)
-    full, inputs = parameter.shape[::-1] if affine.transposed else parameter.shape
+    stack = parameter.shape[0] if use.kind == "experts" else None
+    full, inputs = _matrix(parameter.shape[0 if stack is None else 1 :], use)
     digits = re.search(r"(?:^|\.)(\d+)\.", name)
     return Site(
         role=role,
@@ -120,21 +162,39 @@ def _site(flow: Dataflow, affine: Affine, role: str, rows: Rows | None, cross: b
         form=form,
         owner=owner,
         full=full,
-        transposed=affine.transposed,
+        transposed=use.transposed,
+        stack=stack,
         calls=flow.calls[name],
-        source=where(affine.node, program.model.get_submodule(owner)),
+        source=where(use.node, program.model.get_submodule(owner)),
     )
 
 
+def _matrix(shape: torch.Size, use: Affine) -> tuple[int, int]:
+    """(out, in) of the matrix that a weight is, with the axes of each side taken together."""
+    cut = len(shape) - use.outs if use.transposed else use.outs
+    first, last = prod(shape[:cut]), prod(shape[cut:])
+    return (last, first) if use.transposed else (first, last)
+
+
 def _merge(one: Site, other: Site) -> Site:
-    return replace(one, rows=_union([one.rows, other.rows]), cross=one.cross or other.cross)
+    """The same weight in the same role at another place of the graph: another call, or another module that holds it."""
+    tied = one.tied
+    if other.weight not in {one.weight, *(t.weight for t in tied)}:
+        tied += (other,)
+    return replace(one, rows=_union([one.rows, other.rows]), cross=one.cross or other.cross, tied=tied)
 
 
-def _without_shadows(sites: Iterable[Site]) -> tuple[Site, ...]:
-    """A weight with a role at one call site is not also listed as `other` for the rest."""
-    every: list[Site] = list(sites)
-    named = {s.weight for s in every if s.role != "other"}
-    return tuple(s for s in every if s.role != "other" or s.weight not in named)
+def _one_per_weight(flow: Dataflow, sites: Mapping[tuple[str, str], Site]) -> tuple[Site, ...]:
+    """One site for a table that is also the head, and none called `other` for a weight that has a role elsewhere."""
+    merged = dict(sites)
+    named = {weight for weight, role in sites if role != "other"}
+    for (weight, role), site in sites.items():
+        table = merged.get((weight, "embed"))
+        if role == "other" and weight in named and (table is None or site.weight == table.weight):
+            del merged[weight, role]
+        elif table is not None and role != "embed":
+            merged[weight, "embed"] = replace(table, tied=(*table.tied, merged.pop((weight, role))))
+    return tuple(merged.values())
 
 
 def where(node: fx.Node, owner: nn.Module | None = None) -> str:

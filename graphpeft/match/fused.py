@@ -7,30 +7,44 @@ features with a nonzero gradient are the role's rows. No layout is assumed, so n
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from graphpeft.match.dataflow import Dataflow, op
+from graphpeft.match.dataflow import Dataflow
+from graphpeft.match.products import op
 from graphpeft.program import Rows
 
 DRAWS = 3
 """Independent draws whose answers are united: a ReLU hides a feature in one draw with probability 2^-positions."""
 
 
+class UnknownRowsError(Exception):
+    """The way from a projection to an operand cannot be run on stand-in values, so nobody knows which rows it takes."""
+
+
 def rows(flow: Dataflow, affine: fx.Node, operand: fx.Node) -> Rows | None:
-    """Runs of output features of `affine` that `operand` depends on; `None` when it depends on all of them."""
+    """Runs of output features of `affine` that `operand` depends on; `None` when it depends on all of them.
+
+    Raises `UnknownRowsError` where sizes on the way depend on the input's values, as in a loop over experts."""
     key = _signature(flow, affine, operand)
     if key not in flow.probed:
-        flow.probed[key] = _probe(flow, affine, operand)
+        try:
+            flow.probed[key] = _probe(flow, affine, operand)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            reason = str(error).partition("\n")[0]
+            raise UnknownRowsError(
+                f"its rows cannot be told, because the way there cannot be run alone: {reason}"
+            ) from error
     return flow.probed[key]
 
 
 def _probe(flow: Dataflow, affine: fx.Node, operand: fx.Node) -> Rows | None:
-    features = concrete(affine.meta["val"].shape)[-1]
-    used = torch.zeros(features, dtype=torch.bool)
+    shape, axes = concrete(affine.meta["val"].shape), flow.affines[affine].features
+    used = torch.zeros(prod(shape[axis] for axis in axes), dtype=torch.bool)
     for draw in range(DRAWS):
         used |= Probe(flow, torch.Generator().manual_seed(draw)).sensitive(affine, operand)
         if used.all():
@@ -66,8 +80,14 @@ def runs(mask: torch.Tensor) -> Rows:
 
 
 def concrete(shape: Any) -> tuple[int, ...]:
-    """Sizes as integers; a symbolic size gives the size it was traced with."""
-    return tuple(s if isinstance(s, int) else int(s.node.hint) for s in shape)
+    """Sizes as integers; a symbolic size gives the size it was traced with, one that depends on data gives 2."""
+    return tuple(map(_size, shape))
+
+
+def _size(size: Any) -> Any:
+    if not isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return size
+    return 2 if size.node.hint is None else size.node.hint
 
 
 class Probe:
@@ -87,7 +107,9 @@ class Probe:
             out = self.values[operand]
             weights = torch.randn(out.shape, generator=self.generator)
             (grad,) = torch.autograd.grad((out * weights).sum(), leaf)
-        return grad.flatten(0, -2).abs().sum(0) > 0
+        features = [axis % grad.dim() for axis in self.flow.affines[affine].features]
+        others = [axis for axis in range(grad.dim()) if axis not in features]
+        return (grad.abs().sum(others) if others else grad.abs()).flatten() > 0
 
     def run(self, node: fx.Node) -> Any:
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), self.value)
@@ -108,7 +130,7 @@ class Probe:
         example = node.meta.get("val")
         if not isinstance(example, torch.Tensor):
             if isinstance(example, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-                return example.node.hint
+                return _size(example)
             return self.run(node)
         if example.is_floating_point():
             return torch.randn(concrete(example.shape), generator=self.generator)

@@ -2,34 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import fx, nn
 
-from graphpeft.match.dataflow import read_affine
+from graphpeft.match.products import behind_transposes, op, read_affine
 from graphpeft.program import Program, stored
 
 
 def locate(program: Program, node: fx.Node, weight: str) -> tuple[str, Literal["branch", "weight"]]:
-    """Path of the owner of a captured projection, and whether a branch can be inserted there."""
-    if program.whole:
-        return "", "branch"
+    """Path of the owner of a node that uses a weight, and whether a branch can be inserted there."""
     model = program.model
+    parameter = stored(model, weight)
+    if program.whole:
+        product = read_affine(node, program.weights.__contains__)
+        plain = product is not None and product.plain and parameter.dim() == 2
+        return "", "branch" if plain or read_lookup(node, program.weights.__contains__) else "weight"
     stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
     path = stack[-1].partition("@")[0] if stack else ""
-    parameter = stored(model, weight)
     while path and not any(p is parameter for p in model.get_submodule(path).parameters()):
         path = path.rpartition(".")[0]
     if _traceable(model.get_submodule(path), parameter) and not _bypassed(model, path):
         return path, "branch"
-    return weight.rpartition(".")[0], "weight"
+    return _holder(model, path, parameter), "weight"
+
+
+def _holder(model: nn.Module, path: str, parameter: nn.Parameter) -> str:
+    """The module at or below `path` that has the parameter itself: a tied one is held elsewhere too."""
+    inside = model.get_submodule(path).named_modules(prefix=path)
+    return next(name for name, module in inside if any(p is parameter for p in module._parameters.values()))
 
 
 def _traceable(owner: nn.Module, parameter: nn.Parameter) -> bool:
     if type(owner) is nn.Linear and "forward" not in owner.__dict__:
         return True
     graph = trace(owner)
-    return graph is not None and bool(projections(owner, graph, parameter))
+    return graph is not None and bool(projections(owner, graph, parameter) or lookups(owner, graph, parameter))
 
 
 def _bypassed(model: nn.Module, path: str) -> bool:
@@ -61,13 +71,56 @@ def trace(module: nn.Module) -> fx.Graph | None:
 
 
 def projections(owner: nn.Module, graph: fx.Graph, parameter: nn.Parameter) -> list[tuple[fx.Node, fx.Node]]:
-    """(projection, its input) for each node of `graph` that multiplies by `parameter`."""
+    """(projection, its input) for each node of `graph` that multiplies by `parameter`; none if one is not plain."""
+    is_weight = _reads(owner, parameter)
+    read = (read_affine(n, is_weight) for n in graph.nodes if n.op in {"call_function", "call_method"})
+    found = [a for a in read if a]
+    return [(a.node, a.input) for a in found] if parameter.dim() == 2 and all(a.plain for a in found) else []
 
-    def is_weight(node: fx.Node) -> bool:
-        return node.op == "get_attr" and _attribute(owner, str(node.target)) is parameter
 
-    found = [read_affine(n, is_weight) for n in graph.nodes if n.op in {"call_function", "call_method"}]
-    return [(a.node, a.input) for a in found if a]
+@dataclass(frozen=True)
+class Lookup:
+    """An embedding: `node` picks the rows `ids` of a parameter."""
+
+    node: fx.Node
+    ids: fx.Node
+    padding_idx: int | None
+
+
+def lookups(owner: nn.Module, graph: fx.Graph, parameter: nn.Parameter) -> list[Lookup]:
+    """The nodes of `graph` that pick rows of `parameter`."""
+    is_weight = _reads(owner, parameter)
+    return [found for n in graph.nodes if (found := read_lookup(n, is_weight))]
+
+
+def read_lookup(node: fx.Node, is_weight: Callable[[fx.Node], bool]) -> Lookup | None:
+    """`node` as an embedding by a parameter, or `None`. One that renormalizes its rows is none: it is not linear."""
+    if op(node) != "embedding":
+        return None
+    functional = node.target is nn.functional.embedding
+    names = ("input", "weight", "padding_idx", "max_norm") if functional else ("weight", "indices", "padding_idx")
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    ids, weight, padding = (
+        given.get("input" if functional else "indices"),
+        given.get("weight"),
+        given.get("padding_idx"),
+    )
+    if not isinstance(ids, fx.Node) or not isinstance(weight, fx.Node) or given.get("max_norm") is not None:
+        return None
+    weight, flips = behind_transposes(weight)
+    if flips or not is_weight(weight):
+        return None
+    # The operator itself writes "no padding" as -1.
+    return Lookup(node, ids, padding if isinstance(padding, int) and (functional or padding != -1) else None)
+
+
+def readers(owner: nn.Module, graph: fx.Graph, parameter: nn.Parameter) -> list[fx.Node]:
+    """The nodes that hand `parameter` to the rest of `graph`."""
+    return list(filter(_reads(owner, parameter), graph.nodes))
+
+
+def _reads(owner: nn.Module, parameter: nn.Parameter) -> Callable[[fx.Node], bool]:
+    return lambda node: node.op == "get_attr" and _attribute(owner, str(node.target)) is parameter
 
 
 def _attribute(owner: nn.Module, path: str) -> Any:

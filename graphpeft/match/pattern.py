@@ -8,12 +8,15 @@ A pattern is matched at a node and looks upstream only. It gives a `Match` (what
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from torch import fx
 
 from graphpeft.match import dataflow as df
+from graphpeft.match import operators as ops
+from graphpeft.match.products import op
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class Miss:
     node: fx.Node
     reason: str
     depth: int = 0
+    failed: bool = False
+    """The structure is there; a condition on it failed."""
 
     def __bool__(self) -> bool:
         return False
@@ -79,7 +84,7 @@ class Either(Pattern):
             return first
         second = self.second.at(flow, node)
         if isinstance(first, Miss) and isinstance(second, Miss):
-            return first if first.depth > second.depth else second
+            return first if first.depth >= second.depth else second
         return second
 
 
@@ -91,7 +96,7 @@ class Where(Pattern):
     def at(self, flow: df.Dataflow, node: fx.Node) -> Result:
         result = self.pattern.at(flow, node)
         if isinstance(result, Match) and (reason := self.condition(flow, result)):
-            return Miss(node, reason, 99)
+            return Miss(node, reason, 99, failed=True)
         return result
 
 
@@ -103,18 +108,18 @@ class Anything(Pattern):
 
 @dataclass(frozen=True)
 class Op(Pattern):
-    """One operator; `operands` are matched against its tensor operands from `skip` on, in either order if `commute`."""
+    """One operator; `operands` are matched against its first tensor operands, in either order if `commute`."""
 
     names: frozenset[str]
     operands: tuple[Pattern, ...] = ()
     commute: bool = False
 
     def at(self, flow: df.Dataflow, node: fx.Node) -> Result:
-        if df.op(node) not in self.names:
-            return Miss(node, f"{df.op(node)} is not {' or '.join(sorted(self.names))}")
+        if op(node) not in self.names:
+            return Miss(node, f"{op(node)} is not {' or '.join(sorted(self.names))}")
         nodes = operands(node)
         if len(nodes) < len(self.operands):
-            return Miss(node, f"{df.op(node)} has {len(nodes)} tensor operands")
+            return Miss(node, f"{op(node)} has {len(nodes)} tensor operands")
         result = self._match(flow, nodes)
         if not result and self.commute:
             return self._match(flow, nodes[::-1]) or result
@@ -132,7 +137,7 @@ class Op(Pattern):
 
 def operands(node: fx.Node) -> list[fx.Node]:
     """The two factors of a product, or every tensor operand of another operator."""
-    args = node.args[1:] if df.op(node) in {"baddbmm", "addmm", "einsum"} else node.args
+    args = node.args[1:] if op(node) in {"baddbmm", "addmm", "einsum"} else node.args
     flat = [b for a in args for b in (a if isinstance(a, (list, tuple)) else [a])]
     return [a for a in flat if isinstance(a, fx.Node)]
 
@@ -147,7 +152,7 @@ class AffineOp(Pattern):
     def at(self, flow: df.Dataflow, node: fx.Node) -> Result:
         found = flow.affines.get(node)
         if found is None:
-            return Miss(node, f"{df.op(node)} is not a projection by a parameter")
+            return Miss(node, f"{op(node)} is not a projection by a parameter")
         result = self.reads.at(flow, found.input)
         if isinstance(result, Miss):
             return result.deeper()
@@ -155,124 +160,96 @@ class AffineOp(Pattern):
 
 
 @dataclass(frozen=True)
-class Flow(Pattern):
-    """`pattern` holds at one or more of the nearest barriers upstream, whatever work lies between."""
+class Maybe(Pattern):
+    """`pattern` holds, or nothing is bound."""
 
     pattern: Pattern
 
     def at(self, flow: df.Dataflow, node: fx.Node) -> Result:
-        total: Match | None = None
-        best = Miss(node, "nothing upstream stops the flow")
-        for path in flow.upstream(node):
-            result = self.pattern.at(flow, path[-1])
-            if isinstance(result, Miss):
-                best = max(best, result.deeper(), key=lambda m: m.depth)
-            else:
-                total = (total or Match()) + _seen_from(node, path[-1], result)
-        return best if total is None else total
+        return self.pattern.at(flow, node) or Match()
 
 
 @dataclass(frozen=True)
-class Elementwise(Pattern):
-    """`pattern` holds at the nearest barriers upstream, at all of them, and only element-wise work and reshaping lie
-    between; `activated` asks for (True) or forbids (False) a non-linear function among it."""
-
-    pattern: Pattern
-    activated: bool | None = None
-
-    def at(self, flow: df.Dataflow, node: fx.Node) -> Result:
-        total = Match()
-        for path in flow.upstream(node, self._through):
-            result = self.pattern.at(flow, path[-1])
-            if isinstance(result, Miss):
-                return result.deeper()
-            total = total + _seen_from(node, path[-1], result)
-        ends = {bound.node for bounds in total.bound.values() for bound in bounds}
-        active = any(df.activation(n) for end in ends for n in flow.between(end, node))
-        if self.activated is not None and active is not self.activated:
-            return Miss(node, "a non-linear function is " + ("in the way" if active else "missing"), 1)
-        return total
-
-    @staticmethod
-    def _through(node: fx.Node) -> bool:
-        return df.pointwise(node) or df.op(node) in df.SAME | df.RESHAPES | df.PARTIAL
-
-
-def _seen_from(node: fx.Node, end: fx.Node, result: Match) -> Match:
-    """The match with `node` noted as the operand that the projection found at `end` flows into."""
-    return Match(
-        {
-            name: tuple(replace(b, seen_from=node) if b.node is end else b for b in bounds)
-            for name, bounds in result.bound.items()
-        }
-    )
-
-
-@dataclass(frozen=True)
-class Seen(Pattern):
-    """`pattern` holds behind copies, casts, dropout and reshapes."""
+class Each(Pattern):
+    """`pattern` holds at one or more of the tensor operands, whichever."""
 
     pattern: Pattern
 
     def at(self, flow: df.Dataflow, node: fx.Node) -> Result:
-        while df.op(node) in df.SAME | df.RESHAPES and isinstance(node.args[0], fx.Node):
-            node = node.args[0]
-        return self.pattern.at(flow, node)
+        results = [self.pattern.at(flow, operand) for operand in operands(node)]
+        total = sum((r for r in results if isinstance(r, Match)), Match())
+        misses = [r.deeper() for r in results if isinstance(r, Miss)]
+        return total if len(misses) < len(results) else max(misses, key=lambda m: m.depth, default=Miss(node, "empty"))
 
 
 @dataclass(frozen=True)
-class Join(Pattern):
-    """A residual join whose branch matches; `bypassed` names the projection that must read the bypass."""
+class Unbound(Pattern):
+    """`pattern` holds; what it binds is somebody else's."""
 
-    branch: Pattern
-    bypassed: str
+    pattern: Pattern
 
     def at(self, flow: df.Dataflow, node: fx.Node) -> Result:
-        if node not in flow.joins:
-            return Miss(node, "not a residual join")
-        bypass, branch = flow.joins[node]
-        result = self.branch.at(flow, branch)
-        if isinstance(result, Miss):
-            return result.deeper()
-        for bound in result.bound[self.bypassed]:
-            if not flow.reads(flow.affines[bound.node].input, bypass):
-                return Miss(bound.node, "the residual does not bypass this projection", 98)
-        return result
+        result = self.pattern.at(flow, node)
+        return result.deeper() if isinstance(result, Miss) else Match()
+
+
+@dataclass(frozen=True)
+class Fixed(Pattern):
+    """An operand that does not depend on the model's input, such as a learned query."""
+
+    def at(self, flow: df.Dataflow, node: fx.Node) -> Result:
+        return Miss(node, "it depends on the model's input") if node in flow.active else Match()
+
+
+@dataclass(frozen=True)
+class Lookup(Pattern):
+    """An embedding table whose entries the model's input names directly, bound to `name`."""
+
+    name: str
+
+    def at(self, flow: df.Dataflow, node: fx.Node) -> Result:
+        ids = [a for a in node.all_input_nodes if a in flow.active]
+        source = flow.carried(ids[0]) if ids else node
+        # Positions and segments are inputs too, but no vocabulary.
+        if node not in flow.tables or source.op != "placeholder" or re.search("position|type", source.name):
+            return Miss(node, "the entries looked up are not the tokens of an input of the model")
+        return Match({self.name: (Bound(node, node),)})
 
 
 ANY = Anything()
+FIXED = Fixed()
 
 
 def affine(name: str, reads: Pattern = ANY) -> Pattern:
     return AffineOp(name, reads)
 
 
-def flow(pattern: Pattern) -> Pattern:
-    return Flow(pattern)
+def maybe(pattern: Pattern) -> Pattern:
+    return Maybe(pattern)
 
 
-def elementwise(pattern: Pattern, activated: bool | None = None) -> Pattern:
-    return Elementwise(pattern, activated)
+def unbound(pattern: Pattern) -> Pattern:
+    return Unbound(pattern)
 
 
-def seen(pattern: Pattern) -> Pattern:
-    return Seen(pattern)
+def lookup(name: str) -> Pattern:
+    return Lookup(name)
 
 
-def join(branch: Pattern, bypassed: str) -> Pattern:
-    return Join(branch, bypassed)
+def each(pattern: Pattern) -> Pattern:
+    return Each(pattern)
 
 
 def sdpa(*operands: Pattern) -> Pattern:
-    return Op(df.ATTENTION, operands)
+    return Op(ops.ATTENTION, operands)
 
 
 def softmax(scores: Pattern) -> Pattern:
-    return Op(df.SOFTMAX, (scores,))
+    return Op(ops.SOFTMAX, (scores,))
 
 
-def matmul(left: Pattern, right: Pattern) -> Pattern:
-    return Op(frozenset({"matmul", "bmm", "baddbmm", "einsum", "mm"}), (left, right))
+def matmul(left: Pattern, right: Pattern, commute: bool = False) -> Pattern:
+    return Op(frozenset({"matmul", "bmm", "baddbmm", "einsum", "mm"}), (left, right), commute)
 
 
 def mul(left: Pattern, right: Pattern) -> Pattern:

@@ -2,34 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from graphpeft.match import fused
 from graphpeft.match.dataflow import Dataflow
-from graphpeft.match.pattern import (
-    ANY,
-    Match,
-    Pattern,
-    affine,
-    elementwise,
-    flow,
-    join,
-    matmul,
-    mul,
-    sdpa,
-    seen,
-    softmax,
-)
-
-
-@dataclass(frozen=True)
-class Declaration:
-    """A pattern and the roles that it binds. `absent` says in words what is missing where it matches nowhere."""
-
-    name: str
-    pattern: Pattern
-    roles: tuple[str, ...]
-    absent: str
+from graphpeft.match.operators import activation, depthwise
+from graphpeft.match.pattern import FIXED, Match, affine, each, lookup, matmul, maybe, mul, sdpa, softmax, unbound
+from graphpeft.match.products import CONVOLUTIONS, op
+from graphpeft.match.registry import Declaration
+from graphpeft.match.walk import elementwise, flow, join, mixed, seen
 
 
 def from_input(flow: Dataflow, match: Match) -> str | None:
@@ -45,7 +24,10 @@ def apart(flow: Dataflow, match: Match) -> str | None:
         return "gate and up are not one projection each"
     if gate[0].node is not up[0].node:
         return None
-    one, other = (fused.rows(flow, x.node, x.seen_from) for x in (gate[0], up[0]))
+    try:
+        one, other = (fused.rows(flow, x.node, x.seen_from) for x in (gate[0], up[0]))
+    except fused.UnknownRowsError as error:
+        return str(error)
     return "gate and up read the same features" if one == other else None
 
 
@@ -53,30 +35,108 @@ def single(flow: Dataflow, match: Match) -> str | None:
     return None if len(match.bound["up"]) == 1 else "the activation joins several projections"
 
 
-Q, K, V = flow(affine("q")), flow(affine("k")), flow(affine("v"))
-SCORES = matmul(Q, K).where(from_input)
-CORE = sdpa(Q, K, V) | matmul(flow(softmax(flow(SCORES))), V)
-ATTENDED = sdpa() | matmul(flow(softmax(flow(matmul(ANY, ANY)))), ANY)
+def by_position(flow: Dataflow, match: Match) -> str | None:
+    """An MLP projects each position by itself, and does not open with an activation before a depthwise convolution."""
+    for bound in (b for bounds in match.bound.values() for b in bounds):
+        if not flow.affines[bound.node].pointwise:
+            return "a convolution wider than one position is no projection of an MLP"
+        between = flow.between(bound.node, bound.seen_from)
+        first = next((i for i, n in enumerate(between) if activation(n)), len(between))
+        if any(depthwise(n) for n in between[first:]):
+            return "an activation stands before a depthwise convolution: an inverted bottleneck"
+    return None
+
+
+def chooses_experts(flow: Dataflow, match: Match) -> str | None:
+    """A router has an output for each stacked matrix, if any are stacked, and for up to two shared or idle experts."""
+    stacks = {a.weight.meta["val"].shape[0] for a in flow.affines.values() if a.kind == "experts"}
+    scored = [b.node.meta["val"].shape[-1] for b in match.bound["router"]]
+    fit = all(any(n <= s <= n + 2 for n in stacks) for s in scored)
+    return "it scores something else than experts" if stacks and not fit else None
+
+
+def linear(flow: Dataflow, match: Match) -> str | None:
+    wide = any(flow.affines[b.node].kind == "conv" for bounds in match.bound.values() for b in bounds)
+    return "it is a convolution" if wide else None
+
+
+def private(flow: Dataflow, match: Match) -> str | None:
+    """A latent bottleneck is read by one projection and nothing else but attention itself."""
+    for bound in match.bound["latent"]:
+        readers = flow.readers(bound.node)
+        if len(readers & flow.affines.keys()) != 1 or readers & flow.joins.keys():
+            return "what it makes is read elsewhere too"
+    return None
+
+
+def added(flow: Dataflow, match: Match) -> str | None:
+    """An operand may be the sum of several projections, but not their product: then one only modulates the other."""
+    made = {b.node: b.seen_from for role in "qkv" for b in match.bound.get(role, ())}
+    ways = [set(flow.between(node, operand)) for node, operand in made.items()]
+    for node in set().union(*ways) if len(ways) > 1 else ():
+        factors = flow.parents(node)
+        behind = [{i for i, (n, way) in enumerate(zip(made, ways, strict=True)) if f is n or f in way} for f in factors]
+        if op(node) in {"mul", "mul_"} and len(factors) == 2 and all(behind) and not behind[0] & behind[1]:
+            return "it is the product of several projections"
+    return None
+
+
+def pooled(flow: Dataflow, match: Match) -> str | None:
+    """A learned query pools what one projection each makes of the keys and the values."""
+    one = all(len({b.node for b in match.bound.get(role, ())}) == 1 for role in "kv")
+    return None if match.bound.get("q") or one else "a fixed query reads the results of several projections"
+
+
+LATENT = maybe(flow(affine("latent")).where(private))
+Q, K, V = (flow(affine(role, LATENT)).where(added) for role in "qkv")
+SCORES = softmax(flow(matmul(Q, K).where(from_input))) | softmax(flow(matmul(FIXED, K)))
+CORE = (sdpa(Q | FIXED, K, V) | matmul(flow(SCORES), V, commute=True)).where(pooled)
 
 GATE, UP = elementwise(affine("gate"), activated=True), elementwise(affine("up"), activated=False)
-GATED_MLP = join(flow(affine("down", seen(mul(GATE, UP).where(apart)))), bypassed="up")
-MLP = join(flow(affine("down", elementwise(affine("up"), activated=True)).where(single)), bypassed="up")
+GATED = affine("down", seen(mul(GATE, UP).where(apart)))
+PLAIN = affine("down", elementwise(affine("up"), activated=True)).where(single)
+MLP = join(flow((GATED | PLAIN).where(by_position)), bypassed="up")
 
-DECLARED: list[Declaration] = [
+SCORED = flow(affine("router"))
+
+DECLARED = [
     Declaration(
         "attention",
         CORE,
-        ("q", "k", "v"),
+        ("q", "k", "v", "latent"),
         "no attention core was found (no scaled_dot_product_attention, no softmax fed by a product of two projections)",
     ),
     Declaration(
-        "attention output", affine("o", flow(ATTENDED)), ("o",), "no projection reads what an attention core returns"
+        "attention output",
+        affine("o", flow(unbound(CORE))),
+        ("o",),
+        "no projection reads what an attention core returns",
     ),
     Declaration(
-        "mlp",
-        GATED_MLP | MLP,
-        ("gate", "up", "down"),
-        "no residual bypasses two projections with an activation between them",
+        "mlp", MLP, ("gate", "up", "down"), "no residual bypasses two projections with an activation between them"
+    ),
+    Declaration(
+        "mixer",
+        join(flow(affine("mixer.out", mixed("mixer.in")).where(linear)), bypassed="mixer.in"),
+        ("mixer.in", "mixer.out"),
+        "no residual bypasses projections with a scan, a shift or a convolution of positions between them",
+        rest=True,
+    ),
+    Declaration(
+        "embedding", lookup("embed"), ("embed",), "no table is looked up by an input", frozenset({"embedding"})
+    ),
+    Declaration(
+        "router",
+        each((SCORED | flow(softmax(SCORED))).where(chooses_experts)),
+        ("router",),
+        "no projection is followed by a choice of the largest",
+        frozenset({"topk", "sort", "argmax", "max"}),
+        rest=True,
+    ),
+    Declaration(
+        "head", each(flow(affine("head"))), ("head",), "no projection ends the model", frozenset({"output"}), rest=True
+    ),
+    Declaration(
+        "convolution", affine("conv"), ("conv",), "there is no convolution of an activation", CONVOLUTIONS, rest=True
     ),
 ]
-ROLES = tuple(role for declaration in DECLARED for role in declaration.roles)

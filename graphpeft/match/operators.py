@@ -1,0 +1,89 @@
+"""Sets of operators and what can be said of a single node, by its operator, operands and shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import fx
+
+from graphpeft.match.products import CONVOLUTIONS, PRODUCTS, SAME, op
+
+ATTENTION = frozenset({"scaled_dot_product_attention"})
+SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax"})
+ADD = frozenset({"add", "add_"})
+# Operators after which only part of a projection's output features may be left.
+PARTIAL = frozenset(
+    {"slice", "select", "split", "split_with_sizes", "chunk", "unbind", "index", "index_select", "narrow", "gather",
+     "tensor_split", "getitem", "unsafe_split", "unsafe_chunk"}
+)  # fmt: skip
+# Point-wise, yet linear in the operand they are called on: not an activation function.
+LINEAR_POINTWISE = frozenset(
+    {"add", "add_", "sub", "mul", "mul_", "div", "neg", "clone", "where", "masked_fill", "rsub", "fill", "to", "clamp"}
+)
+RESHAPES = frozenset(
+    {"view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "expand", "permute", "transpose", "getitem",
+     "_unsafe_view"}
+)  # fmt: skip
+# Operators that bring positions together.
+MIXING = frozenset(
+    {"cumsum", "cumprod", "logcumsumexp", "roll", "pad", "constant_pad_nd", "flip", "associative_scan", "scan", "stack",
+     "fft_fft2", "fft_fftn", "fft_rfft"}
+)  # fmt: skip
+# What they return is new: of their operand they take the size, the dtype and the device.
+FRESH = frozenset(
+    {"new_empty", "new_zeros", "new_ones", "new_full", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like",
+     "randn_like", "new_empty_strided"}
+)  # fmt: skip
+LIKE = frozenset({"type_as", "to", "expand_as", "view_as", "reshape_as"})
+NORMS = frozenset({"layer_norm", "rms_norm", "batch_norm", "group_norm", "instance_norm", "normalize"})
+# Reductions of which a normalization is made where it is written out.
+REDUCTIONS = frozenset({"mean", "var", "sum", "amax", "std", "norm", "linalg_vector_norm", "var_mean", "max"})
+
+
+BARRIERS = PRODUCTS | ATTENTION | SOFTMAX
+
+
+def pointwise(node: fx.Node) -> bool:
+    """Whether the operator works element by element (torch's own tag says so)."""
+    tagged = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+    return tagged or op(node) in {"hardswish", "silu", "selu", "softplus"}
+
+
+def floating(node: fx.Node) -> bool:
+    """Whether the node holds numbers to compute with, not indices, masks or sizes."""
+    value = node.meta.get("val")
+    if isinstance(value, (list, tuple)):
+        return any(isinstance(v, torch.Tensor) and v.is_floating_point() for v in value)
+    return not isinstance(value, torch.Tensor) or value.is_floating_point() or value.is_complex()
+
+
+def per_position(node: fx.Node) -> bool:
+    """Whether a reduction runs over the features of each position, as in a normalization that is written out."""
+    value, source = node.meta.get("val"), node.args[0].meta.get("val")  # type: ignore[union-attr]
+    value = value[0] if isinstance(value, (list, tuple)) else value
+    return isinstance(source, torch.Tensor) and value is not None and value.shape[:-1] == source.shape[:-1]
+
+
+def depthwise(node: fx.Node) -> bool:
+    """Whether the node is a convolution of each channel by itself, which projects nothing."""
+    if op(node) not in CONVOLUTIONS or not isinstance(node.args[1], fx.Node):
+        return False
+    weight, groups = node.args[1].meta.get("val"), node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
+    return weight is not None and groups == weight.shape[0] > 1
+
+
+def strip(node: fx.Node) -> fx.Node:
+    """The node behind casts, copies, dropout and other operators that return the values they were given."""
+    while node.args and op(node) in SAME and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
+def partial(nodes: Iterable[fx.Node]) -> bool:
+    return any(op(n) in PARTIAL for n in nodes)
+
+
+def activation(node: fx.Node) -> bool:
+    """Whether the operator is a non-linear point-wise function of one activation."""
+    return pointwise(node) and op(node) not in LINEAR_POINTWISE

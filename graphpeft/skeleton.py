@@ -1,0 +1,79 @@
+"""A transformers model from little more than its name: its modules and shapes on the meta device, no weights."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphpeft.errors import CaptureError
+
+AUTO = ("PreTraining", "CausalLM", "Seq2SeqLM", "MaskedLM", "ImageTextToText", "ImageClassification",
+        "SpeechSeq2Seq", "CTC", "AudioClassification", "ZeroShotImageClassification")  # fmt: skip
+"""Auto classes in which a config without `architectures` is looked up, in this order; the bare model comes last."""
+
+
+def skeleton(name: str) -> nn.Module:
+    """The model of a local folder, of a `config.json`, or of a model type that transformers knows (as it is by default).
+
+    Raises `CaptureError` when `name` is none of these, or its model cannot be built.
+    """
+    import transformers
+
+    config = _config(name)
+    classes = [getattr(transformers, given, given) for given in config.architectures or ()]
+    build = next((c for c in classes if not isinstance(c, str)), None) or (None if classes else _usual(config))
+    if build is None:
+        raise CaptureError(f"{name} names the architecture {classes[0]!r}, which transformers does not have.")
+    try:
+        with torch.device("meta"):
+            model: nn.Module = build(config).eval()
+    except Exception as error:
+        raise CaptureError(
+            f"{name} cannot be built as {build.__name__}: {type(error).__name__}: {error}. Usually its config does not fit "
+            f"that class, or needs a package that is not installed. Try from_config in Python, and gp.sites(model)."
+        ) from error
+    return model
+
+
+def _config(name: str) -> Any:
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    path = Path(name)
+    if path.is_file() or (path / "config.json").is_file():
+        try:
+            return AutoConfig.from_pretrained(name, local_files_only=True)
+        except Exception as error:
+            raise CaptureError(f"{name} holds no config that transformers can read: {_first(error)}") from error
+    if name in CONFIG_MAPPING:
+        return CONFIG_MAPPING[name]()
+    if path.is_dir():
+        raise CaptureError(
+            f"{name} has no config.json. Pass the folder of a transformers model, as save_pretrained writes it."
+        )
+    near = get_close_matches(name, list(CONFIG_MAPPING), 1)
+    raise CaptureError(
+        f"{name} is neither a folder, nor a config.json, nor a model type of transformers"
+        + (f". Did you mean {near[0]}?" if near else " such as llama or bert.")
+    )
+
+
+def _usual(config: Any) -> Any:
+    """The class that transformers maps the config to."""
+    import transformers
+
+    for suffix in (*(f"For{task}" for task in AUTO), ""):
+        mapping = getattr(transformers, f"AutoModel{suffix}")._model_mapping
+        if type(config) in mapping:
+            found = mapping[type(config)]
+            return found[0] if isinstance(found, tuple) else found
+    raise CaptureError(
+        f"transformers has no model class for the config of {config.model_type!r} alone. Pass the config of a whole model."
+    )
+
+
+def _first(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
