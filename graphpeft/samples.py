@@ -62,7 +62,7 @@ def settled(model: nn.Module) -> Iterator[None]:
     """The configs of a model as a capture needs them, restored after: no cache anywhere, and a padding token.
 
     A classifier of generated text refuses a batch of two without a padding token, though no token is padding here."""
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    configs = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "to_dict")}
     wanted = {"use_cache": (False, bool), "pad_token_id": (0, type(None))}
     held: list[tuple[Any, str, Any]] = []
     for config in configs.values():
@@ -90,6 +90,8 @@ def _calls(main: str, config: Any, accepted: set[str]) -> Iterator[dict[str, tor
             for more in (decoder, {}) if "decoder_input_ids" in accepted else ({},):
                 yield text | extra | more | _companions(config, accepted)
                 yield {"input_ids": text["input_ids"]} | extra | more
+        if (books := _known(config, "num_codebooks", default=None)) is not None:  # text and sound in one sequence
+            yield {"input_ids": text["input_ids"][..., None].repeat(1, 1, books + 1)}
     if main in _SENSES:
         ids = {"decoder_input_ids": _decoder_ids(config)} if "decoder_input_ids" in accepted else {}
         for tensor in _SENSES[main](config):
@@ -114,11 +116,21 @@ def _packed(config: Any, accepted: set[str]) -> Iterator[dict[str, torch.Tensor]
         _known(config, "patch_size", default=None),
         _known(config, "in_channels", "num_channels", default=3),
     )
-    if isinstance(patch, int) and "grid_thw" in accepted:
+    grid = next((n for n in ("grid_thw", "image_grid_thw") if n in accepted), None)
+    if isinstance(patch, int) and grid is not None and "input_ids" not in accepted:
         frames = _known(config, "temporal_patch_size", default=1)
-        row = torch.randn(BATCH * side * side, channels * frames * patch * patch, generator=_generator())
         name = next((n for n in ("hidden_states", "pixel_values") if n in accepted), "x")
-        yield {name: row, "grid_thw": torch.tensor([[1, side, side]] * BATCH)}
+        patches = torch.randn(BATCH * side * side, channels * frames, patch, patch, generator=_generator())
+        for row in (patches.flatten(1), patches, patches[None]):
+            yield {name: row, grid: torch.tensor([[1, side, side]] * BATCH)}
+    if "aspect_ratio_ids" in accepted and "input_ids" not in accepted:
+        tiles = _known(config, "max_num_tiles", default=4)
+        pictures = _images(config)[0][:, None, None].repeat(1, 1, tiles, 1, 1, 1)
+        seen = torch.ones(BATCH, 1, tiles, dtype=torch.long)
+        yield {"pixel_values": pictures, "aspect_ratio_ids": seen[..., 0], "aspect_ratio_mask": seen}
+    if "feature_lens" in accepted:
+        spectrum = torch.cat(list(_spectra(config)[0][..., :100]), dim=-1)
+        yield {"input_features": spectrum, "feature_lens": torch.tensor([100] * BATCH)}
     if isinstance(patch, int) and "spatial_shapes" in accepted:
         row = torch.randn(BATCH, side * side, channels * patch * patch, generator=_generator())
         mask = {n: torch.ones(BATCH, side * side, dtype=torch.long) for n in ("pixel_attention_mask", "attention_mask")}
@@ -173,7 +185,7 @@ def _videos(config: Any) -> list[torch.Tensor]:
 def _spectra(config: Any) -> list[torch.Tensor]:
     """Spectrograms, bins before frames as convolutions read them, and frames before bins."""
     audio = _part(config, "audio_config", "encoder_config", "encoder")
-    names = ("num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel", "feature_size", "input_dim")
+    names = ("feature_projection_input_dim", "input_dim", "num_mel_bins", "input_feat_per_channel", "feature_size")
     bins = _known(audio, *names, default=_known(config, *names, default=80))
     positions = _known(audio, "max_source_positions", default=None)
     frames = 2 * positions if isinstance(positions, int) else FRAMES

@@ -91,6 +91,8 @@ JanusVQVAEAttnBlock                      o=proj_out
 
 # Off the residual stream: projectors, mergers of patches, adapters, conditioning.
 NO_MLP = r"""
+# The language adapters of X-MOD are bottlenecks with a residual of their own: small MLPs.
+XmodAdapter                                                                   up=dense1  down=dense2
 \w*(Projector|ProjectorMLP|PatchMerger|AlignerMLP|Adapter|PatchEmbeddings)    -=.*
 AXK2GateMLP|VibeVoiceDiffusionHeadMLP|Llama4VisionMLP2                        -=.*
 """
@@ -128,6 +130,7 @@ EXPERTS = r"""
 \w+Experts                        experts.down=@down_proj
 JetMoeMoE                         experts.gate,experts.up=input_linear  experts.down=output_linear
 JetMoeTopKGating                  router=layer
+HunYuanMoEV1Gate                  router=wg
 # The last of a chain of four.
 ZayaRouter|ZayaRouterMLP          router=out_proj  -=.*
 \w+Router                         router=classifier|gate

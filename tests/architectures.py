@@ -49,6 +49,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
     "jamba": {"num_hidden_layers": 5, "attn_layer_offset": 1, "attn_layer_period": 2},
     "recurrent_gemma": {"num_hidden_layers": 3},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
     "zamba": {"num_hidden_layers": 5, "layers_block_type": ["mamba", "mamba", "hybrid", "mamba", "hybrid"]},
 }
 KEPT = {"jamba", "recurrent_gemma", "lfm2_moe", "zamba"}

@@ -24,7 +24,7 @@ from graphpeft.match.operators import (
     floating,
     strip,
 )
-from graphpeft.match.products import PRODUCTS, Affine, behind_transposes, op, read_affine
+from graphpeft.match.products import MATMULS, PRODUCTS, Affine, behind_transposes, op, read_affine
 from graphpeft.program import Program, Rows
 
 
@@ -191,11 +191,17 @@ class Dataflow:
                 continue
             # Parallel branches: (x + f(x)) + g(x) joins g(x) to the bypass of the inner sum.
             inner = [(found[one][0], other) for one, other in (pair, pair[::-1]) if one in found]
+            # Hyper-connections: mix(x) + f(x), where a product with weights made from x mixes several streams.
+            inner += [(p, other) for one, other in (pair, pair[::-1]) if self._mixture(one) for p in self.parents(one)]
             for bypass, branch in ((pair[0], pair[1]), *inner):
                 if self._bypasses(bypass, branch):
                     found[node] = (bypass, branch)
                     break
         return found
+
+    def _mixture(self, node: fx.Node) -> bool:
+        """Whether the node multiplies two activations."""
+        return op(node) in MATMULS and len(self.parents(node)) == 2
 
     def _bypasses(self, early: fx.Node, late: fx.Node) -> bool:
         def product(n: fx.Node) -> bool:

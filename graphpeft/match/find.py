@@ -67,7 +67,9 @@ def _roles(
     found = []
     for role, bounds in hits.items():
         try:
-            found.append((_named(role, use), _of_weight(flow, use, _rows(flow, use, bounds, len(hits)))))
+            rows = _rows(flow, use, bounds, len(hits))
+            if rows != ():  # what it makes is multiplied by zero on the way, or not read after all
+                found.append((_named(role, use), _of_weight(flow, use, rows)))
         except fused.UnknownRowsError as error:
             declaration = next(d.name for d in declarations() if role in d.roles)
             misses[declaration] = Miss(use.node, str(error), 99, failed=True)
@@ -121,6 +123,8 @@ def _union(found: Sequence[Rows | None]) -> Rows | None:
     known = [r for r in found if r is not None]
     if not known or len(known) < len(found):
         return None
+    if not any(known):
+        return ()
     mask = torch.zeros(max(b for r in known for _, b in r), dtype=torch.bool)
     for a, b in (run for r in known for run in r):
         mask[a:b] = True

@@ -23,7 +23,7 @@ LINEAR_POINTWISE = frozenset(
 )
 RESHAPES = frozenset(
     {"view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "expand", "permute", "transpose", "getitem",
-     "_unsafe_view"}
+     "_unsafe_view", "reshape_as", "view_as", "expand_as"}
 )  # fmt: skip
 # Operators that bring positions together.
 MIXING = frozenset(
@@ -56,13 +56,6 @@ def floating(node: fx.Node) -> bool:
     if isinstance(value, (list, tuple)):
         return any(isinstance(v, torch.Tensor) and v.is_floating_point() for v in value)
     return not isinstance(value, torch.Tensor) or value.is_floating_point() or value.is_complex()
-
-
-def per_position(node: fx.Node) -> bool:
-    """Whether a reduction runs over the features of each position, as in a normalization that is written out."""
-    value, source = node.meta.get("val"), node.args[0].meta.get("val")  # type: ignore[union-attr]
-    value = value[0] if isinstance(value, (list, tuple)) else value
-    return isinstance(source, torch.Tensor) and value is not None and value.shape[:-1] == source.shape[:-1]
 
 
 def depthwise(node: fx.Node) -> bool:

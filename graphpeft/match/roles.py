@@ -5,10 +5,24 @@ from __future__ import annotations
 from graphpeft.match import fused
 from graphpeft.match.dataflow import Dataflow
 from graphpeft.match.operators import activation, depthwise
-from graphpeft.match.pattern import FIXED, Match, affine, each, lookup, matmul, maybe, mul, sdpa, softmax, unbound
+from graphpeft.match.pattern import (
+    FIXED,
+    Bound,
+    Match,
+    affine,
+    each,
+    lookup,
+    matmul,
+    maybe,
+    mul,
+    sdpa,
+    softmax,
+    unbound,
+)
 from graphpeft.match.products import CONVOLUTIONS, op
 from graphpeft.match.registry import Declaration
 from graphpeft.match.walk import elementwise, flow, join, mixed, seen
+from graphpeft.program import Rows
 
 
 def from_input(flow: Dataflow, match: Match) -> str | None:
@@ -25,10 +39,14 @@ def apart(flow: Dataflow, match: Match) -> str | None:
     if gate[0].node is not up[0].node:
         return None
     try:
-        one, other = (fused.rows(flow, x.node, x.seen_from) for x in (gate[0], up[0]))
+        one, other = (rows_of(flow, bound) for bound in (gate[0], up[0]))
     except fused.UnknownRowsError as error:
         return str(error)
     return "gate and up read the same features" if one == other else None
+
+
+def rows_of(flow: Dataflow, bound: Bound) -> Rows | None:
+    return fused.rows(flow, bound.node, bound.seen_from)
 
 
 def single(flow: Dataflow, match: Match) -> str | None:
@@ -48,11 +66,11 @@ def by_position(flow: Dataflow, match: Match) -> str | None:
 
 
 def chooses_experts(flow: Dataflow, match: Match) -> str | None:
-    """A router has an output for each stacked matrix, if any are stacked, and for up to two shared or idle experts."""
+    """A router has an output for each stacked matrix, and for up to two shared or idle experts."""
     stacks = {a.weight.meta["val"].shape[0] for a in flow.affines.values() if a.kind == "experts"}
     scored = [b.node.meta["val"].shape[-1] for b in match.bound["router"]]
     fit = all(any(n <= s <= n + 2 for n in stacks) for s in scored)
-    return "it scores something else than experts" if stacks and not fit else None
+    return None if stacks and fit else "it scores something else than stacked experts"
 
 
 def linear(flow: Dataflow, match: Match) -> str | None:
@@ -83,8 +101,13 @@ def added(flow: Dataflow, match: Match) -> str | None:
 
 def pooled(flow: Dataflow, match: Match) -> str | None:
     """A learned query pools what one projection each makes of the keys and the values."""
-    one = all(len({b.node for b in match.bound.get(role, ())}) == 1 for role in "kv")
-    return None if match.bound.get("q") or one else "a fixed query reads the results of several projections"
+    if match.bound.get("q"):
+        return None
+    keys, values = (match.bound.get(role, ()) for role in "kv")
+    if len({b.node for b in keys}) != 1 or len({b.node for b in values}) != 1:
+        return "a fixed query reads the results of several projections"
+    one, other = (rows_of(flow, bounds[0]) for bounds in (keys, values))
+    return "keys and values are the same features" if keys[0].node is values[0].node and one == other else None
 
 
 LATENT = maybe(flow(affine("latent")).where(private))

@@ -11,7 +11,7 @@ from graphpeft.match import operators as ops
 from graphpeft.match.pattern import Bound, Match, Miss, Pattern, Result
 from graphpeft.match.products import CONVOLUTIONS, PRODUCTS, SAME, op
 
-_BY_POSITION = SAME | ops.RESHAPES | ops.PARTIAL | ops.NORMS
+_BY_POSITION = SAME | ops.RESHAPES | ops.PARTIAL | ops.NORMS | ops.REDUCTIONS
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,6 @@ class Elementwise(Pattern):
 
     @staticmethod
     def _through(node: fx.Node) -> bool:
-        if op(node) in ops.REDUCTIONS:
-            return ops.per_position(node)
         return ops.pointwise(node) or ops.depthwise(node) or op(node) in _BY_POSITION
 
 
@@ -96,8 +94,12 @@ class Join(Pattern):
         if isinstance(result, Miss):
             return result.deeper()
         for bound in result.bound[self.bypassed]:
-            if not flow.reads(flow.affines[bound.node].input, bypass):
+            read = flow.affines[bound.node].input
+            if not flow.reads(read, bypass):
                 return Miss(bound.node, "the residual does not bypass this projection", 98, failed=True)
+            beside = flow.ancestors(read, flow.order[bypass] + 1, stop=flow.barrier) & flow.affines.keys()
+            if any(flow.affines[n].kind == "conv" and not ops.depthwise(n) for n in beside):
+                return Miss(bound.node, "it reads a convolution beside what bypasses it", 98, failed=True)
         return result
 
 
