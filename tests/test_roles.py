@@ -1,11 +1,13 @@
 """Which projection plays which role, per architecture, told by people and not by the matcher.
 
-The table holds every weight that multiplies an activation. Its names and rows were read off the models' source code:
+The table holds every weight that multiplies an activation, or in which an input looks entries up. Its names and rows
+were read off the models' source code:
 GPT-2 splits `c_attn` into thirds, GPT-NeoX and BLOOM interleave q, k and v per head, Falcon per group of heads.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 import pytest
@@ -42,12 +44,12 @@ PER_HEAD = {
 T5 = {r: f"SelfAttention.{r}" for r in "qkvo"}
 CROSS_T5 = {f"{r} cross": f"EncDecAttention.{r}" for r in "qkvo"}
 
-# Architecture: blocks as (prefix with {} for the layer, {role: module, then its rows if not all}), then projections
-# without a role.
-TABLE: dict[str, tuple[dict[str, dict[str, str]], str]] = {
-    "llama": ({"model.layers.{}": GATED}, "lm_head"),
-    "qwen3": ({"model.layers.{}": GATED}, "lm_head"),
-    "gemma2": ({"model.layers.{}": GATED}, "lm_head"),
+# Architecture: blocks as (prefix with {} for the layer, {role: module, then its rows if not all}), then what stands
+# outside of the blocks, modules that share one weight joined by =.
+TABLE: dict[str, tuple[dict[str, dict[str, str]], dict[str, str]]] = {
+    "llama": ({"model.layers.{}": GATED}, {"embed": "model.embed_tokens", "head": "lm_head"}),
+    "qwen3": ({"model.layers.{}": GATED}, {"embed": "model.embed_tokens", "head": "lm_head"}),
+    "gemma2": ({"model.layers.{}": GATED}, {"embed": "model.embed_tokens = lm_head"}),
     "gpt2": (
         {
             "transformer.h.{}": {
@@ -57,7 +59,7 @@ TABLE: dict[str, tuple[dict[str, dict[str, str]], str]] = {
                 "down": "mlp.c_proj",
             }
         },
-        "lm_head",
+        {"embed": "transformer.wte = lm_head"},
     ),
     "gpt_neox": (
         {
@@ -68,7 +70,7 @@ TABLE: dict[str, tuple[dict[str, dict[str, str]], str]] = {
                 "down": "mlp.dense_4h_to_h",
             }
         },
-        "lm_head",
+        {"embed": "gpt_neox.embed_in", "head": "lm_head"},
     ),
     "phi3": (
         {
@@ -79,22 +81,31 @@ TABLE: dict[str, tuple[dict[str, dict[str, str]], str]] = {
                 "down": "mlp.down_proj",
             }
         },
-        "lm_head",
+        {"embed": "model.embed_tokens", "head": "lm_head"},
     ),
     "falcon": (
         {"transformer.h.{}": rows("self_attention.query_key_value", q="0:64", k="64:80", v="80:96") | FALCON},
-        "lm_head",
+        {"embed": "transformer.word_embeddings = lm_head"},
     ),
     "falcon_new": (
         {
             "transformer.h.{}": FALCON
             | rows("self_attention.query_key_value", q="0:32 64:96", k="32:48 96:112", v="48:64 112:128")
         },
-        "lm_head",
+        {"embed": "transformer.word_embeddings = lm_head"},
     ),
-    "bloom": ({"transformer.h.{}": rows("self_attention.query_key_value", **PER_HEAD) | FALCON}, "lm_head"),
-    "bert": ({"bert.encoder.layer.{}": BERT}, "bert.pooler.dense classifier"),
-    "roberta": ({"roberta.encoder.layer.{}": BERT}, "classifier.dense classifier.out_proj"),
+    "bloom": (
+        {"transformer.h.{}": rows("self_attention.query_key_value", **PER_HEAD) | FALCON},
+        {"embed": "transformer.word_embeddings = lm_head"},
+    ),
+    "bert": (
+        {"bert.encoder.layer.{}": BERT},
+        {"embed": "bert.embeddings.word_embeddings", "other": "bert.pooler.dense", "head": "classifier"},
+    ),
+    "roberta": (
+        {"roberta.encoder.layer.{}": BERT},
+        {"embed": "roberta.embeddings.word_embeddings", "other": "classifier.dense", "head": "classifier.out_proj"},
+    ),
     "distilbert": (
         {
             "distilbert.transformer.layer.{}": {
@@ -106,14 +117,14 @@ TABLE: dict[str, tuple[dict[str, dict[str, str]], str]] = {
                 "down": "ffn.lin2",
             }
         },
-        "pre_classifier classifier",
+        {"embed": "distilbert.embeddings.word_embeddings", "other": "pre_classifier", "head": "classifier"},
     ),
     "deberta_v2": (
         {
             "deberta.encoder.layer.{}": BERT
             | {r: f"attention.self.{name}_proj" for r, name in zip("qkv", ("query", "key", "value"), strict=True)}
         },
-        "pooler.dense classifier",
+        {"embed": "deberta.embeddings.word_embeddings", "other": "pooler.dense", "head": "classifier"},
     ),
     "albert": (
         {
@@ -126,11 +137,15 @@ TABLE: dict[str, tuple[dict[str, dict[str, str]], str]] = {
                 "down": "ffn_output",
             }
         },
-        "albert.encoder.embedding_hidden_mapping_in albert.pooler classifier",
+        {
+            "embed": "albert.embeddings.word_embeddings",
+            "other": "albert.encoder.embedding_hidden_mapping_in albert.pooler",
+            "head": "classifier",
+        },
     ),
     "vit": (
         {"vit.layers.{}": {r: f"attention.{r}_proj" for r in "qkvo"} | {"up": "mlp.fc1", "down": "mlp.fc2"}},
-        "classifier",
+        {"conv": "vit.embeddings.patch_embeddings.projection", "head": "classifier"},
     ),
     "t5": (
         {
@@ -140,7 +155,7 @@ TABLE: dict[str, tuple[dict[str, dict[str, str]], str]] = {
             "decoder.block.{}.layer.1": CROSS_T5,
             "decoder.block.{}.layer.2": {"up": "DenseReluDense.wi", "down": "DenseReluDense.wo"},
         },
-        "lm_head",
+        {"embed": "encoder.embed_tokens = decoder.embed_tokens = lm_head"},
     ),
     "t5_gated": (
         {
@@ -150,7 +165,7 @@ TABLE: dict[str, tuple[dict[str, dict[str, str]], str]] = {
             "decoder.block.{}.layer.1": CROSS_T5,
             "decoder.block.{}.layer.2.DenseReluDense": {"gate": "wi_0", "up": "wi_1", "down": "wo"},
         },
-        "lm_head",
+        {"embed": "encoder.embed_tokens = decoder.embed_tokens = lm_head"},
     ),
     "whisper": (
         {
@@ -159,11 +174,15 @@ TABLE: dict[str, tuple[dict[str, dict[str, str]], str]] = {
             | {f"{r} cross": m.replace("self_attn", "encoder_attn") for r, m in OUT.items()}
             | FC,
         },
-        "proj_out",
+        {"conv": "model.encoder.conv1 model.encoder.conv2", "embed": "model.decoder.embed_tokens = proj_out"},
     ),
     "clip": (
         {"vision_model.encoder.layers.{}": CLIP, "text_model.encoder.layers.{}": CLIP},
-        "visual_projection text_projection",
+        {
+            "conv": "vision_model.embeddings.patch_embedding",
+            "embed": "text_model.embeddings.token_embedding",
+            "head": "visual_projection text_projection",
+        },
     ),
     "torch_encoder": (
         {
@@ -174,9 +193,9 @@ TABLE: dict[str, tuple[dict[str, dict[str, str]], str]] = {
                 "down": "linear2",
             }
         },
-        "",
+        {},
     ),
-    "hand_written": ({"": {"q": "wq", "k": "wk", "v": "wv", "o": "out"}}, ""),
+    "hand_written": ({"": {"q": "wq", "k": "wk", "v": "wv", "o": "out"}}, {}),
 }
 CALLS = {"albert": 2}
 """How often each block's weights are used in one forward pass, where not once: ALBERT has one block for its layers."""
@@ -186,11 +205,16 @@ BARE = {"wq", "wk", "wv", "in_proj_weight"}
 Expected = tuple[str, str, tuple[tuple[int, int], ...] | None]
 
 
+def outside(name: str) -> list[tuple[str, list[str]]]:
+    """(role, the weight's names) of what stands outside of the blocks of a zoo model."""
+    places = [(role, place) for role, text in TABLE[name][1].items() for place in text.replace(" = ", "=").split()]
+    return [(role, [f"{module}.weight" for module in place.split("=")]) for role, place in places]
+
+
 def expected(name: str) -> list[Expected]:
-    """(role, weight, rows) of every projection of a zoo model, by the table."""
-    blocks, others = TABLE[name]
-    found: list[Expected] = [("other", f"{module}.weight", None) for module in others.split()]
-    for prefix, roles in blocks.items():
+    """(role, weight, rows) of every site of a zoo model, by the table."""
+    found: list[Expected] = [(role, names[0], None) for role, names in outside(name)]
+    for prefix, roles in TABLE[name][0].items():
         for layer in range(2) if "{}" in prefix else [0]:
             for role, text in roles.items():
                 module, *runs = text.split()
@@ -207,26 +231,49 @@ def test_every_projection_has_its_role_and_its_rows(name: str, attn: str) -> Non
     found = gp.sites(model, inputs(name, model))
     listed = [(f"{s.role}{' cross' if s.cross else ''}", s.weight, s.rows) for s in found]
     assert sorted(listed, key=str) == sorted(expected(name), key=str)
-    shapes = dict(model.named_parameters(remove_duplicate=False))
+    ties = {names[0]: names[1:] for _, names in outside(name)}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for site in found:
-        stored = shapes[site.weight].shape
-        full, width = stored[::-1] if site.transposed else stored
+        stored = parameters[site.weight].shape
+        full, width = stored[::-1] if site.transposed else (stored[0], stored[1:].numel())
         assert (site.full, site.inputs) == (full, width)
         assert site.outputs == (sum(b - a for a, b in site.rows) if site.rows else full)
-        assert site.transposed == (name == "gpt2" and site.weight != "lm_head.weight")
-        assert site.calls == (CALLS.get(name, 1) if site.role != "other" else 1)
-        assert site.form == ("weight" if name == "torch_encoder" else "branch")
+        assert site.transposed == (name == "gpt2" and site.role != "embed")
+        assert site.stack is None
+        assert [t.weight for t in site.tied] == ties.get(site.weight, [])
+        assert all(parameters[t.weight] is parameters[site.weight] for t in site.tied)
+        inside = site.weight not in ties
+        assert site.calls == (CALLS.get(name, 1) if inside else 1 + len(site.tied))
+        assert site.form == ("weight" if name == "torch_encoder" or site.role == "conv" else "branch")
 
 
 def test_the_table_counts_what_people_count() -> None:
     """Totals per architecture, worked out by hand: 2 layers, so 14 sites in Llama, 2 × (6 + 10) in Whisper."""
+    block = set("qkvo") | {"gate", "up", "down"}
     counts = {name: Counter(role.split()[0] for role, _, _ in expected(name)) for name in TABLE}
-    totals = {name: sum(count.values()) - count["other"] for name, count in counts.items()}
-    assert totals == {
+    assert {name: sum(n for role, n in count.items() if role in block) for name, count in counts.items()} == {
         "llama": 14, "qwen3": 14, "gemma2": 14, "gpt2": 12, "gpt_neox": 12, "phi3": 14, "falcon": 12, "falcon_new": 12,
         "bloom": 12, "bert": 12, "roberta": 12, "distilbert": 12, "deberta_v2": 12, "albert": 6, "vit": 12, "t5": 32,
         "t5_gated": 36, "whisper": 32, "clip": 24, "torch_encoder": 12, "hand_written": 4,
     }  # fmt: skip
+    rest = {name: {role: n for role, n in sorted(count.items()) if role not in block} for name, count in counts.items()}
+    apart, tied = {"embed": 1, "head": 1}, {"embed": 1}  # the head may be the embedding
+    pooled = apart | {"other": 1}
+    assert rest == {
+        "llama": apart, "qwen3": apart, "gemma2": tied, "gpt2": tied, "gpt_neox": apart, "phi3": apart, "falcon": tied,
+        "falcon_new": tied, "bloom": tied, "bert": pooled, "roberta": pooled, "distilbert": pooled,
+        "deberta_v2": pooled, "albert": apart | {"other": 2}, "vit": {"conv": 1, "head": 1}, "t5": tied,
+        "t5_gated": tied, "whisper": tied | {"conv": 2}, "clip": {"conv": 1, "embed": 1, "head": 2},
+        "torch_encoder": {}, "hand_written": {},
+    }  # fmt: skip
+
+
+def test_no_role_of_a_block_outside_of_the_blocks() -> None:
+    """Heads, poolers, patches and position projections are where a wrong query or MLP would show; the table has none."""
+    outer = re.compile(r"classif|pool|patch|pos_|position|rel_emb|lm_head|proj_out|_projection|embed")
+    found = [(role, weight) for name in TABLE for role, weight, _ in expected(name)]
+    assert {role for role, weight in found if outer.search(weight)} == {"embed", "head", "conv", "other"}
+    assert len(found) > 300
 
 
 @pytest.mark.parametrize("name", ["gpt2", "phi3", "gpt_neox", "falcon", "falcon_new", "bloom", "torch_encoder"])
@@ -265,7 +312,8 @@ def test_sites_print_as_a_table_and_slice() -> None:
     found = gp.sites(build("gpt2"))
     lines = str(found).splitlines()
     assert lines[0].split() == ["role", "weight", "rows", "out", "×", "in", "layer", "form", "source"]
-    assert lines[1].split()[:3] == ["q", "transformer.h.0.attn.c_attn.weight", "0:64"]
+    assert lines[1].split()[:2] == ["embed+head", "transformer.wte.weight"]
+    assert lines[2].split()[:3] == ["q", "transformer.h.0.attn.c_attn.weight", "0:64"]
     assert len(lines) == 1 + len(found)
-    assert [s.role for s in found[:3]] == ["q", "k", "v"]
-    assert str(found[:1]).splitlines()[1].split()[0] == "q"
+    assert [s.role for s in found[:4]] == ["embed", "q", "k", "v"]
+    assert str(found[1:2]).splitlines()[1].split()[0] == "q"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from checks import build
 from zoo import gpt2, llama, t5, torch_encoder
 
 import graphpeft as gp
@@ -78,7 +79,9 @@ def test_plan_prints_sites_counts_and_what_was_skipped() -> None:
     assert lines[4] == f"2 sites, 1,024 trainable of {base + 1024:,} parameters ({100 * 1024 / (base + 1024):.3f} %)"
     assert "skipped 1 × q: layer 0 outside 1" in lines
     assert "skipped 2 × k: no rule names this role" in lines
-    assert "skipped 1 × other: a projection without a role" in lines
+    assert "skipped 1 × embed+head: no rule names this role" in lines
+    plain = str(gp.plan(build("bert"), "qv:lora")).splitlines()
+    assert "skipped 1 × other: a projection without a role" in plain
 
 
 def test_plan_counts_what_apply_then_trains() -> None:
@@ -94,7 +97,7 @@ def test_sites_print_as_a_table_with_cross_attention_named() -> None:
     text = str(sites)
     assert len(text.splitlines()) == len(sites) + 1
     assert "q cross" in text
-    assert sites[0].role == "q"
+    assert [s.role for s in sites[:2]] == ["embed", "q"]
     assert len(sites[:3]) == 3
 
 
