@@ -16,8 +16,8 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -219,8 +219,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
     todo = [e for e in entries() if not arguments.only or re.fullmatch(arguments.only, e[0])]
-    with ProcessPoolExecutor(arguments.workers, max_tasks_per_child=40) as pool:
-        lines = list(track(pool.map(examine, todo), total=len(todo), description="models"))
+    # Fresh workers now and then: what torch and transformers remember of hundreds of models adds up.
+    with get_context("spawn").Pool(arguments.workers, maxtasksperchild=60) as pool:
+        lines = list(track(pool.imap(examine, todo), total=len(todo), description="models"))
     text = "\n".join(report(lines, peft_defaults())) + "\n"
     if arguments.only:
         print(text)

@@ -49,7 +49,7 @@ def capture(model: nn.Module | ExportedProgram, inputs: Inputs = None, *, blocks
         return _whole(model)
     try:
         example = example_call(model, inputs)
-        with quiet(model), _silent(), with_shapes(model) as fitting:
+        with quiet(model), with_shapes(model) as fitting:
             exported = _export_any(model, example, fitting(example), blocks)
     except CaptureError:
         raise
@@ -61,12 +61,13 @@ def capture(model: nn.Module | ExportedProgram, inputs: Inputs = None, *, blocks
 def _export_any(model: nn.Module, example: Call, fitting: Call, blocks: bool) -> ExportedProgram:
     """By `torch.export`; where it refuses, the way that transformers exports its own models."""
     try:
-        return _export(model, *fitting, blocks)
+        with _silent():
+            return _export(model, *fitting, blocks)
     except Exception:
         args, kwargs = example
         if args or not hf.known(model):
             raise
-        with contextlib.suppress(Exception):  # the first error says more about the model
+        with contextlib.suppress(Exception), _silent():  # the first error says more about the model
             return functional(hf.export(model, kwargs))  # it reads values, so it gets the real tensors
         raise
 

@@ -25,5 +25,10 @@ def export(model: nn.Module, kwargs: dict[str, Any]) -> ExportedProgram:
     from transformers.exporters.configs import DynamoConfig
     from transformers.exporters.exporter_dynamo import DynamoExporter
 
-    program, _ = DynamoExporter().export_program(model, dict(kwargs), DynamoConfig(dynamic=False))  # type: ignore[arg-type]
-    return program
+    held = {name: model.__dict__[name] for name in ("forward",) if name in model.__dict__}
+    try:
+        program, _ = DynamoExporter().export_program(model, dict(kwargs), DynamoConfig(dynamic=False))  # type: ignore[arg-type]
+        return program
+    finally:  # after a failure it leaves its own `forward` on the model
+        model.__dict__.pop("forward", None)
+        model.__dict__.update(held)

@@ -21,7 +21,7 @@ from torch import fx, nn
 from graphpeft.adapters import HOME, Adapters, adapted_parameter, home
 from graphpeft.errors import AdapterError
 from graphpeft.graph import insert_branch, insert_lookup, insert_sum, strip_checks
-from graphpeft.match.owners import lookups, projections, readers, trace
+from graphpeft.match.owners import forget_constants, lookups, projections, readers, trace
 from graphpeft.meta import fill_shapes
 from graphpeft.mode import set_mode
 from graphpeft.program import Site
@@ -115,6 +115,7 @@ def restore(owner: nn.Module) -> None:
     """Give the owner its own code back."""
     if isinstance(owner, Adapted):
         owner.__class__ = owner.base_class  # type: ignore[assignment]
+        forget_constants(owner)
     adapters = home(owner)
     if isinstance(owner, fx.GraphModule) and adapters is not None and adapters.base is not None:
         owner.graph = copy.deepcopy(adapters.base)
@@ -204,7 +205,7 @@ def _inject(owner: nn.Module, members: Mapping[str, Any], mixin: type = Adapted)
 
 def lower(owner: nn.Module, adapters: Adapters) -> fx.Graph:
     """The owner's base graph with every active branch put wherever the owner uses its weight."""
-    base = adapters.base if adapters.base is not None else trace(owner)
+    base = adapters.base if adapters.base is not None else trace(owner, keep=True)
     graph = fx.Graph() if base is None else strip_checks(copy.deepcopy(base))
     served: set[tuple[nn.Module, nn.Parameter]] = set()  # places of a tied weight may share the owner
     for site, branch, path in adapters.running():

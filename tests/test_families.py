@@ -311,20 +311,7 @@ TABLES: dict[str, str] = {
         model.layers.3: other=@mamba_decoder.mamba.dt_proj_weight*2 other=mamba_decoder.mamba.out_proj""",
 }
 
-WRONG = {
-    "gpt_oss": "Probe.sensitive: the leaf itself is changed in place",
-    "diffllama": "find._union: rows that are all rows are no rows",
-    "cvt": "find._is_cross: a depthwise convolution before q and k makes them look unlike",
-    "jetmoe": "find._is_cross: tokens sorted by expert are the same tokens",
-}
-"""Families that the matcher does not yet get right, and where."""
-case = pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=WRONG[name])) if name in WRONG else name
-        for name in BUILDS
-    ],
-)
+case = pytest.mark.parametrize("family", BUILDS)
 Told = tuple[str, tuple[str, ...], Any, int | None, bool]
 
 

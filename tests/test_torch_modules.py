@@ -248,12 +248,7 @@ WRITTEN: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, tuple[int, .
 }  # fmt: skip
 
 
-LEFT = pytest.mark.xfail(
-    strict=True, reason="operators.RESHAPES lacks mT: written three times, x.mT is not one activation"
-)
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=LEFT) if n == "weight left" else n for n in WRITTEN])
+@pytest.mark.parametrize("name", WRITTEN)
 def test_projections_written_by_hand(name: str) -> None:
     use, shapes, told = WRITTEN[name]
     model = Written(use, **shapes).eval()
@@ -273,9 +268,6 @@ def test_an_adapter_of_one_spelling_counts_what_its_rows_need() -> None:
     assert sorted(tuple(p.shape) for p in adapters(model).values()) == [(4, 32), (4, 32), (32, 4), (32, 4)]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="owners.trace: torch.fx keeps tensors made by the code as attributes of the module"
-)
 def test_looking_at_a_model_leaves_nothing_on_it() -> None:
     model = Written(lambda m, x: F.linear(x + torch.arange(32.0), m.w), w=(32, 32)).eval()
     before = Snapshot.of(model)

@@ -39,6 +39,11 @@ class Dataflow:
         """Answers of `fused.rows`, by what they depend on."""
 
     @cached_property
+    def first_paths(self) -> dict[int, str]:
+        """The first path of every module, by its identity."""
+        return {id(module): path for path, module in self.program.model.named_modules()}
+
+    @cached_property
     def active(self) -> set[fx.Node]:
         """Nodes that depend on the values of the model's input, as opposed to its sizes, parameters and constants."""
         found: set[fx.Node] = set()
@@ -145,6 +150,18 @@ class Dataflow:
                     found.add(user)
                 else:
                     queue.append(user)
+        return found
+
+    def origins(self, node: fx.Node) -> set[fx.Node]:
+        """Where an activation comes from: the nearest nodes upstream that stop the flow, or that nothing flows into."""
+        found: set[fx.Node] = set()
+        seen, queue = {node}, [node]
+        for n in queue:
+            before = [] if self.barrier(n) else self.parents(n)
+            if not before:
+                found.add(n)
+            queue += [p for p in before if p not in seen]
+            seen.update(before)
         return found
 
     def between(self, start: fx.Node, end: fx.Node) -> list[fx.Node]:

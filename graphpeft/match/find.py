@@ -14,10 +14,10 @@ from torch import fx, nn
 
 from graphpeft.match import fused
 from graphpeft.match.dataflow import Dataflow
-from graphpeft.match.operators import RESHAPES, partial
+from graphpeft.match.operators import partial
 from graphpeft.match.owners import locate
 from graphpeft.match.pattern import Bound, Match, Miss
-from graphpeft.match.products import SAME, Affine, op
+from graphpeft.match.products import Affine
 from graphpeft.match.registry import Declaration, declarations
 from graphpeft.program import Program, Rows, Site, stored
 
@@ -135,26 +135,27 @@ def _is_cross(flow: Dataflow, match: Match) -> bool:
     """Whether queries and keys are made from different activations, also where a latent bottleneck lies between."""
     latent = {b.node for b in match.bound.get("latent", ())}
 
-    def source(bound: Bound) -> fx.Node:
-        node = flow.affines[bound.node].input
-        inner = next((p[-1] for p in flow.upstream(node) if p[-1] in latent), None)
-        node = flow.affines[inner].input if inner is not None else node
-        while op(node) in SAME | RESHAPES and isinstance(node.args[0], fx.Node):
-            node = node.args[0]
-        return node
+    def sources(role: str) -> set[fx.Node]:
+        found: set[fx.Node] = set()
+        for bound in match.bound.get(role, ()):
+            ends = flow.origins(flow.affines[bound.node].input)
+            found |= {o for end in ends for o in (flow.origins(flow.affines[end].input) if end in latent else {end})}
+        return found
 
-    return not {source(b) for b in match.bound.get("q", ())} & {source(b) for b in match.bound["k"]}
+    return not sources("q") & sources("k")
 
 
 def _site(flow: Dataflow, use: Affine, role: str, rows: Rows | None, cross: bool) -> Site:
     program, name = flow.program, flow.program.weights[use.weight]
     owner, form = locate(program, use.node, name)
+    owner = flow.first_paths.get(id(program.model.get_submodule(owner)), owner)  # a module may have several names
     # A tied weight has several names: take the one under its owner.
     held = program.model.get_submodule(owner).named_parameters(prefix=owner, remove_duplicate=False)
     parameter = stored(program.model, name)
     local = next(n for n, p in held if p is parameter)
     stack = parameter.shape[0] if use.kind == "experts" else None
     full, inputs = _matrix(parameter.shape[0 if stack is None else 1 :], use)
+    rows = None if rows == ((0, full),) else rows
     digits = re.search(r"(?:^|\.)(\d+)\.", name)
     return Site(
         role=role,

@@ -100,8 +100,8 @@ class Probe:
     def sensitive(self, affine: fx.Node, operand: fx.Node) -> torch.Tensor:
         """Mask over the output features of `affine` that `operand` depends on."""
         leaf = torch.randn(concrete(affine.meta["val"].shape), generator=self.generator).requires_grad_()
-        self.values[affine] = leaf
         with torch.enable_grad():
+            self.values[affine] = leaf.clone()  # the way may write in place, which a leaf forbids
             for node in self.flow.between(affine, operand):
                 self.values[node] = self.run(node)
             out = self.values[operand]

@@ -23,7 +23,7 @@ LINEAR_POINTWISE = frozenset(
 )
 RESHAPES = frozenset(
     {"view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "expand", "permute", "transpose", "getitem",
-     "_unsafe_view", "reshape_as", "view_as", "expand_as"}
+     "_unsafe_view", "reshape_as", "view_as", "expand_as", "mT", "numpy_T", "t", "swapaxes", "movedim"}
 )  # fmt: skip
 # Operators that bring positions together.
 MIXING = frozenset(
@@ -47,7 +47,7 @@ BARRIERS = PRODUCTS | ATTENTION | SOFTMAX
 def pointwise(node: fx.Node) -> bool:
     """Whether the operator works element by element (torch's own tag says so)."""
     tagged = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
-    return tagged or op(node) in {"hardswish", "silu", "selu", "softplus"}
+    return tagged or op(node) in {"hardswish", "silu", "selu", "softplus", "where"}
 
 
 def floating(node: fx.Node) -> bool:
@@ -56,6 +56,14 @@ def floating(node: fx.Node) -> bool:
     if isinstance(value, (list, tuple)):
         return any(isinstance(v, torch.Tensor) and v.is_floating_point() for v in value)
     return not isinstance(value, torch.Tensor) or value.is_floating_point() or value.is_complex()
+
+
+def per_position(node: fx.Node) -> bool:
+    """Whether a reduction runs over the features of each position, as in a normalization that is written out."""
+    source = node.args[0]
+    value, whole = node.meta.get("val"), source.meta.get("val") if isinstance(source, fx.Node) else None
+    value = value[0] if isinstance(value, (list, tuple)) else value
+    return isinstance(whole, torch.Tensor) and value is not None and value.shape[:-1] == whole.shape[:-1]
 
 
 def depthwise(node: fx.Node) -> bool:

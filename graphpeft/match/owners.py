@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -57,17 +58,34 @@ class _Tracer(fx.Tracer):
         return True
 
 
-def trace(module: nn.Module) -> fx.Graph | None:
-    """The module's own FX graph, or `None` where its code cannot be traced or was replaced on the instance."""
+CONSTANT = re.compile(r"_tensor_constant\d+")
+"""Attributes in which FX keeps tensors that a module's code makes out of nothing."""
+
+
+def trace(module: nn.Module, keep: bool = False) -> fx.Graph | None:
+    """The module's own FX graph, or `None` where its code cannot be traced or was replaced on the instance.
+
+    Constants that the code makes become attributes of the module; they go again unless `keep` is set, for a graph that
+    is to run."""
     if isinstance(module, fx.GraphModule):
         return module.graph
     if "forward" in module.__dict__:
         return None
+    before = set(module.__dict__)
     try:
         return _Tracer().trace(module)
     except Exception:
         # Tracing runs the module's code on proxies, so anything may be raised; the caller takes the weight form.
         return None
+    finally:
+        if not keep:
+            forget_constants(module, before)
+
+
+def forget_constants(module: nn.Module, known: Collection[str] = ()) -> None:
+    """Take the constants that tracing left off the module again, but for those that were there before."""
+    for name in [n for n in module.__dict__ if CONSTANT.fullmatch(n) and n not in known]:
+        del module.__dict__[name]
 
 
 def projections(owner: nn.Module, graph: fx.Graph, parameter: nn.Parameter) -> list[tuple[fx.Node, fx.Node]]:

@@ -63,12 +63,12 @@ class Affine:
 
 
 def behind_transposes(node: fx.Node, picks: bool = False) -> tuple[fx.Node, int]:
-    """The node behind transposes, casts, copies, fixed factors (and picks from a stack), and how many transposes."""
+    """The node behind transposes, casts, copies (and picks from a stack), and how many transposes there were."""
     flips = 0
     through = TRANSPOSES | SAME | (PICKS if picks else frozenset())
     while node.args and isinstance(node.args[0], fx.Node):
         name = str(node.args[1]) if op(node) == "getattr" else op(node)
-        if name not in through and not (name in {"mul", "div"} and not isinstance(node.args[1], fx.Node)):
+        if name not in through:
             break
         flips += name in TRANSPOSES
         node = node.args[0]
@@ -107,6 +107,10 @@ def _product(node: fx.Node, x: Any, w: Any, left: bool | None, is_weight: Callab
     if not (isinstance(x, fx.Node) and isinstance(w, fx.Node)):
         return None
     root, flips = behind_transposes(w)
+    scaled = op(root) in {"mul", "div"} and not isinstance(root.args[1], fx.Node) and isinstance(root.args[0], fx.Node)
+    if scaled:
+        root, more = behind_transposes(root.args[0])  # type: ignore[arg-type]
+        flips += more
     kind: Literal["linear", "experts"] = "linear"
     first = None
     if left is None and not is_weight(root) and not flips:
@@ -114,10 +118,12 @@ def _product(node: fx.Node, x: Any, w: Any, left: bool | None, is_weight: Callab
     if not is_weight(root) or _dim(root) == 3:
         root, flips = behind_transposes(w, picks=True)
         kind = "experts"
-    if not is_weight(root) or root is x or (kind == "experts" and _dim(root) != 3):
+    if not is_weight(root) or root is x or _dim(root) != (3 if kind == "experts" else 2):
         return None
     stored_in_out = left is False
-    plain = kind == "linear" and not left and first is None
+    # Where the code scales the weight or the product, a side path that is not scaled would say something else.
+    alpha = node.kwargs.get("alpha", 1)
+    plain = kind == "linear" and not left and first is None and not scaled and bool(alpha == 1)
     transposed = stored_in_out ^ (flips % 2 == 1)
     return Affine(node, x, root, transposed, (-2,) if left else (-1,), kind=kind, first=first, plain=plain)
 
@@ -127,8 +133,13 @@ def _some_rows(node: fx.Node) -> tuple[fx.Node, int | None]:
     source = node.args[0] if node.args else None
     if not isinstance(source, fx.Node):
         return node, None
-    if op(node) == "slice" and node.args[1:2] in ((0,), ()):
-        return behind_transposes(source)[0], int(node.args[2] or 0) if len(node.args) > 2 else 0  # type: ignore[arg-type]
+    if op(node) == "slice":
+        given: list[Any] = [*node.args[1:], *(0, 0, None, 1)[len(node.args) - 1 :]]
+        axis, start, _, step = given
+        size = source.meta["val"].shape[0] if "val" in source.meta else 0
+        start = start or 0
+        if axis == 0 and step == 1 and isinstance(start, int) and start >= -size:
+            return behind_transposes(source)[0], start + size if start < 0 else start
     if op(node) == "getitem" and op(source) in {"split", "split_with_sizes", "chunk", "tensor_split"}:
         parts, axis = source.meta.get("val"), source.args[2] if len(source.args) > 2 else source.kwargs.get("dim", 0)
         if parts is not None and axis == 0:

@@ -25,12 +25,6 @@ from graphpeft.match.walk import elementwise, flow, join, mixed, seen
 from graphpeft.program import Rows
 
 
-def from_input(flow: Dataflow, match: Match) -> str | None:
-    """Both factors of the scores come from the model's input: position tables are projected too, and are no keys."""
-    missing = [role for role in "qk" if not match.bound.get(role)]
-    return f"no projection of an activation makes the {' and '.join(missing)} operand" if missing else None
-
-
 def apart(flow: Dataflow, match: Match) -> str | None:
     """Gate and up are two projections, or separate rows of one: x · sigmoid(x) alone is no gated MLP."""
     gate, up = match.bound["gate"], match.bound["up"]
@@ -112,7 +106,7 @@ def pooled(flow: Dataflow, match: Match) -> str | None:
 
 LATENT = maybe(flow(affine("latent")).where(private))
 Q, K, V = (flow(affine(role, LATENT)).where(added) for role in "qkv")
-SCORES = softmax(flow(matmul(Q, K).where(from_input))) | softmax(flow(matmul(FIXED, K)))
+SCORES = softmax(flow(matmul(Q, K))) | softmax(flow(matmul(FIXED, K)))
 CORE = (sdpa(Q | FIXED, K, V) | matmul(flow(SCORES), V, commute=True)).where(pooled)
 
 GATE, UP = elementwise(affine("gate"), activated=True), elementwise(affine("up"), activated=False)

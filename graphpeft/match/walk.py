@@ -11,7 +11,7 @@ from graphpeft.match import operators as ops
 from graphpeft.match.pattern import Bound, Match, Miss, Pattern, Result
 from graphpeft.match.products import CONVOLUTIONS, PRODUCTS, SAME, op
 
-_BY_POSITION = SAME | ops.RESHAPES | ops.PARTIAL | ops.NORMS | ops.REDUCTIONS
+_EACH = SAME | ops.RESHAPES | ops.PARTIAL | ops.NORMS | ops.REDUCTIONS
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,21 @@ class Elementwise(Pattern):
                 return result.deeper()
             total = total + _seen_from(node, path[-1], result)
         ends = {bound.node for bounds in total.bound.values() for bound in bounds}
+        if not ends <= {path[-1] for path in flow.upstream(node, self._by_position)}:
+            return Miss(node, "it is summed up over the positions on the way", 1)
         active = any(ops.activation(n) for end in ends for n in flow.between(end, node))
         if self.activated is not None and active is not self.activated:
             return Miss(node, "a non-linear function is " + ("in the way" if active else "missing"), 1)
         return total
 
+    @classmethod
+    def _by_position(cls, node: fx.Node) -> bool:
+        """A global norm may scale what is made by position, but cannot be the only way."""
+        return cls._through(node) and (op(node) not in ops.REDUCTIONS or ops.per_position(node))
+
     @staticmethod
     def _through(node: fx.Node) -> bool:
-        return ops.pointwise(node) or ops.depthwise(node) or op(node) in _BY_POSITION
+        return ops.pointwise(node) or ops.depthwise(node) or op(node) in _EACH
 
 
 def _seen_from(node: fx.Node, end: fx.Node, result: Match) -> Match:

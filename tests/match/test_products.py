@@ -146,7 +146,6 @@ ODD_ROWS: dict[str, tuple[Use, tuple[int, ...]]] = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="products._some_rows: neither a step nor a start from the end is read")
 @pytest.mark.parametrize("name", ODD_ROWS)
 def test_odd_runs_of_rows_are_told_right_or_not_at_all(name: str) -> None:
     use, wanted = ODD_ROWS[name]
@@ -154,7 +153,6 @@ def test_odd_runs_of_rows_are_told_right_or_not_at_all(name: str) -> None:
         assert tuple(i for a, b in site.rows or ((0, site.full),) for i in range(a, b)) == wanted
 
 
-@pytest.mark.xfail(strict=True, reason="products._product: any weight that has not three axes passes for a matrix")
 @pytest.mark.parametrize("shape", [(8,), (2, 2, 8, 6)], ids=["a vector", "a stack of stacks"])
 def test_other_than_matrices_and_stacks_of_them(shape: tuple[int, ...]) -> None:
     """Either not taken, or with the number of features that one matrix reads."""
@@ -168,9 +166,6 @@ SCALED: dict[str, tuple[Use, tuple[int, ...]]] = {
 }
 
 
-@pytest.mark.xfail(
-    strict=True, reason="products._product: plain although a factor stands before the weight or in addmm"
-)
 @pytest.mark.parametrize("name", SCALED)
 def test_a_branch_is_no_stand_in_where_a_factor_is_applied(name: str) -> None:
     """y = (w / 2) x: a side path beside it would act in full, and merged into w by half."""

@@ -153,9 +153,6 @@ def test_an_untied_head_merges() -> None:
     assert not any(isinstance(m, Adapted) for m in model.modules())
 
 
-@pytest.mark.xfail(
-    strict=True, reason="find._site: a module of two names goes by the last, and path(first) finds nothing"
-)
 def test_a_shared_module_merges() -> None:
     """One module under two names holds one tensor once: nothing is tied to anything that the adapter misses."""
 
