@@ -39,6 +39,22 @@ LIMIT = 300
 """Seconds for one model."""
 
 
+INDEXER = "`q_a_proj` is read by the indexer of sparse attention too, so it is no bottleneck of one projection"
+REASONS = {
+    "axk2|deepseek_v32|dots3_note.*|glm_moe_dsa|glm5_next": INDEXER,
+    "deepseek_v4": "in the 7 tokens of the example no window of the compressor is full; `o_a_proj` is reshaped into groups "
+    "before it multiplies; where a table of tokens chooses the experts, the gate only weighs them",
+    "hy_v4": "streams of the residual are mixed by sums of element-wise products, which is no residual join here",
+    "inkling2.*": "what joins the layers is attention over depth, no sum; keys and values are multiplied by a projected kernel",
+    "jetmoe": "how many tokens an expert gets depends on the data, so the way from its weights cannot be run to tell the rows",
+    "reformer": "reversible layers, in an autograd function of their own, and attention without a softmax",
+    "mra": "attention without a softmax: blocks of exponentials, normalized by hand",
+    "zamba2?": "the MLP follows attention without a residual, and joins through one more linear layer",
+    "muse_spark": "projections stand between the residual and the experts",
+}
+"""Why roles are missed, read off the models' sources."""
+
+
 @dataclass
 class Line:
     """What became of one model type and task."""
@@ -138,9 +154,9 @@ def report(lines: list[Line], defaults: set[str]) -> Iterator[str]:
     yield "## Misses and their reasons"
     yield ""
     yield from _table(
-        ("model type", "task", "missed", "wrong"),
+        ("model type", "task", "missed", "wrong", "why"),
         [
-            (x.model_type, x.task, _names(x.verdict.missed), _names(x.verdict.wrong))
+            (x.model_type, x.task, _names(x.verdict.missed), _names(x.verdict.wrong), _why(x.model_type))
             for x in captured
             if x.verdict.missed or x.verdict.wrong
         ],
@@ -198,6 +214,10 @@ def _names(found: dict[str, list[str]]) -> str:
     return "; ".join(
         f"{role}: {', '.join(f'`{n}`' for n in names[:2])}{' …' * (len(names) > 2)}" for role, names in one.items()
     )
+
+
+def _why(model_type: str) -> str:
+    return next((why for types, why in REASONS.items() if re.fullmatch(types, model_type)), "not looked into")
 
 
 def _mark(line: Line, roles: Iterable[str]) -> str:

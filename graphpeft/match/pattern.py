@@ -116,7 +116,8 @@ class Op(Pattern):
 
     def at(self, flow: df.Dataflow, node: fx.Node) -> Result:
         if op(node) not in self.names:
-            return Miss(node, f"{op(node)} is not {' or '.join(sorted(self.names))}")
+            wanted = sorted(name for name in self.names if not name.startswith("_"))
+            return Miss(node, f"{op(node)} is not {' or '.join(wanted)}")
         nodes = operands(node)
         if len(nodes) < len(self.operands):
             return Miss(node, f"{op(node)} has {len(nodes)} tensor operands")
