@@ -24,11 +24,15 @@ def export(model: nn.Module, kwargs: dict[str, Any]) -> ExportedProgram:
     """Export by `transformers.exporters`. Raises whatever it raises."""
     from transformers.exporters.configs import DynamoConfig
     from transformers.exporters.exporter_dynamo import DynamoExporter
+    from transformers.utils import logging
 
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it warns of its age with every call
     held = {name: model.__dict__[name] for name in ("forward",) if name in model.__dict__}
     try:
         program, _ = DynamoExporter().export_program(model, dict(kwargs), DynamoConfig(dynamic=False))  # type: ignore[arg-type]
         return program
     finally:  # after a failure it leaves its own `forward` on the model
+        logging.set_verbosity(verbosity)
         model.__dict__.pop("forward", None)
         model.__dict__.update(held)

@@ -59,22 +59,27 @@ def without_cache(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def settled(model: nn.Module) -> Iterator[None]:
-    """The configs of a model as a capture needs them, restored after: no cache anywhere, and a padding token.
+    """The configs of a model as a capture needs them, restored after.
 
-    A classifier of generated text refuses a batch of two without a padding token, though no token is padding here."""
+    No cache anywhere; a padding token, without which a classifier of generated text refuses a batch of two, though no
+    token is padding here; and experts computed as one product, for a loop over those that were chosen has no one graph."""
     configs = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "to_dict")}
-    wanted = {"use_cache": (False, bool), "pad_token_id": (0, type(None))}
+    wanted: dict[str, tuple[Any, Any]] = {
+        "use_cache": (True, False),
+        "pad_token_id": (None, 0),
+        "_experts_implementation": ("eager", "grouped_mm"),
+    }
     held: list[tuple[Any, str, Any]] = []
     for config in configs.values():
-        for name, (value, kind) in wanted.items():
-            if isinstance(vars(config).get(name, value), kind) and name in vars(config):
-                held.append((config, name, vars(config)[name]))
-                vars(config)[name] = value
+        for name, (old, new) in wanted.items():
+            if getattr(config, name, new) == old:
+                held.append((config, name, old))
+                setattr(config, name, new)
     try:
         yield
     finally:
-        for config, name, value in held:
-            vars(config)[name] = value
+        for config, name, old in held:
+            setattr(config, name, old)
 
 
 def _calls(main: str, config: Any, accepted: set[str]) -> Iterator[dict[str, torch.Tensor]]:

@@ -21,7 +21,6 @@ from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 from zoo import SMALL, VOCAB
 
 import graphpeft as gp
-from graphpeft.errors import CaptureError
 from graphpeft.program import Site
 from graphpeft.state import chains
 
@@ -383,12 +382,26 @@ def test_an_inverted_bottleneck_is_no_mlp() -> None:
 
 
 @pytest.mark.parametrize("name", ["Mixtral", "GptOss"])
-def test_a_loop_over_the_chosen_experts_is_refused_with_its_line(name: str) -> None:
-    sizes = dict(num_local_experts=4, num_experts_per_tok=2, head_dim=16, experts_implementation="eager")
-    with pytest.raises(
-        CaptureError, match=r"layers\.0\.mlp\.experts \(\w+Experts\), modeling_\w+\.py:\d+\n *for expert_idx"
-    ):
-        gp.sites(decoder(name, **sizes)())
+def test_a_loop_over_the_chosen_experts_is_captured_as_one_product(name: str) -> None:
+    """The loop has no one graph; the model runs it as before, with the adapter in it."""
+    sizes = dict(num_local_experts=4, num_experts_per_tok=2, head_dim=16)
+    loop = decoder(name, **sizes, experts_implementation="eager")()
+    product = decoder(name, **sizes, experts_implementation="batched_mm")()
+    assert [(s.role, s.weight, s.rows) for s in gp.sites(loop)] == [
+        (s.role, s.weight, s.rows) for s in gp.sites(product)
+    ]
+    assert loop.config._experts_implementation == "eager"
+    ids = torch.arange(12).view(2, 6)
+    base = loop(ids).logits
+    gp.apply(loop, "experts:lora(r=2)")
+    randomize(loop)
+    adapted = loop(ids).logits
+    assert delta(adapted, base) > 1e-3  # it acts
+    gp.merge(loop)
+    assert delta(loop(ids).logits, adapted) < 1e-5  # float32, two layers
+    gp.unmerge(loop)
+    gp.remove(loop)
+    assert torch.equal(loop(ids).logits, base)
 
 
 def test_rows_that_depend_on_the_data_give_no_wrong_site() -> None:
