@@ -70,12 +70,12 @@ def settled(model: nn.Module) -> Iterator[None]:
         "_experts_implementation": ("eager", "grouped_mm"),
     }
     held: list[tuple[Any, str, Any]] = []
-    for config in configs.values():
-        for name, (old, new) in wanted.items():
-            if getattr(config, name, new) == old:
-                held.append((config, name, old))
-                setattr(config, name, new)
     try:
+        for config in configs.values():
+            for name, (old, new) in wanted.items():
+                if getattr(config, name, new) == old:
+                    held.append((config, name, old))
+                    setattr(config, name, new)
         yield
     finally:
         for config, name, old in held:

@@ -57,7 +57,7 @@ def find(program: Program) -> Found:
             key = (flow.program.weights[use.weight], role)
             sites[key] = _merge(sites[key], site) if key in sites else site
     reached = frozenset(name for node, name in program.weights.items() if node in flow.useful)
-    return Found(_one_per_weight(flow, sites), misses, reached)
+    return Found(_one_per_weight(sites), misses, reached)
 
 
 def _roles(
@@ -69,13 +69,13 @@ def _roles(
         try:
             rows = _rows(flow, use, bounds, len(hits))
             if rows != ():  # what it makes is multiplied by zero on the way, or not read after all
-                found.append((_named(role, use), _of_weight(flow, use, rows)))
+                found.append((_named(role, use), _of_weight(use, rows)))
         except fused.UnknownRowsError as error:
             declaration = next(d.name for d in declarations() if role in d.roles)
             misses[declaration] = Miss(use.node, str(error), 99, failed=True)
     if any(role != "latent" and rows is None for role, rows in found):
         found = [f for f in found if f[0] != "latent"]  # it makes queries, keys or values directly, too
-    return found or [("other", _of_weight(flow, use, None))]
+    return found or [("other", _of_weight(use, None))]
 
 
 def _named(role: str, use: Affine) -> str:
@@ -111,7 +111,7 @@ def _rows(flow: Dataflow, use: Affine, bounds: Sequence[Bound], roles: int) -> R
     return _union(found)
 
 
-def _of_weight(flow: Dataflow, use: Affine, rows: Rows | None) -> Rows | None:
+def _of_weight(use: Affine, rows: Rows | None) -> Rows | None:
     """Output features as rows of the whole weight, of which the projection may use only some."""
     if use.first is None:
         return rows
@@ -189,7 +189,7 @@ def _merge(one: Site, other: Site) -> Site:
     return replace(one, rows=_union([one.rows, other.rows]), cross=one.cross or other.cross, tied=tied)
 
 
-def _one_per_weight(flow: Dataflow, sites: Mapping[tuple[str, str], Site]) -> tuple[Site, ...]:
+def _one_per_weight(sites: Mapping[tuple[str, str], Site]) -> tuple[Site, ...]:
     """One site for a table that is also the head, and none called `other` for a weight that has a role elsewhere."""
     merged = dict(sites)
     named = {weight for weight, role in sites if role != "other"}

@@ -16,6 +16,7 @@ from torch import fx
 
 from graphpeft.match import dataflow as df
 from graphpeft.match import operators as ops
+from graphpeft.match.fused import UnknownRowsError
 from graphpeft.match.products import op
 
 
@@ -95,7 +96,13 @@ class Where(Pattern):
 
     def at(self, flow: df.Dataflow, node: fx.Node) -> Result:
         result = self.pattern.at(flow, node)
-        if isinstance(result, Match) and (reason := self.condition(flow, result)):
+        if isinstance(result, Miss):
+            return result
+        try:
+            reason = self.condition(flow, result)
+        except UnknownRowsError as error:
+            reason = str(error)
+        if reason:
             return Miss(node, reason, 99, failed=True)
         return result
 

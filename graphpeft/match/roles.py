@@ -32,10 +32,7 @@ def apart(flow: Dataflow, match: Match) -> str | None:
         return "gate and up are not one projection each"
     if gate[0].node is not up[0].node:
         return None
-    try:
-        one, other = (rows_of(flow, bound) for bound in (gate[0], up[0]))
-    except fused.UnknownRowsError as error:
-        return str(error)
+    one, other = (rows_of(flow, bound) for bound in (gate[0], up[0]))
     return "gate and up read the same features" if one == other else None
 
 
@@ -100,8 +97,10 @@ def pooled(flow: Dataflow, match: Match) -> str | None:
     keys, values = (match.bound.get(role, ()) for role in "kv")
     if len({b.node for b in keys}) != 1 or len({b.node for b in values}) != 1:
         return "a fixed query reads the results of several projections"
+    if keys[0].node is not values[0].node:
+        return None
     one, other = (rows_of(flow, bounds[0]) for bounds in (keys, values))
-    return "keys and values are the same features" if keys[0].node is values[0].node and one == other else None
+    return "keys and values are the same features" if one == other else None
 
 
 LATENT = maybe(flow(affine("latent")).where(private))
