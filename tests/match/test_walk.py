@@ -182,3 +182,9 @@ def test_a_mixer_binds_the_projections_that_open_it_and_misses_with_a_reason() -
     assert names(pattern, lambda m, x: m.d(F.scaled_dot_product_attention(m.a(x), m.b(x), m.c(x)))) == (
         "an attention core mixes the positions"
     )
+
+
+def test_lending_a_type_is_no_flow() -> None:
+    """Granite's router ends in `gates.type_as(x)`: x lends its type, and does not reach the sum past the projections."""
+    found = roles(lambda m, x: x + m.b(torch.relu(m.a(x))) * torch.sigmoid(m.c(x)).type_as(x))
+    assert (found["a"], found["b"]) == ("up", "down")
