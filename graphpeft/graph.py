@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
+from graphpeft.chain import Transform
 from graphpeft.match.owners import Lookup
 from graphpeft.match.products import op
 from graphpeft.program import Site
@@ -43,12 +44,12 @@ class _Branch(nn.Module):
 
 
 class _BranchTracer(fx.Tracer):
-    """Traces a branch down to its tensors; dropout stays a module, whose mode `train()` and `eval()` switch."""
+    """Traces a branch down to its tensors; what differs between `train()` and `eval()` stays a module."""
 
     proxy_buffer_attributes = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, nn.Dropout)
+        return isinstance(m, (nn.Dropout, Transform))
 
 
 def insert_branch(

@@ -81,3 +81,13 @@ def stored(model: nn.Module, name: str) -> nn.Parameter:
     """The parameter of that qualified name itself, even where a module shows an adapted weight under the name."""
     path, _, leaf = name.rpartition(".")
     return dict(model.get_submodule(path).named_parameters(recurse=False, remove_duplicate=False))[leaf]
+
+
+def matrix(model: nn.Module, site: Site) -> torch.Tensor:
+    """The adapted rows of a site's base weight, `(outputs, inputs)`; of stacked matrices `(stack, outputs, inputs)`."""
+    weight = stored(model, site.weight).detach()
+    lead = (site.stack,) if site.stack else ()
+    shape = (site.inputs, site.full or site.outputs) if site.transposed else (site.full or site.outputs, site.inputs)
+    found = weight.reshape(*lead, *shape)
+    found = found.transpose(-1, -2) if site.transposed else found
+    return found if site.rows is None else torch.cat([found[..., a:b, :] for a, b in site.rows], -2)

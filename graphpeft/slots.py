@@ -108,7 +108,8 @@ def lower(chains: Mapping[Site, Chain]) -> Pairs:
                 f"place. Export it folded in, with merged=True, or leave this adapter out with adapters=."
             )
         try:
-            down, up = chain.to_lora()
+            with chain.settled():
+                down, up = chain.to_lora()
         except AdapterError as error:
             raise ExportError(f"{site.weight}: {error} It can be exported with merged=True.") from error
         a, b = down.t(), up.t()

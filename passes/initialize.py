@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from graphpeft.program import matrix
 from graphpeft.state import chains, get_state
 
 
@@ -11,4 +12,4 @@ def initialize(model: nn.Module, name: str) -> None:
     """Give every branch of the adapter its initial values; on the meta device there are none to give."""
     seed = get_state(model).adapters[name].seed
     for site, chain in chains(model, name).items():
-        chain.reset(seed, site.key)
+        chain.reset(seed, site.key, matrix(model, site))

@@ -33,7 +33,7 @@ def merge(model: nn.Module, name: str | Sequence[str] | None = None) -> None:
         for site, chain in chains(model, adapter).items():
             _refuse_tied(model, site)
             parameter = stored(model, site.weight)
-            with torch.no_grad():
+            with torch.no_grad(), chain.settled():
                 weight = updated.get(parameter, parameter.detach())
                 wide = torch.promote_types(weight.dtype, torch.float32)
                 updated[parameter] = fold(weight.to(wide), site, _finite(chain.delta(), adapter, site))

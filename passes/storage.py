@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from graphpeft.adapters import places
-from graphpeft.chain import Chain, Factor
+from graphpeft.chain import Chain, Factor, Transform
 from graphpeft.errors import AdapterError, FileError
 from graphpeft.passes.activate import remove
 from graphpeft.passes.initialize import initialize
@@ -80,15 +80,19 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None) -> nn.Mo
     return model
 
 
-def _named(site: Site, chain: Chain) -> list[tuple[str, nn.Parameter]]:
-    """File keys and parameters of a branch; a tensor that sites share is stored once."""
+def _named(site: Site, chain: Chain) -> list[tuple[str, torch.Tensor]]:
+    """File keys and tensors of a branch: what a seed does not regenerate. A tensor that sites share is stored once.
+
+    What a transform keeps for training alone stays out.
+    """
     found = []
     for place, factor in enumerate(chain.factors):
         assert isinstance(factor, Factor)
-        for leaf, parameter in factor.named_parameters():
-            found.append(
-                (f"shared:{factor.shared}.{leaf}" if factor.shared else f"{site.key}.{place}.{leaf}", parameter)
-            )
+        training = tuple(f"{n}." for n, m in factor.named_modules() if isinstance(m, Transform) and not m.stored)
+        for leaf, tensor in factor.state_dict(keep_vars=True).items():
+            if not leaf.startswith(training):
+                key = f"shared:{factor.shared}.{leaf}" if factor.shared else f"{site.key}.{place}.{leaf}"
+                found.append((key, tensor))
     return found
 
 

@@ -6,6 +6,7 @@ from graphpeft.chain.hadamard import hadamard_factors, hadamard_matrix, hadamard
 from graphpeft.chain.inits import Init, constant, kaiming, normal, zeros
 from graphpeft.chain.srht import SRHT, AdjointSRHT
 from graphpeft.chain.stack import Stack
+from graphpeft.chain.transform import Transform
 
 __all__ = [
     "SRHT",
@@ -17,6 +18,7 @@ __all__ = [
     "Init",
     "Scatter",
     "Stack",
+    "Transform",
     "constant",
     "hadamard_factors",
     "hadamard_matrix",

@@ -7,7 +7,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import reduce
 from itertools import pairwise
 
@@ -19,6 +20,10 @@ from torch.nn import functional as F
 from graphpeft.chain.inits import fill
 from graphpeft.chain.seeds import generator
 from graphpeft.errors import AdapterError
+
+Start = Callable[[Tensor, float], tuple[Tensor, ...]]
+"""From the base weight of a site, `(outputs, inputs)` in float32 or better, and the chain's scale: initial values of the
+factors, in the order in which they are written."""
 
 
 def widen(tensor: Tensor) -> Tensor:
@@ -47,6 +52,10 @@ class Factor(nn.Module):
 
     def reset(self, rng: Callable[[str], np.random.RandomState]) -> None:
         """Fill every tensor with its initial values; `rng(name)` is the random stream of the tensor of that name."""
+        raise NotImplementedError
+
+    def assign(self, value: Tensor) -> None:
+        """Take an initial value that was computed rather than drawn."""
         raise NotImplementedError
 
     def matrix(self) -> Tensor:
@@ -132,6 +141,7 @@ class Chain(nn.Module):
         super().__init__()
         self.factors = nn.ModuleList(factors)
         self.scale = scale
+        self.start: Start | None = None
         if dropout:
             self.dropout = nn.Dropout(dropout)
         for left, right in pairwise(self._factors):
@@ -169,28 +179,56 @@ class Chain(nn.Module):
 
     def scaled(self, scale: float) -> Chain:
         """The same factors with a scale `scale` times as large."""
-        return Chain(self._factors, self.scale * scale, self.probability)
+        return self._like(self.scale * scale, self.probability)
 
     def with_dropout(self, probability: float) -> Chain:
         """The same factors with dropout on the input; 0 for none."""
-        return Chain(self._factors, self.scale, probability)
+        return self._like(self.scale, probability)
+
+    def starting(self, start: Start) -> Chain:
+        """This chain with initial values computed from the base weight, where there is one, instead of drawn."""
+        self.start = start
+        return self
+
+    def _like(self, scale: float, probability: float) -> Chain:
+        made = Chain(self._factors, scale, probability)
+        made.start = self.start
+        return made
+
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """The chain as in evaluation for a while: no dropout, no noise, gates decided."""
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
 
     def __matmul__(self, other: Factor | Chain) -> Chain:
         right = other if isinstance(other, Chain) else Chain([other])
         if self.probability:
             raise AdapterError("Dropout acts on the input of a whole chain: multiply first, then call with_dropout.")
-        return Chain([*self._factors, *right._factors], self.scale * right.scale, right.probability)
+        made = Chain([*self._factors, *right._factors], self.scale * right.scale, right.probability)
+        made.start = right.start
+        return made
 
-    def reset(self, seed: int, site: str) -> None:
+    def reset(self, seed: int, site: str, weight: Tensor | None = None) -> None:
         """Fill every tensor with initial values, a function of `(seed, site, place in the chain)` alone.
 
-        A shared factor is filled from `(seed, its name)`. Tensors on the meta device are left alone.
+        A shared factor is filled from `(seed, its name)`. Tensors on the meta device are left alone. A chain with a
+        `start` takes its values from the `weight` of the site, `(outputs, inputs)`, if it is given.
         """
         # Places are counted from the right: a Scatter put in front later moves none.
         for place, factor in enumerate(reversed(self._factors)):
             names = ("shared", factor.shared) if factor.shared else ("site", site, str(place))
             if not any(tensor.is_meta for tensor in (*factor.parameters(), *factor.buffers())):
                 factor.reset(_streams(seed, names))
+        if self.start is not None and weight is not None and not weight.is_meta:
+            inner = [factor for factor in self._factors if not isinstance(factor, Scatter)]
+            for factor, value in zip(inner, self.start(widen(weight), self.scale), strict=True):
+                factor.assign(value)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., inputs)` to `(..., outputs)`: `scale` times the product, after dropout."""

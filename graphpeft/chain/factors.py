@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial, reduce
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import Self
 
 from graphpeft.chain.chain import Factor, Scatter, widen
 from graphpeft.chain.inits import Init
+from graphpeft.chain.transform import Transform
 
 
 class _Weighted(Factor):
@@ -31,9 +34,29 @@ class _Weighted(Factor):
 
     def reset(self, rng: Callable[[str], np.random.RandomState]) -> None:
         self.init(self.weight, rng("weight"))
+        for place, transform in enumerate(self._transforms):
+            transform.reset(self.weight, partial(_named, rng, f"transforms.{place}"))
+
+    @property
+    def value(self) -> Tensor:
+        """`weight` as the factor uses it: after its transforms, the first one first."""
+        return reduce(lambda tensor, transform: transform(tensor), self._transforms, self.weight)
+
+    def through(self, *transforms: Transform) -> Self:
+        """This factor with further transforms of its weight."""
+        self.transforms = nn.ModuleList([*self._transforms, *transforms])
+        return self
+
+    @property
+    def _transforms(self) -> list[Transform]:
+        return list(getattr(self, "transforms", ()))
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", frozen=True" if self.frozen else "")
+
+
+def _named(rng: Callable[[str], np.random.RandomState], prefix: str, name: str) -> np.random.RandomState:
+    return rng(f"{prefix}.{name}")
 
 
 class Dense(_Weighted):
@@ -43,17 +66,17 @@ class Dense(_Weighted):
         super().__init__(outputs, inputs, (outputs, inputs), init, frozen, shared)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return F.linear(x, self.value)
 
     def accumulate(self, y: Tensor, x: Tensor, alpha: float, scatter: Scatter | None = None) -> Tensor:
         if self.frozen:  # FX would evaluate the transpose of a buffer while tracing
             return super().accumulate(y, x, alpha, scatter)
-        weight = self.weight if scatter is None else scatter.expand(self.weight, -2)
+        weight = self.value if scatter is None else scatter.expand(self.value, -2)
         rows = y.reshape(-1, self.outputs if scatter is None else scatter.outputs)
         return torch.addmm(rows, x.reshape(-1, self.inputs), weight.t(), alpha=alpha).view_as(y)
 
     def matrix(self) -> Tensor:
-        return widen(self.weight)
+        return widen(self.value)
 
 
 class Diag(_Weighted):
@@ -63,15 +86,15 @@ class Diag(_Weighted):
         super().__init__(size, size, (size,), init, frozen, shared)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.weight
+        return x * self.value
 
     def accumulate(self, y: Tensor, x: Tensor, alpha: float, scatter: Scatter | None = None) -> Tensor:
         if scatter is not None:
             return super().accumulate(y, x, alpha, scatter)
-        return torch.addcmul(y, x, self.weight, value=alpha)
+        return torch.addcmul(y, x, self.value, value=alpha)
 
     def matrix(self) -> Tensor:
-        return torch.diag(widen(self.weight))
+        return torch.diag(widen(self.value))
 
     def times(self, other: Tensor) -> Tensor:
-        return widen(self.weight).unsqueeze(1) * other
+        return widen(self.value).unsqueeze(1) * other

@@ -26,6 +26,7 @@ class Stack(Chain):
     def __init__(self, chain: Chain, n: int) -> None:
         super().__init__(chain._factors, chain.scale, chain.probability)
         self.n = n
+        self.start = chain.start
         for module in (m for factor in self._factors if not factor.shared for m in factor.modules()):
             for name, tensor in module._parameters.items():
                 if tensor is not None:
@@ -34,11 +35,15 @@ class Stack(Chain):
                 if buffer is not None:
                     module._buffers[name] = torch.stack([buffer] * n)
 
-    def reset(self, seed: int, site: str) -> None:
-        """Fill every tensor: matrix `e` gets what the chain alone would get as the site called `site[e]`."""
+    def reset(self, seed: int, site: str, weight: Tensor | None = None) -> None:
+        """Fill every tensor: matrix `e` gets what the chain alone would get as the site called `site[e]`.
+
+        `weight` is `(n, outputs, inputs)`.
+        """
         for e in range(self.n):
             one = {name: tensor.detach()[e] for name, tensor in self._stacks().items()}
-            functional_call(self, one, (partial(super().reset, seed, f"{site}[{e}]"),))
+            matrix = None if weight is None else weight[e]
+            functional_call(self, one, (partial(super().reset, seed, f"{site}[{e}]", matrix),))
 
     def delta(self) -> Tensor:
         """ΔW of every matrix, dense `(n, outputs, inputs)`, in float32 or better, differentiable."""

@@ -1,0 +1,29 @@
+"""What happens to a factor's tensor before it is used: noise, a quantizer, a gate. Nothing of it changes the factor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from torch import Tensor, nn
+
+
+class Transform(nn.Module):
+    """A function of a factor's `weight`, of the same shape. It may differ between training and evaluation.
+
+    It stays a module in rewritten graphs, as dropout does, so that `train()` and `eval()` switch it and an export in
+    evaluation mode sees none of what only training needs.
+    """
+
+    stored: bool = True
+    """Whether its tensors belong to the adapter's file; training state does not."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def reset(self, weight: Tensor, rng: Callable[[str], np.random.RandomState]) -> None:
+        """Fill the transform's own tensors, after the factor's `weight` was filled."""
+
+    def penalty(self, weight: Tensor) -> Tensor | None:
+        """What the transform adds to the training loss, a scalar, or `None`. See `graphpeft.train.penalty`."""
+        return None
