@@ -50,16 +50,17 @@ def save(model: nn.Module, folder: str | Path, name: str | None = None) -> Path:
     return Path(folder)
 
 
-def load(model: nn.Module, folder: str | Path, name: str | None = None) -> nn.Module:
+def load(model: nn.Module, folder: str | Path, name: str | None = None, *, any_base: bool = False) -> nn.Module:
     """Add the adapter of a folder to a model and activate it; returns the model.
 
-    `name` renames it. Raises `FileError`, and leaves the model as it was, if the folder is not an intact adapter or
-    does not fit the model. Warns if the base weights differ from those that the adapter was trained on.
+    `name` renames it. Raises `FileError`, and leaves the model as it was, if the folder is not an intact adapter, does
+    not fit the model, or was trained on other base weights; with `any_base` the last is a warning.
     """
     content = read_adapter(Path(folder))
     chosen = name or content.name
     check_name(model, chosen)
     _check_sites(model, content, Path(folder))
+    _check_base(model, content, Path(folder), any_base)
     before = state.active if (state := find_state(model)) else ()
     insert(model, chosen, content.rules, content.seed, content.entries)
     try:
@@ -71,13 +72,20 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None) -> nn.Mo
         if before:
             set_active(model, before)
         raise
-    if content.fingerprint != _fingerprint(model, content.entries):
-        warnings.warn(
-            f"{folder} was trained on other base weights than {type(model).__name__} has now. Usually the checkpoint or its "
-            f"dtype differs. The adapter is loaded; check its outputs.",
-            stacklevel=2,
-        )
     return model
+
+
+def _check_base(model: nn.Module, content: AdapterFile, folder: Path, any_base: bool) -> None:
+    """Base weights are those that the adapter was trained on, but for a cast to bfloat16."""
+    if content.fingerprint == _fingerprint(model, content.entries):
+        return
+    found = f"{folder} was trained on other base weights than {type(model).__name__} has now."
+    if not any_base:
+        raise FileError(
+            f"{found} Usually another checkpoint was loaded, or it was trained further. Load the base that the adapter was "
+            f"made for; if the difference is meant, pass any_base=True and check the outputs."
+        )
+    warnings.warn(f"{found} The adapter is loaded as any_base=True asks; check its outputs.", stacklevel=3)
 
 
 def _named(site: Site, chain: Chain) -> list[tuple[str, torch.Tensor]]:
@@ -97,9 +105,10 @@ def _named(site: Site, chain: Chain) -> list[tuple[str, torch.Tensor]]:
 
 
 def _fingerprint(model: nn.Module, entries: tuple[Entry, ...]) -> str:
-    state = get_state(model)
+    state = find_state(model)
+    originals = state.originals if state else {}
     paths = dict.fromkeys(e.site.weight for e in entries)
-    return fingerprint({p: state.originals.get(p, stored(model, p)) for p in paths})
+    return fingerprint({p: originals.get(p, stored(model, p)) for p in paths})
 
 
 def _check_sites(model: nn.Module, content: AdapterFile, folder: Path) -> None:

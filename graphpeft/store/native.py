@@ -139,11 +139,16 @@ def _site(saved: Mapping[str, Any]) -> Site:
 
 
 def fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
-    """A digest of base weights: names, shapes and 64 values of each, enough to tell one checkpoint from another."""
+    """A digest of base weights: names, shapes and 64 values of each, enough to tell one checkpoint from another.
+
+    Values count as rounded to bfloat16, so that a float32 checkpoint and its bfloat16 copy are one base.
+    """
     digest = hashlib.sha256()
     for name, weight in sorted(weights.items()):
         digest.update(f"{name}{tuple(weight.shape)}".encode())
         if not weight.is_meta:
             step = max(1, weight.numel() // 64)
-            digest.update(weight.detach().flatten()[::step][:64].to("cpu", torch.float32).numpy().tobytes())
+            digest.update(
+                weight.detach().flatten()[::step][:64].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
+            )
     return digest.hexdigest()

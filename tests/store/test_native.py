@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from checks import Snapshot
 from safetensors.torch import load_file, save_file
 from torch import nn
 from zoo import gpt2, llama, torch_encoder
@@ -104,8 +106,20 @@ def test_several_adapters_are_saved_by_name_and_loaded_beside_each_other(tmp_pat
 
 def test_other_base_weights_are_noticed(tmp_path: Path) -> None:
     gp.save(trained(fresh(llama), "qv:lora"), tmp_path)
+    other = llama()
+    before = Snapshot.of(other)
+    with pytest.raises(FileError, match=r"trained on other base weights.*any_base=True"):
+        gp.load(other, tmp_path)
+    before.check(other)
     with pytest.warns(UserWarning, match="trained on other base weights"):
-        gp.load(llama(), tmp_path)
+        gp.load(other, tmp_path, any_base=True)
+
+
+def test_the_bfloat16_copy_of_a_base_is_that_base(tmp_path: Path) -> None:
+    gp.save(trained(fresh(llama), "qv:lora"), tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gp.load(fresh(llama).bfloat16(), tmp_path)
 
 
 def test_base_parameters_that_train_too_are_named(tmp_path: Path) -> None:
