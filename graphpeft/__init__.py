@@ -6,6 +6,7 @@ from graphpeft.inspect.diff import diff
 from graphpeft.inspect.explain import explain
 from graphpeft.passes.activate import activate, disabled, remove
 from graphpeft.passes.export import export
+from graphpeft.passes.lower import lower
 from graphpeft.passes.merge import merge, unmerge
 from graphpeft.passes.storage import load, save
 from graphpeft.passes.verify import verify
@@ -23,6 +24,7 @@ __all__ = [
     "explain",
     "export",
     "load",
+    "lower",
     "merge",
     "plan",
     "remove",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
@@ -13,10 +12,10 @@ import typer
 from rich.console import Console
 
 import graphpeft as gp
-from graphpeft import methods as known
+from graphpeft.apply import found_in
 from graphpeft.errors import GraphPeftError
+from graphpeft.inspect.methods import methods_text
 from graphpeft.inspect.roles import overview
-from graphpeft.inspect.table import table
 from graphpeft.samples import settled
 from graphpeft.skeleton import skeleton
 from graphpeft.survey import survey
@@ -94,15 +93,15 @@ def roles(
 
 
 @app.command()
-def methods() -> None:
-    """List the adapter methods with their options and papers."""
-    rows = []
-    for name in known.names():
-        cls = known.get(name)
-        accepted = {o.name: o.accepts for o in known.options(cls)}
-        given = ", ".join(f"{f.name}={f.default} ({accepted[f.name]})" for f in fields(cls))
-        rows.append((name, given, cls.paper))
-    typer.echo(table(("method", "options and defaults", "paper"), rows))
+def methods(
+    model: Annotated[str | None, typer.Argument(help="Count what each method would train on this model.")] = None,
+    target: Annotated[str, typer.Option(help="Where, as in a rule.")] = "qv",
+    debug: Debug = False,
+) -> None:
+    """List the adapter methods: chain, trained numbers, whether they lower to LoRA, paper, options."""
+    with _one_line(debug):
+        built = skeleton(model) if model else None
+        typer.echo(methods_text((built, found_in(built)) if built is not None else None, target))
 
 
 if __name__ == "__main__":

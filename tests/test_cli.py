@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ from transformers import MambaConfig
 from typer.testing import CliRunner
 from zoo import llama
 
+import graphpeft as gp
 from graphpeft.cli import app
+from graphpeft.skeleton import skeleton
 
 run = CliRunner()
 
@@ -75,8 +78,17 @@ def test_methods_lists_options_and_papers() -> None:
     result = run.invoke(app, ["methods"])
     assert result.exit_code == 0, result.output
     assert "rlora" in result.output
-    assert "r=8 (int >= 1)" in result.output
+    assert re.search(r"lora +r +8 +int >= 1", result.output)
     assert "arXiv:2106.09685" in result.output
+
+
+def test_methods_counts_on_a_model(folder: str) -> None:
+    result = run.invoke(app, ["methods", folder, "--target", "q"])
+    assert result.exit_code == 0, result.output
+    assert re.search(rf"^lora .* {gp.plan(skeleton(folder), 'q:lora').trainable:,} +rank 8 ", result.output, re.M)
+    wrong = run.invoke(app, ["methods", folder, "--target", "z"])
+    assert wrong.exit_code == 1
+    assert "RuleError" in wrong.output
 
 
 def test_errors_are_told_without_a_trace(folder: str, tmp_path: Path) -> None:
