@@ -52,6 +52,6 @@ def _plain(entry: Entry, chain: Chain, adapter: str) -> tuple[Entry, Chain]:
         plain = made.build().to(parameter.dtype)
     left, right = list(plain.factors)[-2:]
     with torch.no_grad():
-        left.weight.copy_(b)  # type: ignore[operator, union-attr]
-        right.weight.copy_(a)  # type: ignore[operator, union-attr]
+        left.weight.copy_(b)  # type: ignore[operator]
+        right.weight.copy_(a)  # type: ignore[operator]
     return made, plain
