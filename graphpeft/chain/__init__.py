@@ -1,6 +1,8 @@
 """WHAT an adapter is: a chain of linear factors."""
 
+from graphpeft.chain.anchored import Anchored
 from graphpeft.chain.chain import Chain, Factor, Scatter
+from graphpeft.chain.decompose import qr, svd
 from graphpeft.chain.factors import Dense, Diag
 from graphpeft.chain.hadamard import hadamard_factors, hadamard_matrix, hadamard_order
 from graphpeft.chain.inits import Init, constant, kaiming, normal, zeros
@@ -11,6 +13,7 @@ from graphpeft.chain.transform import Transform
 __all__ = [
     "SRHT",
     "AdjointSRHT",
+    "Anchored",
     "Chain",
     "Dense",
     "Diag",
@@ -25,5 +28,7 @@ __all__ = [
     "hadamard_order",
     "kaiming",
     "normal",
+    "qr",
+    "svd",
     "zeros",
 ]

@@ -10,7 +10,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from graphpeft.chain import Chain
-from graphpeft.errors import RuleError
+from graphpeft.errors import AdapterError, RuleError
 from graphpeft.program import Site
 
 
@@ -106,6 +106,15 @@ def options(method: type[Method]) -> tuple[Option, ...]:
         raise RuleError(f"{method.name}: option {required[0]} needs a default; {method.name!r} alone has to be a rule.")
     hints = get_type_hints(method, include_extras=True)
     return tuple(Option(method.name, field.name, hints[field.name], field.default) for field in fields(method))
+
+
+def check_rank(method: Method, r: int, site: Site) -> None:
+    """Raise `AdapterError` if r exceeds the site's smaller width, where there is nothing more to decompose."""
+    if r > min(site.shape):
+        raise AdapterError(
+            f"`{method}` asks for rank {r} of {site.weight} ({site.role}), which is {site.outputs} × {site.inputs} and has no "
+            f"more than {min(site.shape)} directions. Choose r <= {min(site.shape)}, or give small sites a rule of their own."
+        )
 
 
 def _accepts(kind: Any, value: object) -> bool:

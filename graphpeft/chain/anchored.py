@@ -1,0 +1,66 @@
+"""Factors that start at values taken from the base weight, and count as zero there.
+
+With B₀ and A₀ the initial values, the update is ΔW = B A − B₀ A₀: the base weight stays as it is, and the start
+changes nothing. It is computed as
+
+    ΔW = [B − B₀, B₀] · [A ; A − A₀]
+
+which is the same product, exactly zero at the start, and free of the cancellation between two large ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from graphpeft.chain.chain import Factor, Scatter, widen
+from graphpeft.chain.inits import kaiming
+
+
+class Anchored(Factor):
+    """One side of such a product: `left` is [B − B₀, B₀] of a B `(n, r)`, `right` is [A ; A − A₀] of an A `(r, n)`.
+
+    `weight` is trained; `start`, its initial value, belongs to the adapter's file. Until values are assigned (see
+    `Chain.starting`), as on the meta device, both hold the same random numbers.
+    """
+
+    start: Tensor
+
+    def __init__(self, n: int, r: int, side: Literal["left", "right"]) -> None:
+        super().__init__(*((n, 2 * r) if side == "left" else (2 * r, n)))
+        self.side = side
+        shape = (n, r) if side == "left" else (r, n)
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.register_buffer("start", torch.empty(shape))
+
+    def reset(self, rng: Callable[[str], np.random.RandomState]) -> None:
+        kaiming()(self.weight, rng("weight"))
+        self.assign(self.weight.detach())
+
+    @torch.no_grad()
+    def assign(self, value: Tensor) -> None:
+        self.start.copy_(value)
+        self.weight.copy_(self.start)
+
+    def _whole(self) -> Tensor:
+        moved = self.weight - self.start
+        return torch.cat([moved, self.start], -1) if self.side == "left" else torch.cat([self.weight, moved], -2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self._whole())
+
+    def accumulate(self, y: Tensor, x: Tensor, alpha: float, scatter: Scatter | None = None) -> Tensor:
+        whole = self._whole() if scatter is None else scatter.expand(self._whole(), -2)
+        rows = y.reshape(-1, self.outputs if scatter is None else scatter.outputs)
+        return torch.addmm(rows, x.reshape(-1, self.inputs), whole.t(), alpha=alpha).view_as(y)
+
+    def matrix(self) -> Tensor:
+        return widen(self._whole())
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.side}"

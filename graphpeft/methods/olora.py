@@ -1,0 +1,42 @@
+"""OLoRA: LoRA that starts at the QR decomposition of the base weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from math import sqrt
+from typing import ClassVar
+
+from graphpeft.chain import Anchored, Chain, qr
+from graphpeft.methods.base import Method, Positive, Probability, Rank, check_rank
+from graphpeft.program import Site
+
+
+@dataclass(frozen=True)
+class OLoRA(Method):
+    """ΔW = (α / r) · (B · A − B₀ · A₀), with B₀ = Q[:, :r] and A₀ = R[:r] of W = Q R (Büyükakyüz, 2024).
+
+    The paper subtracts (α / r) · B₀ A₀ from the base weight; here that is part of the update, and the base weight is
+    untouched. Relative to it the update has rank 2r. QR without pivoting reproduces the first r columns of W, so it
+    depends on the order of features; `pivot` takes the largest columns instead, which is not the paper's method. The
+    update is large from the first step on: learning rates are smaller than LoRA's. `alpha`, `rslora` and `dropout` as
+    in LoRA. Trains r · (inputs + outputs) numbers per site. Raises `AdapterError` for r above min(inputs, outputs).
+    """
+
+    name: ClassVar[str] = "olora"
+    paper: ClassVar[str] = (
+        "Büyükakyüz, OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models, arXiv:2406.01775"
+    )
+
+    r: Rank = 8
+    alpha: Positive | None = None
+    rslora: bool = False
+    dropout: Probability = 0.0
+    pivot: bool = False
+
+    def chain(self, site: Site) -> Chain:
+        check_rank(self, self.r, site)
+        alpha = self.r if self.alpha is None else self.alpha
+        scale = alpha / (sqrt(self.r) if self.rslora else self.r)
+        pair = Anchored(site.outputs, self.r, "left") @ Anchored(site.inputs, self.r, "right")
+        return pair.scaled(scale).with_dropout(self.dropout).starting(partial(qr, r=self.r, pivot=self.pivot))
