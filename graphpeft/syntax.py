@@ -179,6 +179,7 @@ _TERMINALS = {
     "LPAR": "'('", "RPAR": "')'", "LSQB": "'['", "RSQB": "']'", "$END": "the end",
     "TARGET": "a target", "PATH": "path(glob)", "METHOD": "a method", "QUALIFIER": _QUALIFIERS, "INT": "a layer",
     "OPTION": "option=value", "NUMBER": "a number", "WORD": "true, false, none or a word", "STRING": "a quoted string",
+    "TUPLE": "a tuple of whole numbers",
 }  # fmt: skip
 
 
@@ -188,7 +189,9 @@ def _first(node: Any) -> Token:
     return node
 
 
-def _value(token: Token) -> int | float | bool | str | None:
+def _value(token: Token) -> int | float | bool | str | tuple[int, ...] | None:
+    if token.type == "TUPLE":
+        return tuple(map(int, re.findall(r"\d+", token)))
     if token.type == "NUMBER":
         return int(token) if re.fullmatch(r"[+-]?\d+", token) else float(token)
     if token.type == "STRING":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,7 +36,7 @@ def check_name(model: nn.Module, name: str) -> None:
 def insert(model: nn.Module, name: str, rules: str, seed: int, entries: tuple[Entry, ...]) -> State:
     """Attach empty branches, freeze the base, and record the adapter. The adapter is not yet active."""
     check_name(model, name)
-    shared: dict[str, Factor] = {}
+    shared: dict[str, Any] = {}
     touched: list[nn.Module] = []
     try:
         for entry in entries:
@@ -95,7 +96,7 @@ def _withdraw(owner: nn.Module, name: str) -> None:
         vacate(owner)
 
 
-def _branch(model: nn.Module, entry: Entry, shared: dict[str, Factor]) -> Chain:
+def _branch(model: nn.Module, entry: Entry, shared: dict[str, Any]) -> Chain:
     """An empty branch on the weight's device, in float32 where the base is in half precision."""
     weight = stored(model, entry.site.weight)
     _check(model, entry)
@@ -116,5 +117,5 @@ def _branch(model: nn.Module, entry: Entry, shared: dict[str, Factor]) -> Chain:
     for i, factor in enumerate(chain.factors):
         assert isinstance(factor, Factor)
         if factor.shared:
-            chain.factors[i] = shared.setdefault(factor.shared, factor)
+            chain.factors[i] = factor.joined(shared)
     return chain

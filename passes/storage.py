@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from graphpeft.adapters import places
-from graphpeft.chain import Chain, Factor, Transform
+from graphpeft.chain import Chain, Factor
 from graphpeft.errors import AdapterError, FileError
 from graphpeft.passes.activate import remove
 from graphpeft.passes.initialize import initialize
@@ -89,18 +89,12 @@ def _check_base(model: nn.Module, content: AdapterFile, folder: Path, any_base: 
 
 
 def _named(site: Site, chain: Chain) -> list[tuple[str, torch.Tensor]]:
-    """File keys and tensors of a branch: what a seed does not regenerate. A tensor that sites share is stored once.
-
-    What a transform keeps for training alone stays out.
-    """
+    """File keys and tensors of a branch; what sites share is stored once."""
     found = []
     for place, factor in enumerate(chain.factors):
         assert isinstance(factor, Factor)
-        training = tuple(f"{n}." for n, m in factor.named_modules() if isinstance(m, Transform) and not m.stored)
-        for leaf, tensor in factor.state_dict(keep_vars=True).items():
-            if not leaf.startswith(training):
-                key = f"shared:{factor.shared}.{leaf}" if factor.shared else f"{site.key}.{place}.{leaf}"
-                found.append((key, tensor))
+        prefix = f"shared:{factor.shared}" if factor.shared else f"{site.key}.{place}"
+        found += [(f"{prefix}.{leaf}", tensor) for leaf, tensor in factor.saved().items()]
     return found
 
 

@@ -1,6 +1,8 @@
 """WHAT an adapter is: a chain of linear factors."""
 
 from graphpeft.chain.anchored import Anchored
+from graphpeft.chain.bank import Bank, Projection
+from graphpeft.chain.blockdiag import BlockDiag, MixedBlocks
 from graphpeft.chain.chain import Chain, Factor, Scatter
 from graphpeft.chain.decompose import qr, svd
 from graphpeft.chain.factors import Dense, Diag
@@ -14,11 +16,15 @@ __all__ = [
     "SRHT",
     "AdjointSRHT",
     "Anchored",
+    "Bank",
+    "BlockDiag",
     "Chain",
     "Dense",
     "Diag",
     "Factor",
     "Init",
+    "MixedBlocks",
+    "Projection",
     "Scatter",
     "Stack",
     "Transform",

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import reduce
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 
 from graphpeft.chain.inits import fill
 from graphpeft.chain.seeds import generator
+from graphpeft.chain.transform import Transform
 from graphpeft.errors import AdapterError
 
 Start = Callable[[Tensor, float], tuple[Tensor, ...]]
@@ -53,6 +55,17 @@ class Factor(nn.Module):
     def reset(self, rng: Callable[[str], np.random.RandomState]) -> None:
         """Fill every tensor with its initial values; `rng(name)` is the random stream of the tensor of that name."""
         raise NotImplementedError
+
+    def joined(self, pool: dict[str, Any]) -> Factor:
+        """For a shared factor, the one that the model has in `pool` under its name; the first to come is put there."""
+        assert self.shared is not None
+        found: Factor = pool.setdefault(self.shared, self)
+        return found
+
+    def saved(self) -> dict[str, Tensor]:
+        """The tensors that belong to the adapter's file: those that no seed regenerates, without training state."""
+        training = tuple(f"{n}." for n, m in self.named_modules() if isinstance(m, Transform) and not m.stored)
+        return {name: t for name, t in self.state_dict(keep_vars=True).items() if not name.startswith(training)}
 
     def assign(self, value: Tensor) -> None:
         """Take an initial value that was computed rather than drawn."""

@@ -16,7 +16,7 @@ from graphpeft.chain.inits import Init
 from graphpeft.chain.transform import Transform
 
 
-class _Weighted(Factor):
+class Weighted(Factor):
     """A factor with one tensor, `weight`: a parameter, or, frozen, a buffer that its seed regenerates."""
 
     weight: Tensor
@@ -59,7 +59,7 @@ def _named(rng: Callable[[str], np.random.RandomState], prefix: str, name: str) 
     return rng(f"{prefix}.{name}")
 
 
-class Dense(_Weighted):
+class Dense(Weighted):
     """A dense matrix: `weight` is `(outputs, inputs)`."""
 
     def __init__(self, outputs: int, inputs: int, init: Init, frozen: bool = False, shared: str | None = None) -> None:
@@ -79,7 +79,7 @@ class Dense(_Weighted):
         return widen(self.value)
 
 
-class Diag(_Weighted):
+class Diag(Weighted):
     """A diagonal matrix: `weight`, of `size` entries, multiplies the features."""
 
     def __init__(self, size: int, init: Init, frozen: bool = False, shared: str | None = None) -> None:

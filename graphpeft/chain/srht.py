@@ -6,11 +6,16 @@
 (Ailon & Chazelle, 2006; Tropp, 2011; Lei & Lan, 2020.) H = H_a ⊗ H_b is applied as two small matrix products,
 H x = vec(H_a X H_bᵀ), which costs a + b multiplications per feature instead of a · b. All tensors come from a
 seed; none is stored.
+
+The r rows are either any (`uniform`) or a `grid`: some rows of H_a times some of H_b, with S = S_a ⊗ S_b. A grid needs
+only the thin matrices S_a H_a and S_b H_b, which makes the transform several times cheaper. A grid of more than r
+points is cut after the first r.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -22,88 +27,128 @@ from graphpeft.chain.hadamard import hadamard_factors, hadamard_matrix
 from graphpeft.chain.inits import fill
 from graphpeft.errors import AdapterError
 
+Choice = Literal["grid", "uniform"]
+
 
 class _Transform(Factor):
     """What both directions share, in terms of the `wide` side (d) and the `narrow` one (r)."""
 
+    adjoint: ClassVar[bool]
     signs: Tensor
     rows: Tensor
+    """Of a uniform choice, the rows of H; of a grid, those of H_a and then those of H_b."""
     left: Tensor
     right: Tensor
 
-    def __init__(self, outputs: int, inputs: int, wide: int, narrow: int, scale: float, shared: str | None) -> None:
+    def __init__(
+        self, outputs: int, inputs: int, wide: int, narrow: int, scale: float, shared: str | None, rows: Choice
+    ) -> None:
         super().__init__(outputs, inputs, shared)
         self.split = a, b = hadamard_factors(wide)
         self.order = a * b
         self.padding = self.order - wide
+        self.narrow = narrow
         self.scale = scale
         if narrow > self.order:
             raise AdapterError(
                 f"{self}: a Hadamard transform of order {self.order} has no {narrow} distinct rows. "
                 f"Choose a rank of at most {self.order}."
             )
+        self.grid = _grid(a, b, narrow) if rows == "grid" else None
+        kept = self.grid or self.split
         self.register_buffer("signs", torch.empty(wide), persistent=False)
-        self.register_buffer("rows", torch.empty(narrow, dtype=torch.int64), persistent=False)
-        self.register_buffer("left", torch.empty(a, a), persistent=False)
-        self.register_buffer("right", torch.empty(b, b), persistent=False)
+        self.register_buffer(
+            "rows", torch.empty(sum(kept) if self.grid else narrow, dtype=torch.int64), persistent=False
+        )
+        # Whichever factor is read transposed is kept so: FX would evaluate the transpose of a buffer while tracing.
+        left, right = (kept[0], a), (kept[1], b)
+        self.register_buffer("left", torch.empty(left[::-1] if self.adjoint else left), persistent=False)
+        self.register_buffer("right", torch.empty(right if self.adjoint else right[::-1]), persistent=False)
 
     def reset(self, rng: Callable[[str], np.random.RandomState]) -> None:
+        a, b = self.split
         fill(self.signs, np.where(rng("signs").uniform(size=self.signs.shape) < 0.5, -1, 1))
-        fill(self.rows, rng("rows").permutation(self.order)[: len(self.rows)])
+        left, right = hadamard_matrix(a), hadamard_matrix(b)
+        if self.grid:
+            here, there = rng("rows.left").permutation(a)[: self.grid[0]], rng("rows").permutation(b)[: self.grid[1]]
+            fill(self.rows, np.concatenate([here, there]))
+            left, right = left[here], right[there]
+        else:
+            fill(self.rows, rng("rows").permutation(self.order)[: self.narrow])
+        fill(self.left, left.T if self.adjoint else left)
+        fill(self.right, self.scale * (right if self.adjoint else right.T))
 
     def _transform(self, x: Tensor) -> Tensor:
-        # The scale is part of `right`, which comes first: in half precision sums stay small.
-        return torch.matmul(self.left, torch.matmul(x.unflatten(-1, self.split), self.right)).flatten(-2)
+        """The Kronecker product on the last axis. Its scale is part of `right`: in half precision sums stay small."""
+        before = self.grid if self.adjoint and self.grid else self.split
+        return torch.matmul(self.left, torch.matmul(x.unflatten(-1, before), self.right)).flatten(-2)
 
-    def _sampled(self, left: Tensor, right: Tensor) -> Tensor:
-        """The sampled rows of (left ⊗ right) · P · D, `(narrow, wide)`, without forming the product."""
-        a, b = self.rows // self.split[1], self.rows % self.split[1]
+    def _sampled(self) -> Tensor:
+        """The sampled rows of H · P · D, `(narrow, wide)`, with the scale, without forming H."""
+        places = torch.arange(self.narrow, device=self.rows.device) if self.grid else self.rows
+        left, right = (self.left.t(), self.right) if self.adjoint else (self.left, self.right.t())
+        a, b = places // len(right), places % len(right)
         rows = (widen(left)[a].unsqueeze(2) * widen(right)[b].unsqueeze(1)).flatten(1)
         return rows[:, : len(self.signs)] * widen(self.signs)
+
+
+def _grid(a: int, b: int, r: int) -> tuple[int, int]:
+    """Numbers of rows of two factors whose product is the least that covers r, as equal as that allows."""
+    splits = [(-(-r // right), right) for right in range(1, b + 1) if -(-r // right) <= a]
+    return min(splits, key=lambda split: (split[0] * split[1], abs(split[0] - split[1])))
 
 
 class SRHT(_Transform):
     """A random sketch of `inputs` features by `outputs` orthogonal directions whose entries are ±`scale`."""
 
-    def __init__(self, outputs: int, inputs: int, scale: float, shared: str | None = None) -> None:
-        super().__init__(outputs, inputs, wide=inputs, narrow=outputs, scale=scale, shared=shared)
+    adjoint = False
 
-    def reset(self, rng: Callable[[str], np.random.RandomState]) -> None:
-        super().reset(rng)
-        fill(self.left, hadamard_matrix(self.split[0]))
-        fill(self.right, self.scale * hadamard_matrix(self.split[1]).T)
+    def __init__(
+        self, outputs: int, inputs: int, scale: float, shared: str | None = None, rows: Choice = "uniform"
+    ) -> None:
+        super().__init__(outputs, inputs, wide=inputs, narrow=outputs, scale=scale, shared=shared, rows=rows)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x * self.signs
-        x = F.pad(x, (0, self.padding)) if self.padding else x
-        return self._transform(x).index_select(-1, self.rows)
+        x = self._transform(F.pad(x, (0, self.padding)) if self.padding else x)
+        if not self.grid:
+            return x.index_select(-1, self.rows)
+        return x if self.grid[0] * self.grid[1] == self.narrow else x.narrow(-1, 0, self.narrow)
 
     def matrix(self) -> Tensor:
-        return self._sampled(self.left, self.right.t())
+        return self._sampled()
 
 
 class AdjointSRHT(_Transform):
     """A random frame: `inputs` coefficients of orthogonal directions in R^`outputs` whose entries are ±`scale`."""
 
+    adjoint = True
     slots: Tensor
 
-    def __init__(self, outputs: int, inputs: int, scale: float, shared: str | None = None) -> None:
-        super().__init__(outputs, inputs, wide=outputs, narrow=inputs, scale=scale, shared=shared)
-        self.register_buffer("slots", torch.empty(self.order, dtype=torch.int64), persistent=False)
+    def __init__(
+        self, outputs: int, inputs: int, scale: float, shared: str | None = None, rows: Choice = "uniform"
+    ) -> None:
+        super().__init__(outputs, inputs, wide=outputs, narrow=inputs, scale=scale, shared=shared, rows=rows)
+        if not self.grid:
+            self.register_buffer("slots", torch.empty(self.order, dtype=torch.int64), persistent=False)
 
     def reset(self, rng: Callable[[str], np.random.RandomState]) -> None:
         super().reset(rng)
-        fill(self.left, hadamard_matrix(self.split[0]).T)
-        fill(self.right, self.scale * hadamard_matrix(self.split[1]))
-        # Sᵀ as a gather: a row that was not sampled reads the zero appended after the coefficients.
-        slots = np.full(self.order, self.inputs)
-        slots[self.rows.cpu().numpy()] = np.arange(self.inputs)
-        fill(self.slots, slots)
+        if not self.grid:
+            # Sᵀ as a gather: a row that was not sampled reads the zero appended after the coefficients.
+            slots = np.full(self.order, self.inputs)
+            slots[self.rows.cpu().numpy()] = np.arange(self.inputs)
+            fill(self.slots, slots)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self._transform(F.pad(x, (0, 1)).index_select(-1, self.slots))
+        if self.grid:
+            surplus = self.grid[0] * self.grid[1] - self.narrow
+            x = F.pad(x, (0, surplus)) if surplus else x
+        else:
+            x = F.pad(x, (0, 1)).index_select(-1, self.slots)
+        x = self._transform(x)
         x = x.narrow(-1, 0, self.outputs) if self.padding else x
         return x * self.signs
 
     def matrix(self) -> Tensor:
-        return self._sampled(self.left.t(), self.right).t()
+        return self._sampled().t()

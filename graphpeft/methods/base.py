@@ -32,7 +32,7 @@ class Method:
     """Base of all methods. A subclass is a frozen dataclass with a `name`, a `paper`, options and a `chain`.
 
     Options are fields annotated with `int`, `float`, `bool`, `str`, `Literal`, `None`, an `Annotated` of these
-    such as `Rank`, or a union; their values are checked on construction (`RuleError`).
+    such as `Rank`, a `tuple[..., ...]` of one of them, or a union; their values are checked on construction (`RuleError`).
     """
 
     name: ClassVar[str]
@@ -122,6 +122,8 @@ def _accepts(kind: Any, value: object) -> bool:
     if origin is Annotated:
         base, *conditions = get_args(kind)
         return _accepts(base, value) and all(condition.holds(value) for condition in conditions)
+    if origin is tuple:
+        return isinstance(value, tuple) and bool(value) and all(_accepts(get_args(kind)[0], each) for each in value)
     if origin in (Union, UnionType):
         return any(_accepts(part, value) for part in get_args(kind))
     if origin is Literal:
@@ -135,6 +137,8 @@ def _describe(kind: Any) -> str:
     origin = get_origin(kind)
     if origin is Annotated:
         return " and ".join(condition.text for condition in get_args(kind)[1:])
+    if origin is tuple:
+        return f"a tuple of {_describe(get_args(kind)[0])}"
     if origin in (Union, UnionType):
         return " or ".join(map(_describe, get_args(kind)))
     if origin is Literal:
@@ -147,4 +151,6 @@ def _literal(value: object) -> str:
     if isinstance(value, str):
         plain = re.fullmatch(r"[A-Za-z_]\w*", value) and value.lower() not in ("true", "false", "none")
         return value if plain else '"' + value.replace("\\", r"\\").replace('"', r"\"") + '"'
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_literal, value))}{',' if len(value) == 1 else ''})"
     return str(value).lower() if value is None or isinstance(value, bool) else repr(value)

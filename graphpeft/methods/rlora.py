@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import sqrt
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-from graphpeft.chain import SRHT, AdjointSRHT, Chain, Diag, constant, hadamard_order, zeros
+from graphpeft.chain import SRHT, AdjointSRHT, Chain, Dense, Diag, constant, hadamard_order, zeros
 from graphpeft.methods.base import Method, Rank
 from graphpeft.program import Site
 
@@ -20,8 +20,19 @@ class RLoRA(Method):
     Assumed here: the transform is the SRHT of the first author's earlier work (Lei & Lan, 2020), the trained part
     is VeRA's two diagonals (Kopiczko et al., 2024), and entries of C have VeRA's size, √(2 / fan-in).
 
-    A rank above the order of a site's Hadamard transforms, which is at least its number of features, is cut to
-    that order. Trains outputs + r numbers per site.
+    `train` says what is trained between and around the transforms; ΔW is zero at the start with each:
+
+    | `train` | ΔW | trained numbers per site |
+    |---|---|---|
+    | `out_mid` | diag(out) · C_o · diag(mid) · C_i | outputs + r |
+    | `in_out` | diag(out) · C_o · 0.1 · C_i · diag(in) | inputs + outputs |
+    | `in_mid_out` | diag(out) · C_o · diag(mid) · C_i · diag(in) | inputs + r + outputs |
+    | `core` | C_o · core · C_i, `core` a dense r × r matrix | r² |
+    | `b_only` | B · C_i, `B` a dense outputs × r matrix | r · outputs |
+
+    `rows` says which r rows of a Hadamard matrix H_a ⊗ H_b make C: `grid` takes some rows of H_a times some of H_b,
+    which is several times cheaper, `uniform` any. A rank above the order of a site's transforms, which is at least its
+    number of features, is cut to that order.
     """
 
     name: ClassVar[str] = "rlora"
@@ -31,9 +42,20 @@ class RLoRA(Method):
     )
 
     r: Rank = 256
+    train: Literal["out_mid", "in_out", "in_mid_out", "core", "b_only"] = "out_mid"
+    rows: Literal["grid", "uniform"] = "grid"
 
     def chain(self, site: Site) -> Chain:
         r = min(self.r, hadamard_order(site.inputs), hadamard_order(site.outputs))
-        C_i = SRHT(r, site.inputs, scale=sqrt(2 / site.inputs))
-        C_o = AdjointSRHT(site.outputs, r, scale=sqrt(2 / r))
-        return Diag(site.outputs, zeros()) @ C_o @ Diag(r, constant(0.1)) @ C_i
+        C_i = SRHT(r, site.inputs, scale=sqrt(2 / site.inputs), rows=self.rows)
+        C_o = AdjointSRHT(site.outputs, r, scale=sqrt(2 / r), rows=self.rows)
+        out, ones, mid = Diag(site.outputs, zeros()), Diag(site.inputs, constant(1.0)), Diag(r, constant(0.1))
+        if self.train == "out_mid":
+            return out @ C_o @ mid @ C_i
+        if self.train == "in_out":
+            return (out @ C_o @ C_i @ ones).scaled(0.1)
+        if self.train == "in_mid_out":
+            return out @ C_o @ mid @ C_i @ ones
+        if self.train == "core":
+            return C_o @ Dense(r, r, zeros()) @ C_i
+        return Dense(site.outputs, r, zeros()) @ C_i

@@ -14,6 +14,10 @@ from graphpeft.state import chains, get_state
 
 RANKS = {
     "rlora(r=16)": 16,
+    "melora(n=4, r=2)": 8,
+    "vera(r=16)": 16,
+    "olora(r=4)": 8,
+    "pissa(r=4)": 8,
 }
 """Method and the rank of its plain LoRA."""
 

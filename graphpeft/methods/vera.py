@@ -1,0 +1,38 @@
+"""VeRA: two trained vectors around frozen random matrices that the whole model shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from graphpeft.chain import Bank, Chain, Diag, Projection, constant, zeros
+from graphpeft.methods.base import Method, Positive, Rank, Where
+from graphpeft.program import Site
+
+
+@dataclass(frozen=True)
+class VeRA(Method):
+    """ΔW = diag(b) · B · diag(d) · A, with A and B random, frozen and shared by all sites (Kopiczko et al., 2024).
+
+    A and B are as wide as the adapter's widest site and drawn once from `key`; each site uses their first columns and
+    rows. That is PEFT's draw for the same `projection_prng_key`. `store=projection` keeps them in the adapter's file,
+    against the day when a generator draws differently; `store=key` keeps b and d alone. b starts at zero, d at
+    `d_initial`. Learning rates are some ten times LoRA's. Trains outputs + r numbers per site.
+    """
+
+    name: ClassVar[str] = "vera"
+    paper: ClassVar[str] = (
+        "Kopiczko, Blankevoort, Asano, VeRA: Vector-based Random Matrix Adaptation, ICLR 2024, arXiv:2310.11454"
+    )
+
+    r: Rank = 256
+    d_initial: Positive = 0.1
+    key: Annotated[int, Where(lambda key: key >= 0, "int >= 0")] = 0
+    store: Literal["key", "projection"] = "key"
+
+    def chain(self, site: Site) -> Chain:
+        bank = Bank(self.r, site.outputs, site.inputs, self.key)
+        name, stored = f"vera.{self.key}.{self.r}", self.store == "projection"
+        A = Projection(self.r, site.inputs, bank, "A", name, stored)
+        B = Projection(site.outputs, self.r, bank, "B", name, stored)
+        return Diag(site.outputs, zeros()) @ B @ Diag(self.r, constant(self.d_initial)) @ A
