@@ -17,7 +17,8 @@ def qr(weight: Tensor, scale: float, r: int, pivot: bool = False) -> tuple[Tenso
         q, upper = torch.linalg.qr(weight)
         signs = torch.where(upper.diagonal() < 0, -1.0, 1.0).to(weight)[:r]
         return q[:, :r] * signs, upper[:r] * signs.unsqueeze(1)
-    left, directions = weight.clone(), []
+    left = weight.clone()
+    directions: list[Tensor] = []
     for _ in range(r):
         column = left[:, left.square().sum(0).argmax()]
         for direction in directions:  # once more, against rounding
