@@ -3,8 +3,9 @@
 from graphpeft.chain.anchored import Anchored
 from graphpeft.chain.bank import Bank, Projection
 from graphpeft.chain.blockdiag import BlockDiag, MixedBlocks
-from graphpeft.chain.chain import Chain, Factor, Scatter
+from graphpeft.chain.chain import Chain
 from graphpeft.chain.decompose import qr, svd
+from graphpeft.chain.factor import Factor, Scatter
 from graphpeft.chain.factors import Dense, Diag
 from graphpeft.chain.hadamard import hadamard_factors, hadamard_matrix, hadamard_order
 from graphpeft.chain.inits import Init, constant, kaiming, normal, zeros

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graphpeft.chain.chain import Factor, Scatter, widen
+from graphpeft.chain.factor import Factor, Scatter, widen
 from graphpeft.chain.inits import kaiming
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graphpeft.chain.chain import Factor, widen
+from graphpeft.chain.factor import Factor, widen
 from graphpeft.chain.factors import Weighted
 from graphpeft.chain.inits import Init
 

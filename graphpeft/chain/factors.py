@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from graphpeft.chain.chain import Factor, Scatter, widen
+from graphpeft.chain.factor import Factor, Scatter, widen
 from graphpeft.chain.inits import Init
 from graphpeft.chain.transform import Transform
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from graphpeft.chain.chain import Factor, widen
+from graphpeft.chain.factor import Factor, widen
 from graphpeft.chain.hadamard import hadamard_factors, hadamard_matrix
 from graphpeft.chain.inits import fill
 from graphpeft.errors import AdapterError

@@ -1,0 +1,135 @@
+"""A `Factor`: one linear map of an adapter's chain, which knows how to apply itself and its dense matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from graphpeft.chain.inits import fill
+from graphpeft.chain.transform import Transform
+from graphpeft.errors import AdapterError
+
+if TYPE_CHECKING:
+    from graphpeft.chain.chain import Chain
+
+
+def widen(tensor: Tensor) -> Tensor:
+    """`tensor` in float32 or better, so that products of factors do not round in half precision."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+class Factor(nn.Module):
+    """A linear map from R^inputs to R^outputs whose tensors are empty until `reset` fills them.
+
+    A subclass defines `forward`, `reset` and `matrix`; everything else follows. `forward` has to be traceable by
+    `torch.fx` for activations of any rank: no control flow on shapes, and no expression of buffers alone, which
+    FX would evaluate once while tracing.
+    """
+
+    def __init__(self, outputs: int, inputs: int, shared: str | None = None) -> None:
+        super().__init__()
+        self.outputs = outputs
+        self.inputs = inputs
+        self.shared = shared
+        """Name of a factor that all sites of the model have in common; `None` if each site has its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The map applied to the last axis: `(..., inputs)` to `(..., outputs)`."""
+        raise NotImplementedError
+
+    def reset(self, rng: Callable[[str], np.random.RandomState]) -> None:
+        """Fill every tensor with its initial values; `rng(name)` is the random stream of the tensor of that name."""
+        raise NotImplementedError
+
+    def joined(self, pool: dict[str, Any]) -> Factor:
+        """For a shared factor, the one that the model has in `pool` under its name; the first to come is put there."""
+        assert self.shared is not None
+        found: Factor = pool.setdefault(self.shared, self)
+        return found
+
+    def saved(self) -> dict[str, Tensor]:
+        """The tensors that belong to the adapter's file: those that no seed regenerates, without training state."""
+        training = tuple(f"{n}." for n, m in self.named_modules() if isinstance(m, Transform) and not m.stored)
+        return {name: t for name, t in self.state_dict(keep_vars=True).items() if not name.startswith(training)}
+
+    def assign(self, value: Tensor) -> None:
+        """Take an initial value that was computed rather than drawn."""
+        raise NotImplementedError
+
+    def matrix(self) -> Tensor:
+        """The map as a dense `(outputs, inputs)` matrix, in float32 or better, differentiable."""
+        raise NotImplementedError
+
+    def times(self, other: Tensor) -> Tensor:
+        """`matrix() @ other`, for an `other` of shape `(inputs, n)`."""
+        return self.matrix() @ other
+
+    def accumulate(self, y: Tensor, x: Tensor, alpha: float, scatter: Scatter | None = None) -> Tensor:
+        """`y + alpha * self(x)`, in as few kernels as possible; with `scatter`, `y + alpha * scatter(self(x))`."""
+        update = self(x) if scatter is None else scatter(self(x))
+        return torch.add(y, update, alpha=alpha)
+
+    def __matmul__(self, other: Factor | Chain) -> Chain:
+        from graphpeft.chain.chain import Chain  # a chain is made of factors; this is the one arrow back
+
+        return Chain([self]) @ other
+
+    def extra_repr(self) -> str:
+        return f"{self.outputs}, {self.inputs}" + (f", shared={self.shared!r}" if self.shared else "")
+
+
+class Scatter(Factor):
+    """Spread features over the wider output of a fused projection: zero wherever no run of `rows` is.
+
+    `rows` are half-open, increasing runs of the `full` output features; their lengths sum to `inputs`.
+    Raises `AdapterError` for runs that are empty, overlap, are out of order or leave `range(full)`.
+    """
+
+    index: Tensor
+
+    def __init__(self, full: int, rows: Iterable[tuple[int, int]]) -> None:
+        self.rows = tuple((start, stop) for start, stop in rows)
+        bounds = [0, *(bound for run in self.rows for bound in run), full]
+        if not self.rows or bounds != sorted(bounds) or any(start == stop for start, stop in self.rows):
+            raise AdapterError(
+                f"Scatter: rows {self.rows} are not increasing, non-empty half-open runs within 0..{full}. "
+                "Usually two sites' rows were joined by hand; take them from gp.sites(model)."
+            )
+        super().__init__(full, sum(stop - start for start, stop in self.rows))
+        self.register_buffer("index", torch.tensor(self._sources()), persistent=False)
+
+    def _sources(self) -> list[int]:
+        """For each output feature the input it comes from; `inputs`, one past the last, stands for zero."""
+        sources = [self.inputs] * self.outputs
+        features = (feature for run in self.rows for feature in range(*run))
+        for source, feature in enumerate(features):
+            sources[feature] = source
+        return sources
+
+    def reset(self, rng: Callable[[str], np.random.RandomState]) -> None:
+        fill(self.index, np.array(self._sources()))
+
+    def expand(self, tensor: Tensor, dim: int) -> Tensor:
+        """`tensor` with its axis `dim`, counted from the end, grown from `inputs` to `outputs`."""
+        skip = (0, 0) * (-1 - dim)
+        if len(self.rows) == 1:
+            ((start, stop),) = self.rows
+            return F.pad(tensor, (*skip, start, self.outputs - stop))
+        return F.pad(tensor, (*skip, 0, 1)).index_select(dim, self.index)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.expand(x, -1)
+
+    def matrix(self) -> Tensor:
+        return self.times(torch.eye(self.inputs, device=self.index.device))
+
+    def times(self, other: Tensor) -> Tensor:
+        return self.expand(other, -2)
+
+    def extra_repr(self) -> str:
+        return f"{self.outputs}, rows={self.rows}"
