@@ -11,12 +11,15 @@ from graphpeft.passes.merge import merge, unmerge
 from graphpeft.passes.storage import load, save
 from graphpeft.passes.verify import verify
 from graphpeft.runtime import Session
+from graphpeft.train import PAC, add_penalties, parameter_groups, penalty
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "PAC",
     "Session",
     "activate",
+    "add_penalties",
     "apply",
     "capture",
     "diff",
@@ -26,6 +29,8 @@ __all__ = [
     "load",
     "lower",
     "merge",
+    "parameter_groups",
+    "penalty",
     "plan",
     "remove",
     "save",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +25,8 @@ class Adapter:
     rules: str
     seed: int
     entries: tuple[Entry, ...]
+    objective: Any = None
+    """What training adds to the loss for the adapter as a whole (see `graphpeft.train.PAC`)."""
 
 
 @dataclass

@@ -6,9 +6,10 @@ from graphpeft.chain.blockdiag import BlockDiag, MixedBlocks
 from graphpeft.chain.chain import Chain
 from graphpeft.chain.decompose import qr, svd
 from graphpeft.chain.factor import Factor, Scatter
-from graphpeft.chain.factors import Dense, Diag
+from graphpeft.chain.factors import Dense, Diag, Weighted
 from graphpeft.chain.hadamard import hadamard_factors, hadamard_matrix, hadamard_order
 from graphpeft.chain.inits import Init, constant, kaiming, normal, zeros
+from graphpeft.chain.noise import Noise
 from graphpeft.chain.srht import SRHT, AdjointSRHT
 from graphpeft.chain.stack import Stack
 from graphpeft.chain.transform import Transform
@@ -25,10 +26,12 @@ __all__ = [
     "Factor",
     "Init",
     "MixedBlocks",
+    "Noise",
     "Projection",
     "Scatter",
     "Stack",
     "Transform",
+    "Weighted",
     "constant",
     "hadamard_factors",
     "hadamard_matrix",

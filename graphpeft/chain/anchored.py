@@ -15,14 +15,15 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from graphpeft.chain.factor import Factor, Scatter, widen
+from graphpeft.chain.factor import Scatter, widen
+from graphpeft.chain.factors import Weighted
 from graphpeft.chain.inits import kaiming
 
 
-class Anchored(Factor):
+class Anchored(Weighted):
     """One side of such a product: `left` is [B − B₀, B₀] of a B `(n, r)`, `right` is [A ; A − A₀] of an A `(r, n)`.
 
     `weight` is trained; `start`, its initial value, belongs to the adapter's file. Until values are assigned (see
@@ -32,14 +33,14 @@ class Anchored(Factor):
     start: Tensor
 
     def __init__(self, n: int, r: int, side: Literal["left", "right"]) -> None:
-        super().__init__(*((n, 2 * r) if side == "left" else (2 * r, n)))
-        self.side = side
         shape = (n, r) if side == "left" else (r, n)
-        self.weight = nn.Parameter(torch.empty(shape))
+        outputs, inputs = (n, 2 * r) if side == "left" else (2 * r, n)
+        super().__init__(outputs, inputs, shape, kaiming(), frozen=False, shared=None)
+        self.side = side
         self.register_buffer("start", torch.empty(shape))
 
     def reset(self, rng: Callable[[str], np.random.RandomState]) -> None:
-        kaiming()(self.weight, rng("weight"))
+        super().reset(rng)
         self.assign(self.weight.detach())
 
     @torch.no_grad()
@@ -48,8 +49,9 @@ class Anchored(Factor):
         self.weight.copy_(self.start)
 
     def _whole(self) -> Tensor:
-        moved = self.weight - self.start
-        return torch.cat([moved, self.start], -1) if self.side == "left" else torch.cat([self.weight, moved], -2)
+        value = self.value
+        moved = value - self.start
+        return torch.cat([moved, self.start], -1) if self.side == "left" else torch.cat([value, moved], -2)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self._whole())

@@ -34,21 +34,22 @@ class Weighted(Factor):
 
     def reset(self, rng: Callable[[str], np.random.RandomState]) -> None:
         self.init(self.weight, rng("weight"))
-        for place, transform in enumerate(self._transforms):
+        for place, transform in enumerate(self.applied):
             transform.reset(self.weight, partial(_named, rng, f"transforms.{place}"))
 
     @property
     def value(self) -> Tensor:
         """`weight` as the factor uses it: after its transforms, the first one first."""
-        return reduce(lambda tensor, transform: transform(tensor), self._transforms, self.weight)
+        return reduce(lambda tensor, transform: transform(tensor), self.applied, self.weight)
 
     def through(self, *transforms: Transform) -> Self:
         """This factor with further transforms of its weight."""
-        self.transforms = nn.ModuleList([*self._transforms, *transforms])
+        self.transforms = nn.ModuleList([*self.applied, *transforms])
         return self
 
     @property
-    def _transforms(self) -> list[Transform]:
+    def applied(self) -> list[Transform]:
+        """The transforms of the weight, in the order in which they act."""
         return list(getattr(self, "transforms", ()))
 
     def extra_repr(self) -> str:

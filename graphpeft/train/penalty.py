@@ -13,7 +13,7 @@ from graphpeft.state import chains, get_state
 
 
 def penalty(model: nn.Module) -> Tensor:
-    """The sum over active adapters of what their transforms add to the loss: a differentiable scalar, 0 without any.
+    """What the active adapters' transforms and objectives add to the loss: a differentiable scalar, 0 if nothing.
 
     Raises `AdapterError` for a model without adapters.
     """
@@ -25,8 +25,11 @@ def penalty(model: nn.Module) -> Tensor:
                     term = None if transform in terms else transform.penalty(factor.weight)
                     if term is not None:
                         terms[transform] = term
+    adapters = get_state(model).adapters
+    objectives = {id(o): o for n in get_state(model).active if (o := adapters[n].objective) is not None}
     device = next(model.parameters()).device
-    return sum((term.to(device) for term in terms.values()), torch.zeros((), device=device))
+    found = [*terms.values(), *(objective.penalty(model) for objective in objectives.values())]
+    return sum((term.to(device) for term in found), torch.zeros((), device=device))
 
 
 def add_penalties(model: nn.Module, optimizer: torch.optim.Optimizer) -> RemovableHandle:

@@ -1,0 +1,133 @@
+"""PAC-Bayes on real graphs: noise in training only, its gradient, the objective's numbers, and what leaves no trace."""
+
+from __future__ import annotations
+
+import copy
+from math import log
+from pathlib import Path
+
+import pytest
+import torch
+from checks import build, call, delta, outputs, randomize, same
+from safetensors.torch import load_file
+
+import graphpeft as gp
+from graphpeft.chain import Noise
+from graphpeft.errors import AdapterError, RuleError
+from graphpeft.state import chains, get_state
+
+METHODS = ["lora(r=4)", "rlora(r=16)", "vera(r=16)", "melora(n=4, r=2)", "olora(r=4)"]
+
+
+def noises(model: torch.nn.Module) -> list[Noise]:
+    return [m for m in model.modules() if isinstance(m, Noise)]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("method", METHODS)
+def test_noise_acts_in_training_alone(name: str, method: str, tmp_path: Path) -> None:
+    model = gp.apply(build(name), f"qv:{method}")
+    randomize(model)
+    model.eval()
+    example = call(name, model)
+    mean = outputs(model, example)
+    pac = gp.PAC(examples=50, sigma=0.1).attach(model)
+    weights = [f._parameters.get("weight") for c in chains(model, "default").values() for f in c.factors]
+    trained = sum(weight.numel() for weight in weights if weight is not None)
+    assert sum(n.log_sigma.numel() for n in noises(model)) == trained
+    assert same(outputs(model, example), mean)
+    model.train()
+    first, second = outputs(model, example), outputs(model, example)
+    assert delta(first, second) > 1e-4
+    model.eval()
+    assert same(outputs(model, example), mean)
+    gp.save(model, tmp_path)
+    assert not [key for key in load_file(tmp_path / "adapter.safetensors") if "sigma" in key]
+    assert same(outputs(gp.load(build(name), tmp_path).eval(), example), mean)
+    model.train()
+    gp.merge(model)  # at the mean, whatever the mode
+    model.eval()
+    assert delta(outputs(model, example), mean) < 1e-3  # float32, updates of size 1 through two layers
+    gp.unmerge(model)
+    clone = copy.deepcopy(model).eval()
+    assert same(outputs(clone, example), mean)
+    pac.detach(model)
+    assert not noises(model)
+    assert not model._forward_pre_hooks
+    assert same(outputs(model, example), mean)
+
+
+def test_gradient_of_sigma_is_that_of_finite_differences() -> None:
+    x = torch.randn(2, 7, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    # A model in float64 throughout: those of transformers normalize in float32.
+    model = gp.apply(build("hand_written", dtype=torch.float64), "q:lora(r=2)", inputs=(x,))
+    randomize(model)
+    gp.PAC(examples=20, gamma=10.0, sigma=0.1).attach(model)
+    first = noises(model)[0]
+
+    def loss() -> torch.Tensor:
+        torch.manual_seed(0)  # the same draw every time
+        return model(x).square().sum() + gp.penalty(model)
+
+    model.train()
+    loss().backward()
+    step = 1e-5
+    with torch.no_grad():
+        first.log_sigma[0, 0] += step
+        up = loss()
+        first.log_sigma[0, 0] -= 2 * step
+        down = loss()
+    # Central differences in float64: an error of the order of step².
+    assert first.log_sigma.grad is not None
+    assert first.log_sigma.grad[0, 0].item() == pytest.approx(((up - down) / (2 * step)).item(), rel=1e-5)
+
+
+def test_numbers_of_the_objective() -> None:
+    model = gp.apply(build("llama"), "q:lora(r=2)").double()
+    pac = gp.PAC(examples=20, gamma=10.0, K=0.5, confidence=0.1).attach(model)
+    randomize(model, std=0.01)
+    kl = pac.kl(model).item()
+    assert kl > 0
+    whole = kl + log(10)
+    assert gp.penalty(model).item() == pytest.approx(whole / 200 + 1.5 * 0.25 * 10)
+    best = min(whole / (20 * g) + 1.5 * 0.25 * g for g in [0.01 * i for i in range(1, 5000)])
+    assert pac.bound(model, 2.0) == pytest.approx(2 + best, abs=1e-3)
+    pac.gamma = "optimal"
+    assert gp.penalty(model).item() == pytest.approx(best, abs=1e-3)  # a grid of γ in steps of 0.01
+    pac.freeze(model)
+    assert gp.penalty(model).item() == 0
+    assert not any(n.log_sigma.requires_grad for n in noises(model))
+    assert get_state(model).adapters["default"].objective is pac
+
+
+def test_groups_hold_every_parameter_once() -> None:
+    model = gp.apply(build("llama"), "qv:lora(r=4)")
+    gp.PAC(examples=20).attach(model)
+    slow, fast, noise = gp.parameter_groups(model, 1e-3, weight_decay=0.1, lora_plus=16)
+    assert (fast["lr"], noise["weight_decay"]) == (16e-3, 0.0)
+    found = [p for g in (slow, fast, noise) for p in g["params"]]
+    assert len(found) == len({id(p) for p in found}) == sum(p.requires_grad for p in model.parameters())
+    every = chains(model, "default").values()
+    assert {id(p) for p in fast["params"]} == {id(c.factors[0].weight) for c in every}
+    assert {id(p) for p in slow["params"]} == {id(c.factors[1].weight) for c in every}
+    with pytest.raises(RuleError, match="lora_plus = 0"):
+        gp.parameter_groups(model, 1e-3, lora_plus=0)
+
+
+def test_refusals_change_nothing() -> None:
+    model = gp.apply(build("llama"), "q:melora(n=2, r=(1, 2)); v:lora")
+    with pytest.raises(AdapterError, match=r"MixedBlocks of adapter 'default' at .*q_proj\.weight.*takes no noise"):
+        gp.PAC(examples=5).attach(model)
+    assert not noises(model)
+    model = gp.apply(build("llama"), "q:lora")
+    pac = gp.PAC(examples=5).attach(model)
+    with pytest.raises(AdapterError, match="has a PAC objective already"):
+        pac.attach(model)
+    gp.merge(model)
+    with pytest.raises(AdapterError, match="Cannot attach noise while default is merged"):
+        pac.attach(model)
+    with pytest.raises(AdapterError, match="has no adapters"):
+        gp.PAC(examples=5).attach(build("llama"))
+    for wrong in (dict(examples=0), dict(examples=5, gamma=-1.0), dict(examples=5, sigma=0.0), dict(examples=5, K=0)):
+        with pytest.raises(RuleError, match="is not > 0"):
+            gp.PAC(**wrong)
