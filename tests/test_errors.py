@@ -163,7 +163,8 @@ def test_a_path_adapts_what_has_no_role() -> None:
     example = call("llama", model)
     base, before = outputs(model, example), Snapshot.of(model)
     gp.apply(model, "path(*.in_proj):lora", expect=2)
-    assert same(outputs(model, example), base)
+    # The projections themselves are equal to the bit; what the scan after them rounds depends on where its buffers lie.
+    assert delta(outputs(model, example), base) < 1e-6
     randomize(model)
     assert delta(outputs(model, example), base) > 1e-5
     gp.remove(model)
