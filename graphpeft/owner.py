@@ -162,7 +162,9 @@ def relower(owner: nn.Module) -> None:
     if adapters is None or not adapters.running():
         return
     forms = {site.form for site, _, _ in adapters.running()}
-    key = _signature(owner, adapters) if type(owner) is nn.Linear and forms == {"branch"} else None
+    # A `forward` on the instance hides the class's: `lower` has to see it, and refuse.
+    plain = type(owner) is nn.Linear and "forward" not in owner.__dict__ and forms == {"branch"}
+    key = _signature(owner, adapters) if plain else None
     if key is not None and key in _lowered:
         owner.__class__ = _lowered[key]
         return

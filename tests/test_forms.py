@@ -645,15 +645,23 @@ def test_one_chain_serves_every_place() -> None:
 def test_a_place_that_ignores_a_tied_adapter_is_noticed() -> None:
     """As a fused loss that multiplies by `lm_head.weight` itself and never calls the head."""
     model, sites, (_, kwargs) = made("tied gpt2", torch.float32)
-    plain = model.lm_head.forward
     model.lm_head = Bypassed(model.lm_head)
-    model.lm_head.inner.forward = plain
     moved = replace(sites[0].tied[0], weight="lm_head.inner.weight", owner="lm_head.inner")
     adapt(model, [replace(sites[0], tied=(moved,))])
     randomize(model, std=0.05)
     with pytest.raises(VerifyError, match=r"FAIL tied weights: ignored at lm_head\.inner\.weight"):
         gp.verify(model, kwargs)
     assert all(home(m).active == ("default",) for m in (model.transformer.wte, model.lm_head.inner))
+
+
+def test_a_replaced_forward_is_refused_also_after_an_equal_layer_was_adapted() -> None:
+    """Equal layers share one generated class, which a `forward` on the instance would hide."""
+    first, second = nn.Sequential(nn.Linear(8, 4)), nn.Sequential(nn.Linear(8, 4))
+    place = site(first, "0.weight", "q", "branch")
+    adapt(first, [place])
+    second[0].forward = lambda x: x[..., :4]
+    with pytest.raises(AdapterError, match=r"no use of 0\.weight.*`forward` was replaced on the instance"):
+        adapt(second, [place])
 
 
 class Bypassed(nn.Module):
