@@ -2,9 +2,11 @@
 
 from graphpeft.apply import apply, plan, sites, trainable
 from graphpeft.capture import capture
+from graphpeft.inspect.bops import bops
 from graphpeft.inspect.diff import diff
 from graphpeft.inspect.explain import explain
 from graphpeft.passes.activate import activate, disabled, remove
+from graphpeft.passes.compact import compact
 from graphpeft.passes.export import export
 from graphpeft.passes.lower import lower
 from graphpeft.passes.merge import merge, unmerge
@@ -21,7 +23,9 @@ __all__ = [
     "activate",
     "add_penalties",
     "apply",
+    "bops",
     "capture",
+    "compact",
     "diff",
     "disabled",
     "explain",

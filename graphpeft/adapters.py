@@ -50,6 +50,14 @@ class Adapters(nn.Module):
         self.guests = {path for path in self.guests if not path.startswith(f"{name}.")}
         self.active = tuple(a for a in self.active if a != name)
 
+    def take(self, name: str, site: Site) -> None:
+        """Remove the branch of one site, and the adapter with its last one."""
+        key = slot(site)
+        del cast(nn.ModuleDict, self._modules[name])[key], self.sites[name][key]
+        self.guests.discard(f"{name}.{key}.")
+        if not self.sites[name]:
+            self.drop(name)
+
     def branches(self, name: str) -> Iterator[tuple[Site, nn.Module, str]]:
         """(site, branch, path of the branch below the owner) of one adapter."""
         modules = cast(nn.ModuleDict, self._modules[name])

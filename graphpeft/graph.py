@@ -10,7 +10,7 @@ from torch import fx, nn
 from graphpeft.chain import Transform
 from graphpeft.match.owners import Lookup
 from graphpeft.match.products import op
-from graphpeft.program import Site
+from graphpeft.program import Site, layout, oriented
 from graphpeft.weight_form import added
 
 CHECKS = frozenset(
@@ -32,7 +32,7 @@ class _Branch(nn.Module):
     def __init__(self, branch: nn.Module, dtype: torch.dtype):
         super().__init__()
         self.branch = branch
-        kinds = {p.dtype for p in branch.parameters() if p.is_floating_point()}
+        kinds = {t.dtype for t in (*branch.parameters(), *branch.buffers()) if t.is_floating_point()}
         self.cast = next(iter(kinds)) if kinds and kinds != {dtype} else None
         self.dtype = dtype
 
@@ -89,8 +89,13 @@ def insert_sum(graph: fx.Graph, weight: fx.Node, site: Site, branch: nn.Module, 
     """The weight form inside a graph: whatever reads `weight` reads weight + delta."""
     readers = list(weight.users)
     module = _module(graph, weight, path)
-    with graph.inserting_after(module):
-        delta = graph.call_method("delta", (module,))
+    anchor, base = module, cast(tuple[fx.Node, ...], ())
+    if getattr(branch, "relative", False):
+        with graph.inserting_after(module):
+            anchor = graph.call_function(oriented, (weight, *layout(site)))
+        base = (anchor,)
+    with graph.inserting_after(anchor):
+        delta = graph.call_method("delta", (module, *base))
     with graph.inserting_after(delta):
         result = graph.call_function(added, (weight, delta, site.transposed))
     _stand_in(result, weight, readers, site, branch, path)

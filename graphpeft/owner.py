@@ -229,7 +229,7 @@ def _adapt(
     owner: nn.Module, graph: fx.Graph, site: Site, branch: nn.Module, path: str, parameter: nn.Parameter
 ) -> bool:
     """Put one branch at every use of its weight; whether there was any."""
-    if site.form == "weight":
+    if site.form == "weight" or getattr(branch, "relative", False):
         found = readers(owner, graph, parameter)
         for node in found:
             insert_sum(graph, node, site, branch, path)

@@ -39,6 +39,11 @@ class Entry:
         with torch.device("meta"):
             return self.build().trainable()
 
+    def form(self) -> str:
+        """The form that the site takes: an update relative to the base weight always takes the weight form."""
+        with torch.device("meta"):
+            return "weight" if self.build().relative else self.site.form
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -76,7 +81,7 @@ class Plan:
     def __str__(self) -> str:
         rows = [
             (role_text(e.site), names_text(e.site), rows_text(e.site.rows),
-             size_text(e.site), e.method, e.site.form, f"{e.parameters():,}", e.site.source)
+             size_text(e.site), e.method, e.form(), f"{e.parameters():,}", e.site.source)
             for e in self.entries
         ]  # fmt: skip
         columns = ("role", "weight", "rows", "out × in", "method", "form", "parameters", "source")

@@ -85,9 +85,21 @@ def stored(model: nn.Module, name: str) -> nn.Parameter:
 
 def matrix(model: nn.Module, site: Site) -> torch.Tensor:
     """The adapted rows of a site's base weight, `(outputs, inputs)`; of stacked matrices `(stack, outputs, inputs)`."""
-    weight = stored(model, site.weight).detach()
-    lead = (site.stack,) if site.stack else ()
-    shape = (site.inputs, site.full or site.outputs) if site.transposed else (site.full or site.outputs, site.inputs)
-    found = weight.reshape(*lead, *shape)
-    found = found.transpose(-1, -2) if site.transposed else found
-    return found if site.rows is None else torch.cat([found[..., a:b, :] for a, b in site.rows], -2)
+    return oriented(stored(model, site.weight).detach(), *layout(site))
+
+
+Layout = tuple[tuple[int, ...], bool, Rows | None]
+
+
+def layout(site: Site) -> Layout:
+    """How a site's weight is read as a matrix, in values that generated code can hold: see `oriented`."""
+    full = site.full or site.outputs
+    shape = (site.inputs, full) if site.transposed else (full, site.inputs)
+    return ((site.stack, *shape) if site.stack else shape), site.transposed, site.rows
+
+
+def oriented(weight: torch.Tensor, shape: tuple[int, ...], transposed: bool, rows: Rows | None) -> torch.Tensor:
+    """The adapted rows of a weight, `(outputs, inputs)` or a stack of such."""
+    found = weight.reshape(shape)
+    found = found.transpose(-1, -2) if transposed else found
+    return found if rows is None else torch.cat([found[..., a:b, :] for a, b in rows], -2)

@@ -69,8 +69,8 @@ class SlotBranch(nn.Module):
         """Raises `ExportError`: a table's rows are picked, not multiplied by what the slot is fed."""
         raise ExportError("an adapted weight is also an embedding table, which has no slot; export with merged=True.")
 
-    def delta(self) -> Tensor:
-        """The weight update (out, in)."""
+    def delta(self, weight: Tensor | None = None) -> Tensor:
+        """The weight update (out, in), whatever the weight."""
         return (self.A @ self.B).t()
 
 

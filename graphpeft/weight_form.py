@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from graphpeft.adapters import HOME, Adapters, slot
-from graphpeft.program import Site
+from graphpeft.program import Site, layout, oriented
 
 
 def weight_form(adapters: Adapters, forward: Callable[..., Any]) -> dict[str, Any]:
@@ -55,17 +55,22 @@ def _adapted_weight(name: str, sites: tuple[Site, ...]) -> Any:
         key = name, torch.is_grad_enabled()
         if adapters.shown is not None and key in adapters.shown:
             return adapters.shown[key]
-        weight = cast(torch.Tensor, self._parameters[name])
+        base = weight = cast(torch.Tensor, self._parameters[name])
         for adapter in adapters.active:
             modules = cast(nn.ModuleDict, adapters._modules[adapter])
             for site, place in places:
                 if place in modules:
-                    weight = fold(weight, site, cast(Any, modules[place]).delta())
+                    weight = fold(weight, site, update(modules[place], base, site))
         if adapters.shown is not None:
             adapters.shown[key] = weight
         return weight
 
     return read
+
+
+def update(branch: Any, weight: torch.Tensor, site: Site) -> torch.Tensor:
+    """ΔW of a branch on a base weight as it is stored; most branches do not look at it."""
+    return branch.delta(oriented(weight, *layout(site)) if getattr(branch, "relative", False) else None)
 
 
 def fold(weight: torch.Tensor, site: Site, delta: torch.Tensor) -> torch.Tensor:

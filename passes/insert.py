@@ -116,6 +116,5 @@ def _branch(model: nn.Module, entry: Entry, shared: dict[str, Any]) -> Chain:
             )
     for i, factor in enumerate(chain.factors):
         assert isinstance(factor, Factor)
-        if factor.shared:
-            chain.factors[i] = factor.joined(shared)
+        chain.factors[i] = factor.joined(shared)
     return chain

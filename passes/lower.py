@@ -35,7 +35,7 @@ def lower(model: nn.Module, name: str | None = None) -> nn.Module:
 
 def _plain(entry: Entry, chain: Chain, adapter: str) -> tuple[Entry, Chain]:
     site = entry.site
-    if any(tensor.is_meta for tensor in chain.parameters()):
+    if chain.device.type == "meta":
         raise AdapterError(
             f"Adapter {adapter!r} has no values at {site.weight}: it is on the meta device. Load weights first."
         )
@@ -47,9 +47,8 @@ def _plain(entry: Entry, chain: Chain, adapter: str) -> tuple[Entry, Chain]:
     if site.rows:
         b = torch.cat([b[..., start:stop, :] for start, stop in site.rows], -2)
     made = Entry(site, LoRA(r=a.shape[-2]), entry.rule)
-    parameter = next(chain.parameters())
-    with torch.device(parameter.device):
-        plain = made.build().to(parameter.dtype)
+    with torch.device(chain.device):
+        plain = made.build().to(chain.dtype)
     left, right = list(plain.factors)[-2:]
     with torch.no_grad():
         left.weight.copy_(b)  # type: ignore[operator]

@@ -12,7 +12,7 @@ from graphpeft.errors import AdapterError
 from graphpeft.owner import reoccupy, vacate
 from graphpeft.program import Site, stored
 from graphpeft.state import chains, get_state, names, owners, refuse_merged, set_active
-from graphpeft.weight_form import fold
+from graphpeft.weight_form import fold, update
 
 
 def merge(model: nn.Module, name: str | Sequence[str] | None = None) -> None:
@@ -36,7 +36,7 @@ def merge(model: nn.Module, name: str | Sequence[str] | None = None) -> None:
             with torch.no_grad(), chain.settled():
                 weight = updated.get(parameter, parameter.detach())
                 wide = torch.promote_types(weight.dtype, torch.float32)
-                updated[parameter] = fold(weight.to(wide), site, _finite(chain.delta(), adapter, site))
+                updated[parameter] = fold(weight.to(wide), site, _finite(update(chain, parameter, site), adapter, site))
     weights = {e.site.weight: stored(model, e.site.weight) for a in state.adapters.values() for e in a.entries}
     active = state.active
     for path, owner in owners(model, tuple(state.adapters)).items():

@@ -95,6 +95,8 @@ def _named(site: Site, chain: Chain) -> list[tuple[str, torch.Tensor]]:
         assert isinstance(factor, Factor)
         prefix = f"shared:{factor.shared}" if factor.shared else f"{site.key}.{place}"
         found += [(f"{prefix}.{leaf}", tensor) for leaf, tensor in factor.saved().items()]
+    if chain.reweight is not None:
+        found += [(f"{site.key}.reweight.{leaf}", t) for leaf, t in chain.reweight.state_dict(keep_vars=True).items()]
     return found
 
 

@@ -13,11 +13,13 @@ from torch.utils._pytree import tree_leaves
 
 from graphpeft.adapters import home, places
 from graphpeft.capture import Inputs, example_call, quiet
+from graphpeft.chain import Chain, Transform
 from graphpeft.errors import VerifyError
 from graphpeft.owner import Adapted, relower
 from graphpeft.passes.merge import merge, unmerge
 from graphpeft.program import Site, stored
 from graphpeft.state import chains, get_state, inactive, owners
+from graphpeft.weight_form import update
 
 Level = Literal["off", "fast", "full"]
 
@@ -125,7 +127,9 @@ def _outputs(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], rep
         if identity:
             report.add("identity", moved == 0, f"adapters move the output by {moved:.1e}, expected 0 at initialization")
         else:
-            acts = any(c.delta().any() for a in state.active for c in chains(model, a).values())
+            acts = any(
+                update(c, stored(model, s.weight), s).any() for a in state.active for s, c in chains(model, a).items()
+            )
             report.add("effect", moved > 0 or not acts, f"adapters move the output by up to {moved:.1e}")
         if state.active:
             before = {
@@ -149,7 +153,7 @@ def _outputs(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], rep
 def _gradients(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], report: Report) -> None:
     """One backward pass reaches every tensor that is planned to train; a frozen one cannot be reached."""
     state = get_state(model)
-    wanted = [p for a in state.active for c in chains(model, a).values() for p in c.parameters() if p.requires_grad]
+    wanted = [p for a in state.active for c in chains(model, a).values() for p in _reachable(c)]
     if not wanted:
         return
     unreached = _unreached(model, call, wanted)
@@ -159,12 +163,18 @@ def _gradients(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], r
     for site, chain in tied:
         for place in places(site):
             with _alone(model, site, place):
-                if _unreached(model, call, [p for p in chain.parameters() if p.requires_grad]):
+                if _unreached(model, call, _reachable(chain)):
                     ignored.append(place.weight)
     if tied:
         count = sum(len(places(site)) for site, _ in tied)
         told = f"ignored at {', '.join(ignored[:3])}" if ignored else f"each of {count} places reaches its adapter"
         report.add("tied weights", not ignored, told)
+
+
+def _reachable(chain: Chain) -> list[torch.Tensor]:
+    """What trains in a chain, but for gates and noise, which act in training mode alone."""
+    gates = {p for m in chain.modules() if isinstance(m, Transform) for p in m.parameters()}
+    return [p for p in chain.parameters() if p.requires_grad and p not in gates]
 
 
 def _unreached(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], wanted: Sequence[torch.Tensor]) -> int:

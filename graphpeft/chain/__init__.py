@@ -7,27 +7,36 @@ from graphpeft.chain.chain import Chain
 from graphpeft.chain.decompose import qr, svd
 from graphpeft.chain.factor import Factor, Scatter
 from graphpeft.chain.factors import Dense, Diag, Weighted
+from graphpeft.chain.gates import RankGate
 from graphpeft.chain.hadamard import hadamard_factors, hadamard_matrix, hadamard_order
 from graphpeft.chain.inits import Init, constant, kaiming, normal, zeros
+from graphpeft.chain.ladder import WIDTHS, Coded, Ladder
 from graphpeft.chain.noise import Noise
+from graphpeft.chain.reweight import Magnitude, Reweight
 from graphpeft.chain.srht import SRHT, AdjointSRHT
 from graphpeft.chain.stack import Stack
 from graphpeft.chain.transform import Transform
 
 __all__ = [
     "SRHT",
+    "WIDTHS",
     "AdjointSRHT",
     "Anchored",
     "Bank",
     "BlockDiag",
     "Chain",
+    "Coded",
     "Dense",
     "Diag",
     "Factor",
     "Init",
+    "Ladder",
+    "Magnitude",
     "MixedBlocks",
     "Noise",
     "Projection",
+    "RankGate",
+    "Reweight",
     "Scatter",
     "Stack",
     "Transform",

@@ -24,6 +24,10 @@ class BlockDiag(Weighted):
         super().__init__(outputs, inputs, (n, outputs // n, inputs // n), init, frozen=False, shared=None)
         self.n = n
 
+    @property
+    def macs(self) -> int:
+        return self.weight.numel()
+
     def forward(self, x: Tensor) -> Tensor:
         # einsum makes one batched product with the blocks first, several times faster than one over tokens first.
         chunks = x.unflatten(-1, (self.n, self.inputs // self.n))

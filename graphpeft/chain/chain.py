@@ -13,10 +13,12 @@ from functools import reduce
 from itertools import pairwise
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graphpeft.chain.factor import Factor, Scatter, widen
+from graphpeft.chain.reweight import Reweight
 from graphpeft.chain.seeds import generator
 from graphpeft.errors import AdapterError
 
@@ -37,6 +39,7 @@ class Chain(nn.Module):
         self.factors = nn.ModuleList(factors)
         self.scale = scale
         self.start: Start | None = None
+        self.reweight: Reweight | None = None
         if dropout:
             self.dropout = nn.Dropout(dropout)
         for left, right in pairwise(self._factors):
@@ -51,6 +54,11 @@ class Chain(nn.Module):
         return list(self.factors)  # type: ignore[arg-type]
 
     @property
+    def _inner(self) -> list[Factor]:
+        """The factors that a method declared, without a Scatter to the rows of a fused projection."""
+        return [factor for factor in self._factors if not isinstance(factor, Scatter)]
+
+    @property
     def outputs(self) -> int:
         return self._factors[0].outputs
 
@@ -59,9 +67,25 @@ class Chain(nn.Module):
         return self._factors[-1].inputs
 
     @property
+    def macs(self) -> int:
+        """Multiplications and additions for each position."""
+        return sum(factor.macs for factor in self._factors)
+
+    @property
     def rank(self) -> int:
         """The narrowest width along the chain: an upper bound of the rank of ΔW."""
+        if self.reweight is not None:
+            return min(self.outputs, self.inputs)
         return min(self.outputs, *(factor.inputs for factor in self._factors))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the tensors that the chain computes with."""
+        return self._like().dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._like().device
 
     @property
     def probability(self) -> float:
@@ -74,20 +98,30 @@ class Chain(nn.Module):
 
     def scaled(self, scale: float) -> Chain:
         """The same factors with a scale `scale` times as large."""
-        return self._like(self.scale * scale, self.probability)
+        return self._with(self.scale * scale, self.probability)
 
     def with_dropout(self, probability: float) -> Chain:
         """The same factors with dropout on the input; 0 for none."""
-        return self._like(self.scale, probability)
+        return self._with(self.scale, probability)
 
     def starting(self, start: Start) -> Chain:
         """This chain with initial values computed from the base weight, where there is one, instead of drawn."""
         self.start = start
         return self
 
-    def _like(self, scale: float, probability: float) -> Chain:
+    def reweighted(self, reweight: Reweight) -> Chain:
+        """This chain with an update that depends on the base weight."""
+        self.reweight = reweight
+        return self
+
+    @property
+    def relative(self) -> bool:
+        """Whether the update depends on the base weight, which `delta` is given then."""
+        return self.reweight is not None
+
+    def _with(self, scale: float, probability: float) -> Chain:
         made = Chain(self._factors, scale, probability)
-        made.start = self.start
+        made.start, made.reweight = self.start, self.reweight
         return made
 
     @contextmanager
@@ -106,7 +140,7 @@ class Chain(nn.Module):
         if self.probability:
             raise AdapterError("Dropout acts on the input of a whole chain: multiply first, then call with_dropout.")
         made = Chain([*self._factors, *right._factors], self.scale * right.scale, right.probability)
-        made.start = right.start
+        made.start, made.reweight = right.start, right.reweight
         return made
 
     def reset(self, seed: int, site: str, weight: Tensor | None = None) -> None:
@@ -120,9 +154,11 @@ class Chain(nn.Module):
             names = ("shared", factor.shared) if factor.shared else ("site", site, str(place))
             if not any(tensor.is_meta for tensor in (*factor.parameters(), *factor.buffers())):
                 factor.reset(_streams(seed, names))
+        weight = None if weight is None else widen(weight)
+        if self.reweight is not None:
+            self.reweight.reset(weight)
         if self.start is not None and weight is not None and not weight.is_meta:
-            inner = [factor for factor in self._factors if not isinstance(factor, Scatter)]
-            for factor, value in zip(inner, self.start(widen(weight), self.scale), strict=True):
+            for factor, value in zip(self._inner, self.start(weight, self.scale), strict=True):
                 factor.assign(value)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -143,16 +179,31 @@ class Chain(nn.Module):
         x = self.dropout(x) if self.probability else x
         return reduce(lambda value, factor: factor(value), reversed(factors), x)
 
-    def delta(self) -> Tensor:
-        """ΔW, dense `(outputs, inputs)` with the scale and without dropout, in float32 or better, differentiable."""
-        return self.scale * _dense(self._factors)
+    def delta(self, weight: Tensor | None = None) -> Tensor:
+        """ΔW, dense `(outputs, inputs)` with the scale and without dropout, in float32 or better, differentiable.
+
+        A `relative` update takes the base weight's adapted rows `(rows, inputs)`; of others `weight` is not looked at.
+        """
+        if self.reweight is None:
+            return self.scale * _dense(self._factors)
+        assert weight is not None, "an update relative to the base weight needs it"
+        product = self.scale * _dense(self._inner)
+        delta: Tensor = self.reweight(weight.to(product.dtype), product)
+        first = self._factors[0]
+        return first.times(delta) if isinstance(first, Scatter) else delta
 
     def to_lora(self) -> tuple[Tensor, Tensor]:
         """An equal plain LoRA pair: A `(r, inputs)` and B `(outputs, r)` with `B @ A` equal to `delta()`.
 
         The chain is cut at its narrowest inner width r, the scale goes into B. Nothing is approximated: if every
-        inner width is large, so is r. Raises `AdapterError` for a single factor, which has no inner width.
+        inner width is large, so is r. Raises `AdapterError` for a single factor, which has no inner width, and for an update
+        relative to the base weight.
         """
+        if self.relative:
+            raise AdapterError(
+                f"An update by {type(self.reweight).__name__} depends on the base weight, so it is no LoRA pair. Merge the "
+                f"adapter, or store it in graphpeft's own format."
+            )
         if len(self._factors) < 2:
             raise AdapterError(
                 f"{self._factors[0]} alone has no inner width to cut at, so it is no LoRA pair. "
@@ -175,6 +226,10 @@ class Chain(nn.Module):
     def add_rows(self, y: Tensor, ids: Tensor, padding_idx: int | None = None) -> Tensor:
         """`y + lookup(ids)` in the dtype of `y`, summed in the wider one."""
         return (y + self.lookup(ids, padding_idx)).to(y.dtype)
+
+    def _like(self) -> Tensor:
+        """Some tensor of floating-point numbers: a trained one, where there is one."""
+        return next(t for t in (*self.parameters(), *self.buffers()) if t.is_floating_point())
 
     def _cut(self) -> tuple[Tensor, Tensor]:
         """A and B with `scale · B @ A` equal to ΔW, cut at the narrowest inner width."""

@@ -47,10 +47,14 @@ class Factor(nn.Module):
         raise NotImplementedError
 
     def joined(self, pool: dict[str, Any]) -> Factor:
-        """For a shared factor, the one that the model has in `pool` under its name; the first to come is put there."""
-        assert self.shared is not None
-        found: Factor = pool.setdefault(self.shared, self)
+        """This factor, or if it is shared the one that the model has in `pool` by its name; the first one is put there."""
+        found: Factor = pool.setdefault(self.shared, self) if self.shared else self
         return found
+
+    @property
+    def macs(self) -> int:
+        """Multiplications and additions for each position."""
+        return self.outputs * self.inputs
 
     def saved(self) -> dict[str, Tensor]:
         """The tensors that belong to the adapter's file: those that no seed regenerates, without training state."""
@@ -124,6 +128,10 @@ class Scatter(Factor):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.expand(x, -1)
+
+    @property
+    def macs(self) -> int:
+        return 0
 
     def matrix(self) -> Tensor:
         return self.times(torch.eye(self.inputs, device=self.index.device))

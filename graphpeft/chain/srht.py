@@ -65,6 +65,12 @@ class _Transform(Factor):
         self.register_buffer("left", torch.empty(left[::-1] if self.adjoint else left), persistent=False)
         self.register_buffer("right", torch.empty(right if self.adjoint else right[::-1]), persistent=False)
 
+    @property
+    def macs(self) -> int:
+        # Two thin products, the one with `right` first.
+        (a, b), (left, right) = self.split, self.grid or self.split
+        return left * b * (right + a) if self.adjoint else a * right * (b + left)
+
     def reset(self, rng: Callable[[str], np.random.RandomState]) -> None:
         a, b = self.split
         fill(self.signs, np.where(rng("signs").uniform(size=self.signs.shape) < 0.5, -1, 1))

@@ -26,8 +26,9 @@ class Stack(Chain):
     def __init__(self, chain: Chain, n: int) -> None:
         super().__init__(chain._factors, chain.scale, chain.probability)
         self.n = n
-        self.start = chain.start
-        for module in (m for factor in self._factors if not factor.shared for m in factor.modules()):
+        self.start, self.reweight = chain.start, chain.reweight
+        own = [factor for factor in self._factors if not factor.shared] + ([self.reweight] if self.reweight else [])
+        for module in (m for part in own for m in part.modules()):
             for name, tensor in module._parameters.items():
                 if tensor is not None:
                     module._parameters[name] = nn.Parameter(torch.stack([tensor.detach()] * n), tensor.requires_grad)
@@ -45,9 +46,12 @@ class Stack(Chain):
             matrix = None if weight is None else weight[e]
             functional_call(self, one, (partial(super().reset, seed, f"{site}[{e}]", matrix),))
 
-    def delta(self) -> Tensor:
-        """ΔW of every matrix, dense `(n, outputs, inputs)`, in float32 or better, differentiable."""
-        return self._each(super().delta)
+    def delta(self, weight: Tensor | None = None) -> Tensor:
+        """ΔW of every matrix, dense `(n, outputs, inputs)`, in float32 or better, differentiable.
+
+        A `relative` update takes the base weights' adapted rows `(n, rows, inputs)`.
+        """
+        return self._each(super().delta, *(() if weight is None else (weight,)))
 
     def to_lora(self) -> tuple[Tensor, Tensor]:
         """The matrices' plain LoRA pairs: A `(n, r, inputs)` and B `(n, outputs, r)`. Raises as `Chain.to_lora`."""
@@ -60,25 +64,22 @@ class Stack(Chain):
             "gp.sites lists them."
         )
 
-    def forward(self, compute: Callable[[], T]) -> T:  # type: ignore[override]
-        """`compute()`. `functional_call` runs it with the tensors of one matrix in place of the stacks."""
-        return compute()
+    def forward(self, compute: Callable[..., T], *values: Tensor) -> T:  # type: ignore[override]
+        """`compute(*values)`. `functional_call` runs it with the tensors of one matrix in place of the stacks."""
+        return compute(*values)
 
-    def _each(self, compute: Callable[[], T]) -> T:
-        """`compute` on the tensors of every matrix, the results stacked."""
+    def _each(self, compute: Callable[..., T], *values: Tensor) -> T:
+        """`compute` on the tensors of every matrix, and on its part of `values`; the results stacked."""
 
-        def one(tensors: dict[str, Tensor]) -> T:
-            return functional_call(self, tensors, (compute,))
+        def one(tensors: dict[str, Tensor], *parts: Tensor) -> T:
+            return functional_call(self, tensors, (compute, *parts))
 
-        return torch.vmap(one)(self._stacks())
+        return torch.vmap(one, randomness="different")(self._stacks(), *values)
 
     def _stacks(self) -> dict[str, Tensor]:
-        return {
-            f"factors.{place}.{name}": tensor
-            for place, factor in enumerate(self._factors)
-            if not factor.shared
-            for name, tensor in (*factor.named_parameters(), *factor.named_buffers())
-        }
+        common = tuple(f"factors.{place}." for place, factor in enumerate(self._factors) if factor.shared)
+        every = (*self.named_parameters(), *self.named_buffers())
+        return {name: tensor for name, tensor in every if not name.startswith(common)}
 
     def extra_repr(self) -> str:
         return f"{self.n} matrices, {super().extra_repr()}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -23,6 +24,9 @@ class Transform(nn.Module):
 
     def reset(self, weight: Tensor, rng: Callable[[str], np.random.RandomState]) -> None:
         """Fill the transform's own tensors, after the factor's `weight` was filled."""
+
+    def join(self, pool: dict[str, Any]) -> None:
+        """Share with the adapter's other transforms what they have in common, kept in `pool` while it is inserted."""
 
     def penalty(self, weight: Tensor) -> Tensor | None:
         """What the transform adds to the training loss, a scalar, or `None`. See `graphpeft.train.penalty`."""

@@ -11,6 +11,7 @@ from torch import nn
 from graphpeft.inspect.table import folded, layers_text, names_text, role_text, rows_text, size_text, table
 from graphpeft.program import stored
 from graphpeft.state import chains, get_state
+from graphpeft.weight_form import update
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,13 @@ def explain(model: nn.Module, fold: bool = True) -> Explanation:
                 rows_text(site.rows),
                 size_text(site),
                 entry.method,
-                site.form,
+                "weight" if chain.relative else site.form,
                 chain.rank,
             )
             key = "\t".join([*map(str, cells), f"{sum(p.numel() for p in chain.parameters()):,}"])
             items.append((key, site.layer))
             original = state.originals.get(site.weight, stored(model, site.weight))
-            lines.setdefault(key, []).append(_moved(chain.delta(), original))
+            lines.setdefault(key, []).append(_moved(update(chain, original, site), original))
         columns = ("role", "weight", "rows", "out × in", "method", "form", "rank", "parameters", "‖ΔW‖/‖W‖", "")
         rows = [(*key.split("\t"), f"{max(lines[key]):.2g}", layers_text(layers)) for key, layers in folded(items)]
         count = sum(

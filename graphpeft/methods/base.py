@@ -23,6 +23,7 @@ class Where:
 
 
 Rank = Annotated[int, Where(lambda r: r >= 1, "int >= 1")]
+NotNegative = Annotated[float, Where(lambda x: x >= 0, "float >= 0")]
 Positive = Annotated[float, Where(lambda x: x > 0, "float > 0")]
 Probability = Annotated[float, Where(lambda p: 0 <= p < 1, "float in [0, 1)")]
 
@@ -52,6 +53,10 @@ class Method:
     def chain(self, site: Site) -> Chain:
         """The adapter of one site, `site.inputs` to `site.outputs`, with empty tensors."""
         raise NotImplementedError
+
+    def compacted(self, chain: Chain) -> Method | None:
+        """This method as small as the gates of a trained chain leave it; `None` if they leave nothing of the update."""
+        return self
 
     def text(self, given: Iterable[str] = ()) -> str:
         """As written in a rule: `lora(r=4)`, with the options named in `given` and those that are not the default."""

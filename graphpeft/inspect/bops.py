@@ -1,0 +1,77 @@
+"""Bit operations: what multiplying at a reduced precision and rank would cost where hardware could use it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from graphpeft.chain import Chain, Factor, Weighted
+from graphpeft.inspect.table import table
+from graphpeft.plan import Entry
+from graphpeft.state import chains, get_state
+
+FULL = 32
+"""Bits of a weight or an activation that nothing rounds."""
+
+
+@dataclass(frozen=True)
+class Bops:
+    """Bit operations per position: Σ multiplications · bits of the weight · bits of the activation. Prints as a table.
+
+    They count what is nominal. Without kernels for low precision nothing gets faster.
+    """
+
+    adapters: int
+    base: int
+    """Of the adapted weights alone."""
+    reference: Bops | None = None
+    """The same with every gate open and 32 bits everywhere."""
+
+    @property
+    def total(self) -> int:
+        return self.adapters + self.base
+
+    def __str__(self) -> str:
+        reference = self.reference or self
+        pairs = {"adapters": (self.adapters, reference.adapters), "base": (self.base, reference.base),
+                 "total": (self.total, reference.total)}  # fmt: skip
+        rows = [(name, f"{now:,}", f"{full:,}", f"{now / full:.1%}") for name, (now, full) in pairs.items() if full]
+        return table(
+            ("", "bit operations", "at 32 bits", "share"), rows, right=["bit operations", "at 32 bits", "share"]
+        )
+
+
+def bops(model: nn.Module) -> Bops:
+    """Bit operations per position of the active adapters, as evaluation decides their gates, and of the weights they adapt.
+
+    Σ MACs · b_w · b_a, as in Bayesian Bits (van Baalen et al., 2020), a gated rank counting what it keeps. Raises
+    `AdapterError` for a model without adapters.
+    """
+    state = get_state(model)
+    found = {"now": 0, "full": 0, "base": 0}
+    for name in state.active:
+        trained = chains(model, name)
+        for entry in state.adapters[name].entries:
+            copies = entry.site.stack or 1
+            found["now"] += copies * _now(entry, trained[entry.site])
+            found["full"] += copies * _full(entry)
+            found["base"] += copies * entry.site.outputs * entry.site.inputs * FULL * FULL
+    return Bops(found["now"], found["base"], Bops(found["full"], found["base"]))
+
+
+def _now(entry: Entry, chain: Chain) -> int:
+    """Counted on the smaller chain that compacting would make."""
+    method = entry.method.compacted(chain)
+    if method is None:
+        return 0
+    with torch.device("meta"):
+        smaller = Entry(entry.site, method, entry.rule).build()
+    bits = {factor: factor.bits if isinstance(factor, Weighted) else FULL for factor in smaller.factors}
+    return sum(factor.macs * bits[factor] * FULL for factor in smaller.factors if isinstance(factor, Factor))
+
+
+def _full(entry: Entry) -> int:
+    with torch.device("meta"):
+        return entry.build().macs * FULL * FULL

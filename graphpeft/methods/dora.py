@@ -1,0 +1,32 @@
+"""DoRA: LoRA on the direction of each output feature's weights, and a trained length for each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from graphpeft.chain import Chain, Magnitude
+from graphpeft.methods.base import Method, Positive, Rank
+from graphpeft.methods.lora import LoRA
+from graphpeft.program import Site
+
+
+@dataclass(frozen=True)
+class DoRA(Method):
+    """W + ΔW = diag(m) · (W + s · B · A), its rows brought to length 1 before m multiplies (Liu et al., 2024).
+
+    `alpha` and `rslora` as in LoRA. The update depends on the base weight and has full rank, so it merges and is no plain
+    LoRA; adapted weights are formed once per forward pass. Trains r · (inputs + outputs) + outputs numbers per site.
+    """
+
+    name: ClassVar[str] = "dora"
+    paper: ClassVar[str] = (
+        "Liu, Wang, Yin, Molchanov, Wang, Cheng, Chen, DoRA: Weight-Decomposed Low-Rank Adaptation, ICML 2024, arXiv:2402.09353"
+    )
+
+    r: Rank = 8
+    alpha: Positive | None = None
+    rslora: bool = False
+
+    def chain(self, site: Site) -> Chain:
+        return LoRA(self.r, self.alpha, self.rslora).chain(site).reweighted(Magnitude(site.outputs))
