@@ -18,6 +18,7 @@ RANKS = {
     "vera(r=16)": 16,
     "olora(r=4)": 8,
     "pissa(r=4)": 8,
+    "blora(r=4)": 4,
 }
 """Method and the rank of its plain LoRA."""
 
