@@ -76,6 +76,16 @@ def insert_branch(
         reader.replace_input_with(node, result)
 
 
+def insert_before(graph: fx.Graph, node: fx.Node, source: fx.Node, site: Site, transform: nn.Module, path: str) -> None:
+    """Let the projection `node` read `source` through a transform."""
+    with graph.inserting_before(node):
+        new = graph.call_module(path, (source,))
+    if "val" in source.meta:
+        new.meta["val"] = source.meta["val"]
+    _tag(new, node, site, transform, path)
+    node.replace_input_with(source, new)
+
+
 def insert_lookup(graph: fx.Graph, found: Lookup, site: Site, branch: nn.Module, path: str) -> None:
     """Add the rows that a lookup in an embedding table picks from the branch's update."""
     readers = list(found.node.users)

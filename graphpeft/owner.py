@@ -20,7 +20,7 @@ from torch import fx, nn
 
 from graphpeft.adapters import HOME, Adapters, adapted_parameter, home
 from graphpeft.errors import AdapterError
-from graphpeft.graph import insert_branch, insert_lookup, insert_sum, strip_checks
+from graphpeft.graph import insert_before, insert_branch, insert_lookup, insert_sum, strip_checks
 from graphpeft.match.owners import forget_constants, lookups, projections, readers, trace
 from graphpeft.meta import fill_shapes
 from graphpeft.mode import set_mode
@@ -229,6 +229,10 @@ def _adapt(
     owner: nn.Module, graph: fx.Graph, site: Site, branch: nn.Module, path: str, parameter: nn.Parameter
 ) -> bool:
     """Put one branch at every use of its weight; whether there was any."""
+    before = getattr(branch, "before", None)
+    if before is not None:
+        for node, source in projections(owner, graph, parameter):
+            insert_before(graph, node, source, site, before, f"{path}.before")
     if site.form == "weight" or getattr(branch, "relative", False):
         found = readers(owner, graph, parameter)
         for node in found:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from graphpeft.chain import Chain, Coded, Ladder, RankGate, Stack, Weighted
+from graphpeft.chain import Chain, Coded, Ladder, Observed, RankGate, Rounded, Stack, Weighted
 from graphpeft.errors import AdapterError
 from graphpeft.passes.replace import replace_branches
 from graphpeft.plan import Entry
@@ -21,7 +21,7 @@ def compact(model: nn.Module, name: str | None = None) -> nn.Module:
     Directions whose gates are closed go, tensors below 32 bits become integers with a step, which no longer train, and
     sites of which nothing is left lose their adapter. Outputs in evaluation stay as they were, to the rounding of shorter
     sums. Raises `AdapterError`, and changes nothing, if no adapter has gates, all of its sites would go, it adapts
-    stacked experts, the model is merged, or tensors are on the meta device.
+    stacked experts, the model is merged, tensors are on the meta device, or activations are rounded that it never saw.
     """
     refuse_merged(model, "compact")
     made: dict[str, dict[Site, Made | None]] = {}
@@ -71,6 +71,11 @@ def _check(site: Site, chain: Chain, adapter: str) -> None:
         raise AdapterError(
             f"Adapter {adapter!r} has no values at {site.weight}: it is on the meta device. Load weights first."
         )
+    if isinstance(chain.before, Observed) and not chain.before.seen():
+        raise AdapterError(
+            f"Adapter {adapter!r} at {site.weight} ({site.role}) rounds its input, and has seen no data that would tell the "
+            f"range. Train it, or run a batch in training mode, before compacting."
+        )
     if gated and isinstance(chain, Stack):
         raise AdapterError(
             f"Adapter {adapter!r} has a rank and a precision for each of {site.stack} matrices of {site.weight}, which one stack "
@@ -87,6 +92,14 @@ def _fill(old: Chain, new: Chain) -> None:
                 continue
             kept = tuple(slice(n) for n in target.weight.shape)
             target.weight.copy_(_codes(source, target)[kept])
+    for learned, fixed in zip(_roundings(old), _roundings(new), strict=True):
+        fixed.log_range.copy_(learned.log_range)
+
+
+def _roundings(chain: Chain) -> list[Ladder | Rounded]:
+    """Those of the base weight and of the input."""
+    parts = (part for part in (chain.reweight, chain.before) if part is not None)
+    return [module for part in parts for module in part.modules() if isinstance(module, (Ladder, Rounded))]
 
 
 def _codes(source: Weighted, target: Weighted) -> Tensor:

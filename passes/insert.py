@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from graphpeft.adapters import home, places, settle
-from graphpeft.chain import Chain, Factor
+from graphpeft.chain import Chain, Factor, Transform
 from graphpeft.errors import AdapterError
 from graphpeft.owner import STATE, vacate
 from graphpeft.plan import Entry
@@ -103,13 +103,18 @@ def _branch(model: nn.Module, entry: Entry, shared: dict[str, Any]) -> Chain:
     half = weight.dtype in (torch.float16, torch.bfloat16)
     with torch.device(weight.device):
         chain = entry.build().to(torch.float32 if half else weight.dtype)
-    for place in places(entry.site) if chain.probability else ():
-        if place.form == "weight":
+    for place in places(entry.site):
+        if chain.before is not None and (place.form == "weight" or place.rows or place.role == "embed" or place.stack):
+            raise AdapterError(
+                f"{place.weight} ({place.role}) cannot have its input rounded: its module reads the input inside a fused "
+                f"operator or shares it with other rows, or it picks rows by index. Use a rule of its own without that."
+            )
+        if place.form == "weight" and chain.probability:
             raise AdapterError(
                 f"{place.weight} takes the weight form, because its module reads the weight inside a fused operator, "
                 f"and dropout on the input cannot be expressed there. Use dropout=0 for `{entry.rule}`."
             )
-        if place.role == "embed":
+        if place.role == "embed" and chain.probability:
             raise AdapterError(
                 f"{place.weight} is an embedding table, whose input are indices: dropout has no features to act on. "
                 f"Use dropout=0 for `{entry.rule}`."
@@ -117,4 +122,7 @@ def _branch(model: nn.Module, entry: Entry, shared: dict[str, Any]) -> Chain:
     for i, factor in enumerate(chain.factors):
         assert isinstance(factor, Factor)
         chain.factors[i] = factor.joined(shared)
+    for module in chain.modules():
+        if isinstance(module, Transform):
+            module.join(shared)
     return chain

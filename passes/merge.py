@@ -33,6 +33,7 @@ def merge(model: nn.Module, name: str | Sequence[str] | None = None) -> None:
         for site, chain in chains(model, adapter).items():
             _refuse_tied(model, site)
             parameter = stored(model, site.weight)
+            chain.require_linear(f"{adapter!r} cannot be folded into {site.weight} ({site.role})")
             with torch.no_grad(), chain.settled():
                 weight = updated.get(parameter, parameter.detach())
                 wide = torch.promote_types(weight.dtype, torch.float32)

@@ -11,6 +11,7 @@ from torch import nn
 
 from graphpeft.adapters import places
 from graphpeft.chain import Chain, Factor
+from graphpeft.chain.transform import stored_tensors
 from graphpeft.errors import AdapterError, FileError
 from graphpeft.passes.activate import remove
 from graphpeft.passes.initialize import initialize
@@ -95,8 +96,9 @@ def _named(site: Site, chain: Chain) -> list[tuple[str, torch.Tensor]]:
         assert isinstance(factor, Factor)
         prefix = f"shared:{factor.shared}" if factor.shared else f"{site.key}.{place}"
         found += [(f"{prefix}.{leaf}", tensor) for leaf, tensor in factor.saved().items()]
-    if chain.reweight is not None:
-        found += [(f"{site.key}.reweight.{leaf}", t) for leaf, t in chain.reweight.state_dict(keep_vars=True).items()]
+    around = {name: part for name in ("reweight", "before") if (part := getattr(chain, name)) is not None}
+    for name, part in around.items():
+        found += [(f"{site.key}.{name}.{leaf}", tensor) for leaf, tensor in stored_tensors(part).items()]
     return found
 
 

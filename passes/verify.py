@@ -131,7 +131,10 @@ def _outputs(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], rep
                 update(c, stored(model, s.weight), s).any() for a in state.active for s, c in chains(model, a).items()
             )
             report.add("effect", moved > 0 or not acts, f"adapters move the output by up to {moved:.1e}")
-        if state.active:
+        rounded = any(chain.before is not None for a in state.active for chain in chains(model, a).values())
+        if rounded:
+            report.add("merge", True, "not tried: an adapter that rounds its input does not merge")
+        elif state.active:
             before = {
                 e.site.weight: stored(model, e.site.weight).detach().clone()
                 for a in state.active

@@ -10,9 +10,9 @@ from graphpeft.chain.factors import Dense, Diag, Weighted
 from graphpeft.chain.gates import RankGate
 from graphpeft.chain.hadamard import hadamard_factors, hadamard_matrix, hadamard_order
 from graphpeft.chain.inits import Init, constant, kaiming, normal, zeros
-from graphpeft.chain.ladder import WIDTHS, Coded, Ladder
+from graphpeft.chain.ladder import WIDTHS, Coded, Ladder, Observed, Rounded
 from graphpeft.chain.noise import Noise
-from graphpeft.chain.reweight import Magnitude, Reweight
+from graphpeft.chain.reweight import Magnitude, Reweight, RoundedBase
 from graphpeft.chain.srht import SRHT, AdjointSRHT
 from graphpeft.chain.stack import Stack
 from graphpeft.chain.transform import Transform
@@ -34,9 +34,12 @@ __all__ = [
     "Magnitude",
     "MixedBlocks",
     "Noise",
+    "Observed",
     "Projection",
     "RankGate",
     "Reweight",
+    "Rounded",
+    "RoundedBase",
     "Scatter",
     "Stack",
     "Transform",

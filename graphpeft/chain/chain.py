@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from graphpeft.chain.factor import Factor, Scatter, widen
 from graphpeft.chain.reweight import Reweight
 from graphpeft.chain.seeds import generator
+from graphpeft.chain.transform import Transform
 from graphpeft.errors import AdapterError
 
 Start = Callable[[Tensor, float], tuple[Tensor, ...]]
@@ -40,6 +41,7 @@ class Chain(nn.Module):
         self.scale = scale
         self.start: Start | None = None
         self.reweight: Reweight | None = None
+        self.before: Transform | None = None
         if dropout:
             self.dropout = nn.Dropout(dropout)
         for left, right in pairwise(self._factors):
@@ -114,6 +116,11 @@ class Chain(nn.Module):
         self.reweight = reweight
         return self
 
+    def reading(self, before: Transform) -> Chain:
+        """This chain with a transform of what the site reads, for the base weight and the update alike."""
+        self.before = before
+        return self
+
     @property
     def relative(self) -> bool:
         """Whether the update depends on the base weight, which `delta` is given then."""
@@ -121,7 +128,7 @@ class Chain(nn.Module):
 
     def _with(self, scale: float, probability: float) -> Chain:
         made = Chain(self._factors, scale, probability)
-        made.start, made.reweight = self.start, self.reweight
+        made.start, made.reweight, made.before = self.start, self.reweight, self.before
         return made
 
     @contextmanager
@@ -140,7 +147,7 @@ class Chain(nn.Module):
         if self.probability:
             raise AdapterError("Dropout acts on the input of a whole chain: multiply first, then call with_dropout.")
         made = Chain([*self._factors, *right._factors], self.scale * right.scale, right.probability)
-        made.start, made.reweight = right.start, right.reweight
+        made.start, made.reweight, made.before = right.start, right.reweight, right.before
         return made
 
     def reset(self, seed: int, site: str, weight: Tensor | None = None) -> None:
@@ -157,6 +164,8 @@ class Chain(nn.Module):
         weight = None if weight is None else widen(weight)
         if self.reweight is not None:
             self.reweight.reset(weight)
+        if self.before is not None:
+            self.before.reset(torch.zeros(1), _streams(seed, ("site", site, "before")))
         if self.start is not None and weight is not None and not weight.is_meta:
             for factor, value in zip(self._inner, self.start(weight, self.scale), strict=True):
                 factor.assign(value)
@@ -199,6 +208,7 @@ class Chain(nn.Module):
         inner width is large, so is r. Raises `AdapterError` for a single factor, which has no inner width, and for an update
         relative to the base weight.
         """
+        self.require_linear("is no LoRA pair")
         if self.relative:
             raise AdapterError(
                 f"An update by {type(self.reweight).__name__} depends on the base weight, so it is no LoRA pair. Merge the "
@@ -211,6 +221,14 @@ class Chain(nn.Module):
             )
         a, b = self._cut()
         return a, self.scale * b
+
+    def require_linear(self, consequence: str) -> None:
+        """Raise `AdapterError` if the site's input is transformed, so that no change of its weight does the same."""
+        if self.before is not None:
+            raise AdapterError(
+                f"{type(self.before).__name__} acts on what the site reads, so the adapter {consequence}. Keep it as it is, or "
+                f"train one that rounds weights alone."
+            )
 
     def lookup(self, ids: Tensor, padding_idx: int | None = None) -> Tensor:
         """The rows `ids` of ΔW, `(*ids.shape, inputs)`: the update of an embedding table, which is never formed.

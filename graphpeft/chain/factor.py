@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graphpeft.chain.inits import fill
-from graphpeft.chain.transform import Transform
+from graphpeft.chain.transform import stored_tensors
 from graphpeft.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -58,8 +58,7 @@ class Factor(nn.Module):
 
     def saved(self) -> dict[str, Tensor]:
         """The tensors that belong to the adapter's file: those that no seed regenerates, without training state."""
-        training = tuple(f"{n}." for n, m in self.named_modules() if isinstance(m, Transform) and not m.stored)
-        return {name: t for name, t in self.state_dict(keep_vars=True).items() if not name.startswith(training)}
+        return stored_tensors(self)
 
     def assign(self, value: Tensor) -> None:
         """Take an initial value that was computed rather than drawn."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial, reduce
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from typing_extensions import Self
 
 from graphpeft.chain.factor import Factor, Scatter, widen
 from graphpeft.chain.inits import Init
-from graphpeft.chain.ladder import Coded, Ladder
+from graphpeft.chain.ladder import Coded
 from graphpeft.chain.transform import Transform
 
 
@@ -39,11 +38,6 @@ class Weighted(Factor):
         for place, transform in enumerate(self.applied):
             transform.reset(self.weight, partial(_named, rng, f"transforms.{place}"))
 
-    def joined(self, pool: dict[str, Any]) -> Factor:
-        for transform in self.applied:
-            transform.join(pool)
-        return super().joined(pool)
-
     @property
     def value(self) -> Tensor:
         """`weight` as the factor uses it: after its transforms, the first one first."""
@@ -62,13 +56,6 @@ class Weighted(Factor):
         del self.weight
         self.register_buffer("weight", torch.zeros(shape, dtype=torch.int8 if bits <= 8 else torch.int16))
         return self.through(Coded(bits))
-
-    @property
-    def bits(self) -> int:
-        """Bits of each entry in evaluation; 0 for a weight that is dropped."""
-        return next(
-            (t.bits if isinstance(t, Coded) else t.bits() for t in self.applied if isinstance(t, (Coded, Ladder))), 32
-        )
 
     @property
     def applied(self) -> list[Transform]:

@@ -110,6 +110,51 @@ class Ladder(Transform):
         return self.weight * share * (opened * opened.new_tensor(WIDTHS[self.free :])).sum()
 
 
+class Observed(Ladder):
+    """A ladder for activations, whose range starts at the largest entry of the first batch that training sees.
+
+    Before that, evaluation rounds nothing.
+    """
+
+    def __init__(self, macs: int, weight: float, cost: Cost = "constant", logit: float = 6.0) -> None:
+        super().__init__(macs, weight, cost, logit)
+        self.known = False
+
+    def reset(self, tensor: Tensor, rng: Callable[[str], np.random.RandomState]) -> None:
+        super().reset(tensor, rng)
+        fill(self.log_range, np.full(self.log_range.shape, np.nan))
+        self.known = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.known and not self.seen():
+            if not self.training:
+                return x
+            with torch.no_grad():
+                self.log_range.fill_(float(x.abs().max().clamp_min(1e-6).log()) + 1e-6)
+        self.known = True
+        return super().forward(x)
+
+    def seen(self) -> bool:
+        """Whether there is a range."""
+        return bool(self.log_range.isfinite().all())
+
+
+class Rounded(Transform):
+    """A tensor at a fixed precision, on a range that no longer trains."""
+
+    log_range: Tensor
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+        self.register_buffer("log_range", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        beta = self.log_range.exp()
+        x = clip(x, beta)
+        return x if self.bits == WIDTHS[-1] else quantize(x, beta, self.bits)
+
+
 class Coded(Transform):
     """Integers and the step between them: a tensor of a fixed, low precision, for use rather than for training."""
 

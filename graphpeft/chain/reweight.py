@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+from graphpeft.chain.factors import Diag
+from graphpeft.chain.inits import constant
+from graphpeft.chain.transform import Transform
 
 
 class Reweight(nn.Module):
@@ -28,18 +33,33 @@ class Magnitude(Reweight):
 
     def __init__(self, outputs: int) -> None:
         super().__init__()
-        self.magnitude = nn.Parameter(torch.ones(outputs))
+        self.magnitude = Diag(outputs, constant(1.0))
 
     @torch.no_grad()
     def reset(self, weight: Tensor | None) -> None:
         if weight is not None and not weight.is_meta:
-            self.magnitude.copy_(_norms(weight))
+            self.magnitude.weight.copy_(_norms(weight))
 
     def forward(self, weight: Tensor, delta: Tensor) -> Tensor:
         whole = weight + delta
-        scale = self.magnitude / _norms(whole.detach()).clamp_min(torch.finfo(whole.dtype).tiny)
+        scale = self.magnitude.value / _norms(whole.detach()).clamp_min(torch.finfo(whole.dtype).tiny)
         # Written so that the start is exactly zero: scale is 1 there.
         return delta + (scale - 1).unsqueeze(-1) * whole
+
+
+class RoundedBase(Reweight):
+    """W + ΔW = Q(W) + Δ: the base weight at a lower precision, which leaves the weight itself alone."""
+
+    def __init__(self, rounding: Transform) -> None:
+        super().__init__()
+        self.rounding = rounding
+
+    def reset(self, weight: Tensor | None) -> None:
+        if weight is not None and not weight.is_meta:
+            self.rounding.reset(weight, lambda name: np.random.RandomState(0))
+
+    def forward(self, weight: Tensor, delta: Tensor) -> Tensor:
+        return (self.rounding(weight) - weight) + delta
 
 
 def _norms(weight: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ class Stack(Chain):
     def __init__(self, chain: Chain, n: int) -> None:
         super().__init__(chain._factors, chain.scale, chain.probability)
         self.n = n
-        self.start, self.reweight = chain.start, chain.reweight
+        self.start, self.reweight, self.before = chain.start, chain.reweight, chain.before
         own = [factor for factor in self._factors if not factor.shared] + ([self.reweight] if self.reweight else [])
         for module in (m for part in own for m in part.modules()):
             for name, tensor in module._parameters.items():

@@ -31,3 +31,11 @@ class Transform(nn.Module):
     def penalty(self, weight: Tensor) -> Tensor | None:
         """What the transform adds to the training loss, a scalar, or `None`. See `graphpeft.train.penalty`."""
         return None
+
+
+def stored_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The module's tensors by name, but for those of transforms that are not stored."""
+    training = tuple(
+        f"{n}." if n else "" for n, m in module.named_modules() if isinstance(m, Transform) and not m.stored
+    )
+    return {name: t for name, t in module.state_dict(keep_vars=True).items() if not name.startswith(training)}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from graphpeft.chain import Chain, Factor, Weighted
+from graphpeft.chain import Chain, Coded, Factor, Rounded
 from graphpeft.inspect.table import table
 from graphpeft.plan import Entry
 from graphpeft.state import chains, get_state
@@ -25,7 +25,7 @@ class Bops:
 
     adapters: int
     base: int
-    """Of the adapted weights alone."""
+    """Of the weights that the adapters act on alone."""
     reference: Bops | None = None
     """The same with every gate open and 32 bits everywhere."""
 
@@ -50,26 +50,37 @@ def bops(model: nn.Module) -> Bops:
     `AdapterError` for a model without adapters.
     """
     state = get_state(model)
-    found = {"now": 0, "full": 0, "base": 0}
+    found = {"now": 0, "full": 0, "base": 0, "whole": 0}
     for name in state.active:
         trained = chains(model, name)
         for entry in state.adapters[name].entries:
             copies = entry.site.stack or 1
-            found["now"] += copies * _now(entry, trained[entry.site])
+            base = copies * entry.site.outputs * entry.site.inputs
+            adapter, weight, activation = _now(entry, trained[entry.site])
+            found["now"] += copies * adapter
+            found["base"] += base * weight * activation
             found["full"] += copies * _full(entry)
-            found["base"] += copies * entry.site.outputs * entry.site.inputs * FULL * FULL
-    return Bops(found["now"], found["base"], Bops(found["full"], found["base"]))
+            found["whole"] += base * FULL * FULL
+    return Bops(found["now"], found["base"], Bops(found["full"], found["whole"]))
 
 
-def _now(entry: Entry, chain: Chain) -> int:
-    """Counted on the smaller chain that compacting would make."""
+def _now(entry: Entry, chain: Chain) -> tuple[int, int, int]:
+    """Bit operations of the smaller chain that compacting would make, and bits of the base weight and of the input."""
     method = entry.method.compacted(chain)
     if method is None:
-        return 0
+        return 0, FULL, FULL
     with torch.device("meta"):
         smaller = Entry(entry.site, method, entry.rule).build()
-    bits = {factor: factor.bits if isinstance(factor, Weighted) else FULL for factor in smaller.factors}
-    return sum(factor.macs * bits[factor] * FULL for factor in smaller.factors if isinstance(factor, Factor))
+    around = [FULL if part is None else _bits(part) for part in (smaller.reweight, smaller.before)]
+    *rest, first = (factor for factor in smaller.factors if isinstance(factor, Factor))
+    total = first.macs * _bits(first) * around[1] + sum(factor.macs * _bits(factor) * FULL for factor in rest)
+    return total, around[0], around[1]
+
+
+def _bits(part: nn.Module) -> int:
+    """Bits of a factor's weight, or of what a part of the chain rounds."""
+    found = (m.bits for m in part.modules() if isinstance(m, (Coded, Rounded)))
+    return next(found, FULL)
 
 
 def _full(entry: Entry) -> int:

@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, TypeVar
 
-from graphpeft.chain import WIDTHS, Chain, Dense, Diag, Ladder, RankGate, Weighted, constant, normal
+from graphpeft.chain import (
+    WIDTHS,
+    Chain,
+    Dense,
+    Diag,
+    Ladder,
+    Observed,
+    RankGate,
+    Rounded,
+    RoundedBase,
+    Transform,
+    Weighted,
+    constant,
+    normal,
+)  # fmt: skip
+from graphpeft.errors import RuleError
 from graphpeft.methods.base import Method, NotNegative, Positive, Rank, Where
 from graphpeft.program import Site
 
+F = TypeVar("F", bound=Weighted)
 Bits = tuple[Annotated[int, Where(lambda bits: bits in WIDTHS, "2, 4, 8, 16 or 32")], ...]
-Three = Annotated[Bits, Where(lambda bits: len(bits) == 3, "a tuple of three of 2, 4, 8, 16 and 32, for B, E and A")]
+Fixed = Annotated[
+    Bits,
+    Where(lambda bits: 3 <= len(bits) <= 5, "a tuple of 2, 4, 8, 16 or 32 for each of B, E, A, and W and x if rounded"),
+]
 
 
 @dataclass(frozen=True)
@@ -27,7 +46,9 @@ class BLoRA(Method):
 
     A and B start at N(0, 0.02²), and every entry of E at `start`: at 0, as in AdaLoRA, the update is zero (the authors'
     code draws E at random) and the first gradient reaches E alone. With `drop`, B, E and A may end at no bits, and the
-    site goes. `bits` fixes the precision of B, E and A, and the rank is r then: what `compact` leaves.
+    site goes. With `quantize=base` the site reads W at a learned precision too, and with `all` also its input x, which makes the
+    adapter one that does not merge (the authors' code rounds intermediate results as well). `bits` fixes the precisions, of
+    B, E, A and as far as they are rounded W and x, and the rank is r then: what `compact` leaves.
 
     Trains r · (inputs + 1 + outputs) numbers per site and 12 + 3 + r - 1 gates and ranges. See `graphpeft.chain.ladder`
     about a patent on learned bit widths.
@@ -48,28 +69,48 @@ class BLoRA(Method):
     logit: float = 6.0
     start: float = 0.0
     drop: bool = False
-    bits: Three | None = None
+    quantize: Literal["adapter", "base", "all"] = "adapter"
+    bits: Fixed | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rounded = 3 + ("adapter", "base", "all").index(self.quantize)
+        if self.bits is not None and len(self.bits) != rounded:
+            raise RuleError(
+                f"blora: option bits = {self.bits} has to give {rounded} precisions with quantize={self.quantize}, in the order "
+                f"B, E, A, W, x. Usually `quantize` was changed alone."
+            )
+        if self.drop and self.quantize != "adapter":
+            raise RuleError("blora: drop=true needs quantize=adapter: a site that goes would read W and x unrounded.")
 
     def chain(self, site: Site) -> Chain:
-        B = Dense(site.outputs, self.r, normal(0.02))
-        E = Diag(self.r, constant(self.start))
-        A = Dense(self.r, site.inputs, normal(0.02))
+        B = self._at(0, Dense(site.outputs, self.r, normal(0.02)))
+        E = self._at(1, Diag(self.r, constant(self.start)))
+        A = self._at(2, Dense(self.r, site.inputs, normal(0.02)))
         if self.bits is None:
-            for factor in (B, E, A):
-                factor.through(Ladder(factor.macs, self.lambda_bits, self.cost, self.logit, self.drop))
             E.through(RankGate(self.r, self.lambda_rank, self.logit, self.nested))
-        else:
-            for tensor, bits in zip((B, E, A), self.bits, strict=True):
-                tensor.coded(bits)
-        return (B @ E @ A).scaled((self.r if self.alpha is None else self.alpha) / self.r)
+        chain = (B @ E @ A).scaled((self.r if self.alpha is None else self.alpha) / self.r)
+        if self.quantize != "adapter":
+            chain.reweighted(RoundedBase(self._rounding(3, Ladder, site)))
+        return chain.reading(self._rounding(4, Observed, site)) if self.quantize == "all" else chain
+
+    def _at(self, place: int, factor: F) -> F:
+        if self.bits is not None:
+            return factor.coded(self.bits[place])
+        return factor.through(Ladder(factor.macs, self.lambda_bits, self.cost, self.logit, self.drop))
+
+    def _rounding(self, place: int, learned: type[Ladder], site: Site) -> Transform:
+        if self.bits is not None:
+            return Rounded(self.bits[place])
+        return learned(site.outputs * site.inputs, self.lambda_bits, self.cost, self.logit)
 
     def compacted(self, chain: Chain) -> Method | None:
-        factors = [factor for factor in chain.factors if isinstance(factor, Weighted)]
-        bits = tuple(factor.bits for factor in factors)
-        gates = [t for factor in factors for t in factor.applied if isinstance(t, RankGate)]
-        r = min((gate.kept() for gate in gates), default=self.r)
-        if not r or 0 in bits:
+        if self.bits is not None:
+            return self
+        ladders = [module for module in chain.modules() if isinstance(module, Ladder)]
+        (gate,) = (module for module in chain.modules() if isinstance(module, RankGate))
+        r, bits = gate.kept(), tuple(ladder.bits() for ladder in ladders)
+        if 0 in bits:
             return None
-        # The scale is α / r of the rank that was trained.
-        alpha = self.alpha * r / self.r if self.alpha is not None else None
-        return replace(self, r=r, alpha=alpha, bits=bits)
+        # The scale stays α / r of the rank that was trained.
+        return replace(self, r=r, alpha=self.alpha and self.alpha * r / self.r, bits=bits, drop=False)

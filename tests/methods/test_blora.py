@@ -15,6 +15,7 @@ import graphpeft as gp
 from graphpeft.chain import Coded, Ladder, RankGate, Weighted
 from graphpeft.errors import AdapterError, RuleError
 from graphpeft.methods import BLoRA
+from graphpeft.program import matrix
 from graphpeft.state import chains, get_state
 
 
@@ -42,7 +43,7 @@ def test_compacting_keeps_outputs_and_makes_smaller_tensors(name: str, tmp_path:
     model = build(name)
     example, before = call(name, model), Snapshot.of(model)
     base = outputs(model, example)
-    gp.apply(model, "qv:blora", verify="full")
+    gp.apply(model, "qv:blora(alpha=16)", verify="full")
     model.eval()
     assert same(outputs(model, example), base)
     decide(model)
@@ -56,7 +57,7 @@ def test_compacting_keeps_outputs_and_makes_smaller_tensors(name: str, tmp_path:
     # float32 sums of three terms where there were eight.
     assert delta(compacted, adapted) < 1e-5
     for entry in get_state(model).adapters["default"].entries:
-        assert str(entry.method) == "blora(r=3, bits=(8, 4, 16))"
+        assert str(entry.method) == "blora(r=3, alpha=6.0, bits=(8, 4, 16))"
     for chain in chains(model, "default").values():
         assert [f.weight.dtype for f in weighted(chain)] == [torch.int8, torch.int8, torch.int16]
         assert chain.rank == 3
@@ -110,7 +111,7 @@ def test_the_penalty_alone_closes_gates_in_order() -> None:
     for _ in range(40):
         optimizer.step()
     (chain, _) = chains(model, "default").values()
-    assert [f.bits for f in chain.factors] == [2, 2, 2]
+    assert [m.bits() for m in chain.modules() if isinstance(m, Ladder)] == [2, 2, 2]
     assert chain.factors[1].applied[1].kept() == 1
 
 
@@ -172,6 +173,87 @@ def test_in_half_precision_casts_are_as_planned() -> None:
     assert all(isinstance(m, Coded) is False or m.step.dtype == torch.float32 for m in model.modules())
 
 
+def test_the_base_weight_is_read_at_the_learned_precision(tmp_path: Path) -> None:
+    model = build("gpt2")  # q and v are rows of one transposed weight
+    example, before = call("gpt2", model), Snapshot.of(model)
+    base = outputs(model, example)
+    gp.apply(model, "qv:blora(quantize=base)", verify="full")
+    model.eval()
+    assert same(outputs(model, example), base)
+    decide(model, bits=(32, 32, 32), rank=8)
+    for site, chain in chains(model, "default").items():
+        rounding = chain.reweight.rounding
+        rounding.logits.data[:] = torch.tensor([3.0, -3.0, -3.0, -3.0])  # 4 bits
+        rounding.log_range.data.fill_(float(matrix(model, site).abs().max().log()) + 1e-6)
+        seen = matrix(model, site) + torch.cat([chain.delta(matrix(model, site))[a:b] for a, b in site.rows])
+        seen = seen - chain.scale * torch.linalg.multi_dot([f.matrix() for f in weighted(chain)])
+        assert len(seen.mul(1e4).round().unique()) <= 15
+    adapted = outputs(model, example)
+    assert delta(adapted, base) > 1e-3
+    found = gp.bops(model)
+    assert found.base == found.reference.base / 8
+    gp.compact(model)
+    assert delta(outputs(model, example), adapted) < 1e-5  # float32
+    assert "quantize=base, bits=(32, 32, 32, 4)" in str(get_state(model).adapters["default"].entries[0].method)
+    assert gp.bops(model).base == found.base
+    gp.save(model, tmp_path)
+    assert same(outputs(gp.load(build("gpt2"), tmp_path).eval(), example), outputs(model, example))
+    gp.merge(model)
+    assert delta(outputs(model, example), adapted) < 1e-5
+    gp.unmerge(model)
+    gp.remove(model)
+    before.check(model)
+
+
+def test_the_input_is_rounded_for_base_and_adapter(tmp_path: Path) -> None:
+    model = build("llama")
+    example, before = call("llama", model), Snapshot.of(model)
+    base = outputs(model, example)
+    gp.apply(model, "q:blora(quantize=all)", verify="full")
+    model.eval()
+    assert same(outputs(model, example), base)
+    with pytest.raises(
+        AdapterError, match=r"rounds its input, and has seen no data.*in training mode, before compacting"
+    ):
+        gp.compact(model)
+    model.train()
+    outputs(model, example)
+    model.eval()
+    decide(model)
+    chain = next(iter(chains(model, "default").values()))
+    assert chain.before.seen()
+    reads: list[torch.Tensor] = []
+    handle = chain.before.register_forward_hook(lambda module, args, output: reads.append(output))
+    chain.before.logits.data[:] = torch.tensor([3.0, -3.0, -3.0, -3.0])
+    adapted = outputs(model, example)
+    handle.remove()
+    assert len(reads) == 1
+    assert len(reads[0].unique()) <= 15
+    owner = model.model.layers[0].self_attn.q_proj
+    site = next(iter(chains(model, "default")))
+    weight = matrix(model, site)
+    # The projection is that of the rounded input by the rounded weight and the update; float32 sums of 64 terms.
+    torch.testing.assert_close(owner(reads[0]), reads[0] @ (weight + chain.delta(weight)).T, atol=1e-5, rtol=1e-4)
+    found = gp.bops(model)
+    assert found.base == found.reference.base * (4 / 32 + 1) / 2  # of two sites one
+    gp.compact(model)
+    assert delta(outputs(model, example), adapted) < 1e-5
+    assert gp.bops(model).base == found.base
+    gp.save(model, tmp_path)
+    assert same(outputs(gp.load(build("llama"), tmp_path).eval(), example), outputs(model, example))
+    for act, message in {
+        gp.merge: "so the adapter 'default' cannot be folded into",
+        gp.lower: "so the adapter is no LoRA pair",
+    }.items():
+        with pytest.raises(AdapterError, match=message):
+            act(model)
+    assert gp.verify(model).ok
+    gp.remove(model)
+    before.check(model)
+    with pytest.raises(AdapterError, match=r"c_attn\.weight \(q\) cannot have its input rounded"):
+        gp.apply(build("gpt2"), "q:blora(quantize=all)")
+
+
 def test_refusals_change_nothing() -> None:
     model = build("llama")
     gp.apply(model, "q:lora")
@@ -192,6 +274,15 @@ def test_refusals_change_nothing() -> None:
     gp.apply(empty, "q:blora")
     with pytest.raises(AdapterError, match=r"has no values at .*meta device"):
         gp.compact(empty)
-    for wrong in (dict(lambda_bits=-1.0), dict(bits=(8, 8)), dict(bits=(3, 8, 8)), dict(cost="free"), dict(r=0)):
+    with pytest.raises(RuleError, match="drop=true needs quantize=adapter"):
+        BLoRA(drop=True, quantize="base")
+    for wrong in (
+        dict(lambda_bits=-1.0),
+        dict(bits=(8, 8)),
+        dict(bits=(3, 8, 8)),
+        dict(cost="free"),
+        dict(r=0),
+        dict(bits=(8, 8, 8), quantize="base"),
+    ):
         with pytest.raises(RuleError, match=f"option {next(iter(wrong))}"):
             BLoRA(**wrong)

@@ -26,7 +26,7 @@ def test_update_is_that_of_the_paper() -> None:
         nn.init.normal_(parameter)
     b, a = (factor.weight for factor in chain.factors)
     whole = weight + 2 * b @ a
-    m = chain.reweight.magnitude
+    m = chain.reweight.magnitude.weight
     expected = m[:, None] * whole / whole.norm(dim=1, keepdim=True)
     # float64, short sums.
     torch.testing.assert_close(weight + chain.delta(weight), expected, atol=1e-12, rtol=0)
@@ -56,7 +56,7 @@ def test_peft_starts_and_trains_the_same(rslora: bool) -> None:
     ours = gp.apply(base, f"path(0.weight):dora(r=3, alpha=6, rslora={str(rslora).lower()})", inputs=x)
     (chain,) = chains(ours, "default").values()
     layer = theirs.base_model.model[0]
-    assert torch.allclose(chain.reweight.magnitude, layer.lora_magnitude_vector["default"].weight)
+    assert torch.allclose(chain.reweight.magnitude.weight, layer.lora_magnitude_vector["default"].weight)
     with torch.no_grad():
         chain.factors[1].weight.copy_(layer.lora_A["default"].weight)
         for weight in (layer.lora_B["default"].weight, chain.factors[0].weight):
@@ -98,7 +98,9 @@ def test_on_models(name: str, tmp_path: Path) -> None:
         rows = chain.delta(weight)
         rows = rows if site.rows is None else torch.cat([rows[a:b] for a, b in site.rows])
         # float32 norms of 64 entries.
-        torch.testing.assert_close((weight + rows).norm(dim=1), chain.reweight.magnitude.abs(), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            (weight + rows).norm(dim=1), chain.reweight.magnitude.value.abs(), atol=1e-5, rtol=1e-4
+        )
         assert site.rows is None or not torch.equal(rows, torch.zeros_like(rows))
     gp.verify(model)
     gp.merge(model)
@@ -125,7 +127,7 @@ def test_of_a_stack_of_experts_each_has_its_own_norms() -> None:
     for parameter in stack.parameters():
         nn.init.normal_(parameter)
     norms = (weight + stack.delta(weight)).norm(dim=-1)
-    torch.testing.assert_close(norms, stack.reweight.magnitude.abs(), atol=1e-12, rtol=0)
+    torch.testing.assert_close(norms, stack.reweight.magnitude.value.abs(), atol=1e-12, rtol=0)
 
 
 def test_without_its_length_it_is_lora() -> None:
