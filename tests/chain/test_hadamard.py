@@ -4,7 +4,7 @@ import pytest
 from graphpeft.chain.hadamard import constructible, hadamard_factors, hadamard_matrix, hadamard_order
 from graphpeft.errors import AdapterError
 
-WIDTHS = [64, 384, 512, 768, 1024, 1280, 1536, 2048, 2560, 3072, 4096, 5120, 6656, 8192, 13824, 14336]
+WIDTHS = [64, 384, 512, 768, 1024, 1280, 1536, 2048, 2560, 3072, 4096, 5120, 6656, 8192, 11008, 13824, 14336, 22016]
 """Widths of published models that have to be transformed without padding."""
 
 
@@ -16,10 +16,10 @@ def test_rows_are_orthogonal(n: int) -> None:
 
 
 def test_constructible_orders() -> None:
-    # Below 200, Paley and Sylvester miss only the orders that need prime powers or other constructions.
+    # Below 200, Paley and Sylvester miss only the orders that need other constructions.
     multiples = set(range(4, 201, 4))
     missing = {n for n in multiples if not constructible(n)}
-    assert missing == {52, 92, 100, 116, 156, 172, 184, 188}
+    assert missing == {92, 116, 156, 172, 184, 188}
     assert {n for n in range(1, 201) if constructible(n)} == {1, 2} | multiples - missing
 
 
@@ -44,7 +44,7 @@ def test_order_is_little_larger_and_well_split(n: int) -> None:
     assert constructible(a)
     assert constructible(b)
     assert n <= a * b <= n + 4 + n // 8
-    assert b <= max(64, 4 * a)
+    assert b <= max(64, 12 * a)
 
 
 def test_unknown_order() -> None:

@@ -61,7 +61,7 @@ def test_update_has_full_rank_r() -> None:
     assert torch.linalg.matrix_rank(chain.delta()) == 16
 
 
-@pytest.mark.parametrize(("shape", "r"), [((64, 64), 64), ((64, 50), 56), ((10, 300), 12), ((1, 8), 1)])
+@pytest.mark.parametrize(("shape", "r"), [((64, 64), 64), ((64, 50), 52), ((10, 300), 12), ((1, 8), 1)])
 def test_rank_is_cut_to_the_order_of_the_transform(shape: tuple[int, int], r: int) -> None:
     chain = RLoRA().chain(site(*shape))
     assert chain.trainable() == shape[0] + r
