@@ -21,12 +21,18 @@ SAMPLE = Site("q", "q.weight", None, False, 0, (768, 768))
 
 
 def chain_text(chain: Chain) -> str:
-    """The factors as they are written, the last one applied first: `Diag · Dense* · Diag · Dense*`, * for frozen."""
+    """The factors as they are written, the last one applied first: `Diag · Dense* · Diag · Dense*`, * for frozen.
+
+    Transforms of a factor's weight stand in brackets, what depends on the base weight around the whole.
+    """
 
     def one(factor: nn.Module) -> str:
-        return type(factor).__name__ + ("" if any(True for _ in factor.parameters()) else "*")
+        transforms = ", ".join(type(t).__name__ for t in getattr(factor, "transforms", ()))
+        frozen = "" if any(True for _ in factor.parameters()) else "*"
+        return type(factor).__name__ + frozen + (f"[{transforms}]" if transforms else "")
 
-    return " · ".join(one(factor) for factor in chain.factors)
+    text = " · ".join(one(factor) for factor in chain.factors)
+    return text if chain.reweight is None else f"{type(chain.reweight).__name__}({text})"
 
 
 def lowers_text(chain: Chain) -> str:
@@ -49,12 +55,12 @@ def methods_text(found: tuple[nn.Module, Found] | None = None, target: str = "qv
             chain = cls().chain(SAMPLE)
             lowers = lowers_text(chain)
         counted = [_trained(found, f"{target}:{name}")] if found else []
-        rows.append((name, chain_text(chain), *counted, lowers, cls.paper))
+        rows.append((name, chain_text(chain), *counted, "yes" if chain.before is None else "no", lowers, cls.paper))
         accepted = {option.name: option.accepts for option in options(cls)}
         details += [(name, field.name, field.default, accepted[field.name]) for field in fields(cls)]
     trained = [f"trained at {target}"] if found else []
-    head = table(("method", "chain (* frozen)", *trained, "as plain LoRA", "paper"), rows, right=trained)
-    lines = "Every method merges. `as plain LoRA` is the rank of an exactly equal pair at 768 × 768 (see gp.lower)."
+    head = table(("method", "chain (* frozen)", *trained, "merges", "as plain LoRA", "paper"), rows, right=trained)
+    lines = "`as plain LoRA` is the rank of an exactly equal pair at 768 × 768 (see gp.lower), for the default options."
     return f"{head}\n\n{lines}\n\n{table(('method', 'option', 'default', 'accepts'), details)}"
 
 
