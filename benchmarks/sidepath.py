@@ -2,7 +2,8 @@
 
 `python benchmarks/sidepath.py` prints process CPU time on one thread for 512 tokens in float32, medians over rounds, and
 ratios to the frozen layer. Every round times each contender once, in turn. A side path is timed as y + ΔW x on its own;
-VeRA as in PEFT is its layer's time less that of the layer beneath, measured in the same round.
+DoRA, which looks at the layer's weight and output, and what PEFT does are the time of the whole adapted layer less that of
+the frozen one, measured in the same round.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import peft
 import torch
 from torch import Tensor, nn
 
+import graphpeft as gp
 from graphpeft.methods import Method
 from graphpeft.program import Site
 from graphpeft.rules import parse
@@ -51,10 +53,14 @@ def side(method: Method, d: int) -> Callable[[Tensor], Tensor]:
 
 def contenders(d: int) -> dict[str, Callable[[Tensor], Tensor]]:
     frozen = nn.Linear(d, d).requires_grad_(False)
-    config = peft.VeraConfig(r=256, target_modules=["0"])
-    theirs = peft.get_peft_model(nn.Sequential(nn.Linear(d, d)), config)
-    found = {name: side(parse(f"q:{name}")[0].method, d) for name in PATHS}
-    return {"frozen layer": frozen, "vera(r=256) in PEFT": theirs.base_model.model[0], **found}
+    sides = {name: side(parse(f"q:{name}")[0].method, d) for name in PATHS}
+    dora = gp.apply(nn.Sequential(nn.Linear(d, d)), "path(0.weight):dora(r=8)", inputs=(torch.randn(2, d),))
+    configs = {
+        "vera(r=256) in PEFT": peft.VeraConfig(r=256, target_modules=["0"]),
+        "dora(r=8) in PEFT": peft.LoraConfig(r=8, use_dora=True, target_modules=["0"]),
+    }
+    theirs = {n: peft.get_peft_model(nn.Sequential(nn.Linear(d, d)), c).base_model.model for n, c in configs.items()}
+    return {"frozen layer": frozen, **sides, "dora(r=8)": dora, **theirs}
 
 
 def measure(d: int, backward: bool, rounds: int) -> dict[str, list[float]]:
@@ -65,8 +71,8 @@ def measure(d: int, backward: bool, rounds: int) -> dict[str, list[float]]:
             start = time.process_time()
             run()
             times[name].append(time.process_time() - start)
-    theirs = times["vera(r=256) in PEFT"]
-    times["vera(r=256) in PEFT"] = [t - f for t, f in zip(theirs, times["frozen layer"], strict=True)]
+    for name in [name for name in times if name.startswith("dora") or "PEFT" in name]:
+        times[name] = [t - f for t, f in zip(times[name], times["frozen layer"], strict=True)]
     return {name: taken[1:] for name, taken in times.items()}
 
 

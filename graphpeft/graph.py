@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from graphpeft.chain import Transform
 from graphpeft.match.owners import Lookup
-from graphpeft.match.products import op
+from graphpeft.match.products import added_to, op
 from graphpeft.program import Site, layout, oriented
 from graphpeft.weight_form import added
 
@@ -43,6 +43,19 @@ class _Branch(nn.Module):
         return cast(torch.Tensor, accumulate(y.to(self.cast), x.to(self.cast)).to(self.dtype))
 
 
+class _RelativeBranch(_Branch):
+    """The same for a branch relative to the base weight W: it takes W x without the bias that y has, and its gain."""
+
+    def forward(  # type: ignore[override]
+        self, y: torch.Tensor, x: torch.Tensor, product: torch.Tensor, gain: torch.Tensor
+    ) -> torch.Tensor:
+        accumulate: Any = self.branch.accumulate
+        values = (y, x, product, gain)
+        if self.cast is None:
+            return cast(torch.Tensor, accumulate(*values))
+        return cast(torch.Tensor, accumulate(*(value.to(self.cast) for value in values)).to(self.dtype))
+
+
 class _BranchTracer(fx.Tracer):
     """Traces a branch down to its tensors; what differs between `train()` and `eval()` stays a module."""
 
@@ -53,14 +66,27 @@ class _BranchTracer(fx.Tracer):
 
 
 def insert_branch(
-    graph: fx.Graph, node: fx.Node, source: fx.Node, site: Site, branch: nn.Module, path: str, dtype: torch.dtype
+    graph: fx.Graph,
+    node: fx.Node,
+    source: fx.Node,
+    site: Site,
+    branch: nn.Module,
+    path: str,
+    dtype: torch.dtype,
+    weight: fx.Node | None = None,
 ) -> None:
-    """Inline `branch` after `node` and hand its result to everything that read `node`."""
-    inner = _BranchTracer().trace(_Branch(branch, dtype))
+    """Inline `branch` after `node` and hand its result to everything that read `node`.
+
+    `weight` is the node of the base weight, which a branch relative to it looks at.
+    """
     readers = list(node.users)
+    anchor, values, kind = node, [node, source], _Branch
+    if getattr(branch, "relative", False):
+        product, gain = _product_and_gain(graph, node, site, path, cast(fx.Node, weight))
+        anchor, values, kind = gain, [node, source, product, gain], _RelativeBranch
+    inner = _BranchTracer().trace(kind(branch, dtype))
     env: dict[fx.Node, fx.Node] = {}
-    inputs = iter((node, source))
-    anchor = node
+    inputs = iter(values)
     for inside in inner.nodes:
         if inside.op == "placeholder":
             env[inside] = next(inputs)
@@ -74,6 +100,20 @@ def insert_branch(
             _tag(anchor, node, site, branch, path)
     for reader in readers:
         reader.replace_input_with(node, result)
+
+
+def _product_and_gain(
+    graph: fx.Graph, node: fx.Node, site: Site, path: str, weight: fx.Node
+) -> tuple[fx.Node, fx.Node]:
+    """Nodes after a projection: what the weight alone makes of the input, and the branch's gain of its rows."""
+    addend = added_to(node)
+    with graph.inserting_after(node):
+        product = node if addend is None else graph.call_function(torch.sub, (node, addend))
+    module = _module(graph, product, path)
+    with graph.inserting_after(module):
+        matrix = graph.call_function(oriented, (weight, *layout(site)))
+    with graph.inserting_after(matrix):
+        return product, graph.call_method("gain", (module, matrix))
 
 
 def insert_before(graph: fx.Graph, node: fx.Node, source: fx.Node, site: Site, transform: nn.Module, path: str) -> None:

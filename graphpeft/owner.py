@@ -231,16 +231,17 @@ def _adapt(
     """Put one branch at every use of its weight; whether there was any."""
     before = getattr(branch, "before", None)
     if before is not None:
-        for node, source in projections(owner, graph, parameter):
-            insert_before(graph, node, source, site, before, f"{path}.before")
-    if site.form == "weight" or getattr(branch, "relative", False):
+        for affine in projections(owner, graph, parameter):
+            insert_before(graph, affine.node, affine.input, site, before, f"{path}.before")
+    products, picks = projections(owner, graph, parameter), lookups(owner, graph, parameter)
+    relative = getattr(branch, "relative", False)
+    if site.form == "weight" or (relative and (picks or not branch.beside)):
         found = readers(owner, graph, parameter)
         for node in found:
             insert_sum(graph, node, site, branch, path)
         return bool(found)
-    products, picks = projections(owner, graph, parameter), lookups(owner, graph, parameter)
-    for node, source in products:
-        insert_branch(graph, node, source, site, branch, path, parameter.dtype)
+    for affine in products:
+        insert_branch(graph, affine.node, affine.input, site, branch, path, parameter.dtype, affine.weight)
     for pick in picks:
         insert_lookup(graph, pick, site, branch, path)
     return bool(products or picks)

@@ -40,9 +40,9 @@ class Entry:
             return self.build().trainable()
 
     def form(self) -> str:
-        """The form that the site takes: an update relative to the base weight always takes the weight form."""
+        """The form that the site takes: an update relative to the base weight may ask for the weight form."""
         with torch.device("meta"):
-            return "weight" if self.build().relative else self.site.form
+            return self.site.form if self.build().beside else "weight"
 
 
 @dataclass(frozen=True)

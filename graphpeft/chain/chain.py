@@ -123,8 +123,13 @@ class Chain(nn.Module):
 
     @property
     def relative(self) -> bool:
-        """Whether the update depends on the base weight, which `delta` is given then."""
+        """Whether the update depends on the base weight, which `delta` and `accumulate` are given then."""
         return self.reweight is not None
+
+    @property
+    def beside(self) -> bool:
+        """Whether the update can be computed beside the projection, rather than as a change of its weight."""
+        return self.reweight is None or (self.reweight.beside and len(self._inner) == len(self._factors))
 
     def _with(self, scale: float, probability: float) -> Chain:
         made = Chain(self._factors, scale, probability)
@@ -175,8 +180,13 @@ class Chain(nn.Module):
         x = self._product(x, self._factors)
         return x if self.scale == 1 else x * self.scale
 
-    def accumulate(self, y: Tensor, x: Tensor) -> Tensor:
-        """`y + self(x)`, the last product, the scale and the sum being one kernel where the factor allows."""
+    def accumulate(self, y: Tensor, x: Tensor, product: Tensor | None = None, gain: Tensor | None = None) -> Tensor:
+        """`y + self(x)`, the last product, the scale and the sum being one kernel where the factor allows.
+
+        A `relative` update takes the product of the base weight and x, without a bias, and its `gain`.
+        """
+        if gain is not None and product is not None:
+            return torch.addcmul(torch.addcmul(y, product, gain - 1), self(x), gain)
         scatter, *factors = self._factors
         if not (isinstance(scatter, Scatter) and factors):
             first, rest = scatter, factors
@@ -219,8 +229,17 @@ class Chain(nn.Module):
                 f"{self._factors[0]} alone has no inner width to cut at, so it is no LoRA pair. "
                 "Merge the adapter, or store it in graphpeft's own format."
             )
+        return self.pair()
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """A and B of the product of two factors or more alone, whatever is around it: see `to_lora`."""
         a, b = self._cut()
         return a, self.scale * b
+
+    def gain(self, weight: Tensor) -> Tensor:
+        """What a `relative` update beside a projection multiplies the rows of W + Δ by, `(outputs,)`."""
+        assert self.reweight is not None, "an update that does not depend on the base weight has no gain"
+        return self.reweight.gain(self.pair(), widen(weight))
 
     def require_linear(self, consequence: str) -> None:
         """Raise `AdapterError` if the site's input is transformed, so that no change of its weight does the same."""

@@ -14,8 +14,15 @@ from graphpeft.chain.transform import Transform
 class Reweight(nn.Module):
     """From a weight W `(outputs, inputs)` and the product of a chain's factors Δ, the whole update ΔW.
 
-    Sites with such an update take the weight form: W + ΔW is made once per forward pass.
+    A site with such an update takes the weight form, where W + ΔW is made once per forward pass, unless `beside` is set:
+    then it multiplies rows by a `gain`, which can be done beside the projection.
     """
+
+    beside = False
+
+    def gain(self, pair: tuple[Tensor, Tensor], weight: Tensor) -> Tensor:
+        """What W + Δ is multiplied by, one number for each output feature; Δ = B A is given as `(A, B)`."""
+        raise NotImplementedError
 
     def forward(self, weight: Tensor, delta: Tensor) -> Tensor:
         raise NotImplementedError
@@ -31,6 +38,8 @@ class Magnitude(Reweight):
     cost nothing (Liu et al., 2024, §4.3).
     """
 
+    beside = True
+
     def __init__(self, outputs: int) -> None:
         super().__init__()
         self.magnitude = Diag(outputs, constant(1.0))
@@ -42,9 +51,22 @@ class Magnitude(Reweight):
 
     def forward(self, weight: Tensor, delta: Tensor) -> Tensor:
         whole = weight + delta
-        scale = self.magnitude.value / _norms(whole.detach()).clamp_min(torch.finfo(whole.dtype).tiny)
-        # Written so that the start is exactly zero: scale is 1 there.
-        return delta + (scale - 1).unsqueeze(-1) * whole
+        gain = self._gain(_norms(whole.detach()))
+        # Written so that the start is exactly zero: the gain is 1 there.
+        return delta + (gain - 1).unsqueeze(-1) * whole
+
+    def gain(self, pair: tuple[Tensor, Tensor], weight: Tensor) -> Tensor:
+        with (
+            torch.no_grad()
+        ):  # ‖W + B A‖² = ‖W‖² + 2 ⟨W Aᵀ, B⟩ + ⟨B A Aᵀ, B⟩, row by row, without a matrix as large as W
+            a, b = pair
+            squares = _norms(weight).square() + ((2 * (weight @ a.t()) + b @ (a @ a.t())) * b).sum(-1)
+            norms = squares.clamp_min(0).sqrt()
+        return self._gain(norms)
+
+    def _gain(self, norms: Tensor) -> Tensor:
+        value = self.magnitude.value
+        return value / norms.clamp_min(torch.finfo(norms.dtype).tiny)
 
 
 class RoundedBase(Reweight):

@@ -57,7 +57,7 @@ class Stack(Chain):
         """The matrices' plain LoRA pairs: A `(n, r, inputs)` and B `(n, outputs, r)`. Raises as `Chain.to_lora`."""
         return self._each(super().to_lora)
 
-    def accumulate(self, y: Tensor, x: Tensor) -> Tensor:
+    def accumulate(self, y: Tensor, x: Tensor, product: Tensor | None = None, gain: Tensor | None = None) -> Tensor:
         """Raises `AdapterError`: which matrix an activation meets is known to its module alone."""
         raise AdapterError(
             "Stacked matrices have no side path of their own: adapt the weight itself (a site of form 'weight'), as "

@@ -46,7 +46,7 @@ def explain(model: nn.Module, fold: bool = True) -> Explanation:
                 rows_text(site.rows),
                 size_text(site),
                 entry.method,
-                "weight" if chain.relative else site.form,
+                site.form if chain.beside else "weight",
                 chain.rank,
             )
             key = "\t".join([*map(str, cells), f"{sum(p.numel() for p in chain.parameters()):,}"])

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import fx, nn
 
-from graphpeft.match.products import behind_transposes, op, read_affine
+from graphpeft.match.products import Affine, behind_transposes, op, read_affine
 from graphpeft.program import Program, stored
 
 
@@ -88,12 +88,12 @@ def forget_constants(module: nn.Module, known: Collection[str] = ()) -> None:
         del module.__dict__[name]
 
 
-def projections(owner: nn.Module, graph: fx.Graph, parameter: nn.Parameter) -> list[tuple[fx.Node, fx.Node]]:
-    """(projection, its input) for each node of `graph` that multiplies by `parameter`; none if one is not plain."""
+def projections(owner: nn.Module, graph: fx.Graph, parameter: nn.Parameter) -> list[Affine]:
+    """The projections of `graph` by `parameter`; none if one of them is not plain."""
     is_weight = _reads(owner, parameter)
     read = (read_affine(n, is_weight) for n in graph.nodes if n.op in {"call_function", "call_method"})
     found = [a for a in read if a]
-    return [(a.node, a.input) for a in found] if parameter.dim() == 2 and all(a.plain for a in found) else []
+    return found if parameter.dim() == 2 and all(a.plain for a in found) else []
 
 
 @dataclass(frozen=True)

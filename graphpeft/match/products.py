@@ -91,6 +91,16 @@ def read_affine(node: fx.Node, is_weight: Callable[[fx.Node], bool]) -> Affine |
     return None
 
 
+def added_to(node: fx.Node) -> fx.Node | None:
+    """What a projection's product is added to within its operator: the bias of `linear`, the first operand of `addmm`."""
+    name = op(node)
+    if name == "linear":
+        found = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    else:
+        found = node.args[0] if name in {"addmm", "baddbmm"} and len(node.args) >= 3 else None
+    return found if isinstance(found, fx.Node) else None
+
+
 def _factors(name: str, node: fx.Node) -> list[tuple[Any, Any, bool | None]]:
     """(activation, weight, whether the weight stands left; `None` for `linear`, which transposes it) to try."""
     args = list(node.args)
@@ -122,8 +132,8 @@ def _product(node: fx.Node, x: Any, w: Any, left: bool | None, is_weight: Callab
         return None
     stored_in_out = left is False
     # Where the code scales the weight or the product, a side path that is not scaled would say something else.
-    alpha = node.kwargs.get("alpha", 1)
-    plain = kind == "linear" and not left and first is None and not scaled and bool(alpha == 1)
+    factors = [node.kwargs.get(name, 1) for name in ("alpha", "beta")]
+    plain = kind == "linear" and not left and first is None and not scaled and factors == [1, 1]
     transposed = stored_in_out ^ (flips % 2 == 1)
     return Affine(node, x, root, transposed, (-2,) if left else (-1,), kind=kind, first=first, plain=plain)
 
