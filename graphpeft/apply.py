@@ -22,7 +22,7 @@ from graphpeft.plan import Plan, make_plan
 from graphpeft.program import Site
 from graphpeft.rules import Rule, coerce, to_text
 from graphpeft.samples import settled
-from graphpeft.state import inactive, set_active
+from graphpeft.state import hidden, inactive, set_active
 from graphpeft.survey import survey
 
 Rules = str | Rule | Iterable[Rule | str] | Mapping[str, Method | str]
@@ -73,7 +73,7 @@ def apply(
 
 def found_in(module: nn.Module, inputs: Inputs = None) -> Found:
     """Every site of a model, and what was not found. Adapters rest meanwhile."""
-    with inactive(module), settled(module):
+    with inactive(module), hidden(module), settled(module):
         return survey(module, inputs)
 
 

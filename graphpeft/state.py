@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from graphpeft.adapters import HOME, Adapters, home, places
 from graphpeft.chain import Chain
@@ -138,3 +138,21 @@ def inactive(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         set_active(model, active)
+
+
+@contextmanager
+def hidden(model: nn.Module) -> Iterator[None]:
+    """Resting adapters off the module tree for a while.
+
+    torch.export gives modules other paths as soon as one of them stands in two places, as what adapters share does.
+    """
+    held = {owner: dict(owner._modules) for owner in model.modules() if home(owner) is not None}
+    held = {owner: modules for owner, modules in held.items() if not isinstance(owner, fx.GraphModule)}
+    try:
+        for owner in held:
+            del owner._modules[HOME]
+        yield
+    finally:
+        for owner, modules in held.items():
+            owner._modules.clear()
+            owner._modules.update(modules)

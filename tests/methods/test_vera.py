@@ -32,6 +32,16 @@ def test_one_bank_serves_every_site_and_survives_copies() -> None:
     assert not [name for name in model.state_dict() if "bank" in name]
 
 
+def test_a_second_adapter_is_captured_beside_shared_projections() -> None:
+    """torch.export names modules by another scheme where one stands in two places, as a bank does."""
+    model = gp.apply(build("llama"), "v:vera(r=16)", name="one")
+    held = list(model.named_modules())
+    gp.apply(model, "q:vera(r=16)", name="two")
+    assert [len(chains(model, name)) for name in ("one", "two")] == [2, 2]
+    gp.remove(model, "two")
+    assert [name for name, _ in model.named_modules()] == [name for name, _ in held]
+
+
 def test_peft_draws_computes_and_trains_the_same() -> None:
     import peft
 

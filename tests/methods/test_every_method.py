@@ -1,0 +1,164 @@
+"""What holds for every method, so that a new one is tested by adding a line here."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from checks import Snapshot, adapters, build, call, delta, outputs, randomize, same
+from torch import nn
+
+import graphpeft as gp
+from graphpeft.chain import RankGate
+from graphpeft.errors import AdapterError
+from graphpeft.methods import names
+from graphpeft.program import matrix
+from graphpeft.state import chains
+
+METHODS = {
+    "lora(r=4)": 4,
+    "lora(r=4, alpha=8, rslora=true)": 4,
+    "melora(n=4, r=2)": 8,
+    "melora(n=2, r=(1, 3), alpha=2)": 4,
+    "olora(r=4)": 8,
+    "pissa(r=4)": 8,
+    "vera(r=16)": 16,
+    "rlora(r=16)": 16,
+    "rlora(r=16, rows=uniform)": 16,
+    "rlora(r=16, train=in_out)": 16,
+    "rlora(r=16, train=in_mid_out)": 16,
+    "rlora(r=8, train=core)": 8,
+    "rlora(r=8, train=b_only)": 8,
+    "blora(r=4)": 4,
+    "blora(r=4, quantize=base, bits=(32, 32, 32, 32))": 4,
+    "dora(r=4)": None,
+}
+"""Rules and the rank that a trained update has; `None` where it follows from the base weight."""
+SAMPLES = {rule: rank for rule, rank in METHODS.items() if "quantize" not in rule}
+
+
+def test_no_method_is_left_out() -> None:
+    assert {rule.partition("(")[0] for rule in METHODS} == set(names())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])  # gpt2: q and v are rows of one transposed weight
+@pytest.mark.parametrize("method", METHODS)
+def test_life(name: str, method: str, tmp_path: Path) -> None:
+    model = build(name)
+    example, before = call(name, model), Snapshot.of(model)
+    base = outputs(model, example)
+    gp.apply(model, f"qv:{method}", verify="full")  # identity, gradients, merge and un-merge
+    model.eval()
+    randomize(model)
+    adapted = outputs(model, example)
+    assert delta(adapted, base) > 1e-3
+    for site, chain in chains(model, "default").items():
+        update = chain.delta(matrix(model, site) if chain.relative else None)
+        # Singular values below 1e-5 of the largest are rounding in float32.
+        rank = torch.linalg.matrix_rank(update, rtol=1e-5)
+        assert rank == METHODS[method] or METHODS[method] is None
+        assert rank <= chain.rank
+    gp.save(model, tmp_path)
+    assert same(outputs(gp.load(build(name), tmp_path).eval(), example), adapted)
+    assert same(outputs(copy.deepcopy(model), example), adapted)
+    with gp.disabled(model):
+        assert same(outputs(model, example), base)
+    gp.merge(model)
+    # float32, updates of size about 1 through two layers.
+    assert delta(outputs(model, example), adapted) < 1e-3
+    gp.unmerge(model)
+    assert same(outputs(model, example), adapted)
+    gp.remove(model)
+    before.check(model)
+
+
+@pytest.mark.parametrize("method", SAMPLES)
+def test_the_same_seed_gives_the_same_adapter_in_any_order(method: str) -> None:
+    """Of attachment, and whatever else is drawn in between."""
+    x = torch.randn(2, 7, 32)
+    together = gp.apply(build("hand_written"), f"qv:{method}", seed=3, inputs=(x,))
+    apart = build("hand_written")
+    torch.manual_seed(99)
+    gp.apply(apart, f"v:{method}", seed=3, name="v", inputs=(x,))
+    torch.randn(5)
+    gp.apply(apart, f"q:{method}", seed=3, name="q", inputs=(x,))
+    tensors = {
+        (site.key, leaf): tensor
+        for name in ("q", "v")
+        for site, chain in chains(apart, name).items()
+        for leaf, tensor in chain.state_dict().items()
+    }
+    found = {
+        (site.key, leaf): t
+        for site, chain in chains(together, "default").items()
+        for leaf, t in chain.state_dict().items()
+    }
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[key], tensors[key]) for key in found)
+    # Frozen tensors are no part of a state dict. VeRA's are as wide as the widest site of an adapter, as in PEFT, so
+    # those of adapters on other sites differ.
+    if not method.startswith("vera"):
+        for site, chain in chains(together, "default").items():
+            other = chains(apart, site.role)[site]
+            assert torch.equal(chain.eval()(x), other.eval()(x))
+    other = gp.apply(build("hand_written"), f"qv:{method}", seed=4, inputs=(x,))
+    drawn = [
+        t
+        for a, b in zip(adapters(together).values(), adapters(other).values(), strict=True)
+        for t in [torch.equal(a, b)]
+    ]
+    fixed = method.startswith(("olora", "pissa", "vera", "rlora"))  # no trained tensor is drawn
+    assert all(drawn) == fixed
+
+
+@pytest.mark.parametrize("method", SAMPLES)
+def test_exported_code_has_nothing_that_only_training_needs(method: str) -> None:
+    model = gp.apply(build("llama"), f"qv:{method}")
+    randomize(model)
+    model.eval()
+    example = call("llama", model)
+    adapted = outputs(model, example)
+    for module in model.modules():
+        assert not isinstance(module, RankGate) or not module.training
+    exported = torch.export.export(model, *example[:1], {**example[1], "use_cache": False}, strict=False)
+    drawn = {str(n.target) for n in exported.graph.nodes if "rand" in str(n.target) or "dropout" in str(n.target)}
+    assert not drawn
+    # float32 in the same order.
+    assert delta(outputs(exported.module(), (example[0], {**example[1], "use_cache": False}))[:1], adapted[:1]) < 1e-5
+    gp.merge(model)
+    assert not any(p for p, _ in model.named_parameters() if "adapters" in p)
+
+
+NEW_OPERATORS = {"rlora(r=16)", "blora(r=4)", "dora(r=4)"}
+
+
+@pytest.mark.parametrize(
+    "method", [m if m in NEW_OPERATORS else pytest.param(m, marks=pytest.mark.slow) for m in SAMPLES]
+)
+def test_a_compiled_model_has_no_graph_break(method: str) -> None:
+    torch._dynamo.reset()
+    model = gp.apply(build("llama"), f"qv:{method}")
+    randomize(model)
+    args, kwargs = call("llama", model)
+    expected = outputs(model.eval(), (args, kwargs))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert delta(outputs(compiled, (args, kwargs)), expected) < 1e-5  # float32
+    model.train()
+    compiled(*args, **kwargs).logits.square().mean().backward()
+    trained: list[nn.Parameter] = list(adapters(model).values())
+    assert any(p.grad is not None and p.grad.any() for p in trained)
+
+
+@pytest.mark.parametrize("method", SAMPLES)
+def test_what_is_not_finite_is_not_merged(method: str) -> None:
+    model = gp.apply(build("llama"), f"q:{method}")
+    randomize(model)
+    held = Snapshot.of(model)
+    first = next(iter(adapters(model).values()))
+    first.data.view(-1)[0] = float("nan")
+    with pytest.raises(AdapterError, match=r"has NaN or infinite values; the model is unchanged"):
+        gp.merge(model)
+    first.data.copy_(held.tensors[next(n for n, p in model.named_parameters() if p is first)])
+    held.check(model)
