@@ -1,5 +1,7 @@
 """graphpeft: adapters for PyTorch models, inserted the way a compiler would. The public names, and nothing else."""
 
+from typing import TYPE_CHECKING, Any
+
 from graphpeft.apply import apply, plan, sites, trainable
 from graphpeft.capture import capture
 from graphpeft.inspect.bops import bops
@@ -15,10 +17,14 @@ from graphpeft.passes.verify import verify
 from graphpeft.runtime import Session
 from graphpeft.train import PAC, add_penalties, parameter_groups, penalty
 
+if TYPE_CHECKING:
+    from graphpeft.train import AdapterCallback
+
 __version__ = "0.1.0"
 
 __all__ = [
     "PAC",
+    "AdapterCallback",
     "Session",
     "activate",
     "add_penalties",
@@ -43,3 +49,11 @@ __all__ = [
     "unmerge",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "AdapterCallback":  # Trainer takes longer to import than all of graphpeft
+        from graphpeft.train import AdapterCallback
+
+        return AdapterCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

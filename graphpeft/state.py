@@ -123,6 +123,9 @@ def set_active(model: nn.Module, active: tuple[str, ...]) -> None:
     for name in state.adapters:
         for chain in chains(model, name).values():
             chain.requires_grad_(name in active)
+        objective = state.adapters[name].objective
+        if objective is not None and objective.frozen:
+            objective.freeze(model)
 
 
 @contextmanager

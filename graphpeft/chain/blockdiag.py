@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graphpeft.chain.factor import Factor, widen
-from graphpeft.chain.factors import Weighted
+from graphpeft.chain.factors import Dense, Weighted
 from graphpeft.chain.inits import Init
 
 
@@ -50,20 +51,32 @@ class MixedBlocks(Factor):
     def __init__(self, shapes: Sequence[tuple[int, int]], init: Init, scales: Sequence[float] | None = None) -> None:
         outputs, inputs = (sum(sizes) for sizes in zip(*shapes, strict=True))
         super().__init__(outputs, inputs)
-        self.init = init
         self.scales = tuple(scales) if scales is not None else (1.0,) * len(shapes)
-        self.blocks = nn.ParameterList(torch.empty(shape) for shape in shapes)
+        self.parts = nn.ModuleList(Dense(*shape, init) for shape in shapes)
+
+    @property
+    def blocks(self) -> list[Tensor]:
+        """The matrices W₁ … Wₙ as they are trained, without scales and transforms."""
+        return [part.weight for part in self._parts]
+
+    @property
+    def _parts(self) -> list[Dense]:
+        return list(self.parts)  # type: ignore[arg-type]
 
     def reset(self, rng: Callable[[str], np.random.RandomState]) -> None:
-        for place, block in enumerate(self.blocks):
-            self.init(block, rng(f"blocks.{place}"))
+        for place, part in enumerate(self._parts):
+            part.reset(partial(_of_block, rng, place))
 
     def _whole(self) -> Tensor:
-        scaled = zip(self.blocks, self.scales, strict=True)
-        return torch.block_diag(*(block if scale == 1 else block * scale for block, scale in scaled))
+        scaled = zip((part.value for part in self._parts), self.scales, strict=True)
+        return torch.block_diag(*(value if scale == 1 else value * scale for value, scale in scaled))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self._whole())
 
     def matrix(self) -> Tensor:
         return widen(self._whole())
+
+
+def _of_block(rng: Callable[[str], np.random.RandomState], place: int, name: str) -> np.random.RandomState:
+    return rng(f"blocks.{place}.{name}")

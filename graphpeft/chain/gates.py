@@ -66,7 +66,7 @@ class RankGate(Transform):
         """How many entries evaluation keeps; of a stack, the most that any of its matrices does."""
         return int(with_ones(decided(self.logits), self.free).cumprod(-1).sum(-1).max())
 
-    def penalty(self, diagonal: Tensor) -> Tensor | None:
+    def penalty(self, diagonal: Tensor | None) -> Tensor | None:
         if not self.weight or not self.logits.numel():
             return None
         open_ = probability(self.logits)

@@ -100,7 +100,7 @@ class Ladder(Transform):
         found = int(self._bits().max())
         return found if found > 1 else 0
 
-    def penalty(self, tensor: Tensor) -> Tensor | None:
+    def penalty(self, tensor: Tensor | None) -> Tensor | None:
         if not self.weight:
             return None
         opened = probability(self.logits).cumprod(-1)

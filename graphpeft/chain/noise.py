@@ -15,32 +15,56 @@ class Noise(Transform):
     """`weight + exp(log_sigma) · draw` in training, the weight itself in evaluation.
 
     `draw` stays the same until `redraw`, so that all uses of the weight in one forward pass, and a recomputed one,
-    see the same noise. The prior is centered on `start`, the weight given here. Raises `RuleError` unless sigma > 0.
+    see the same noise. The prior is N(start, λ²), `start` being the weight given here. One λ serves the whole tensor, or
+    each matrix of a `stacked` one; with `trained_prior` log λ is a parameter, `log_prior`. Raises `RuleError` unless
+    sigma > 0.
     """
 
     stored = False
     start: Tensor
     draw: Tensor
+    log_prior: nn.Parameter | None
 
-    def __init__(self, weight: Tensor, sigma: float = 0.03) -> None:
+    def __init__(
+        self, weight: Tensor, sigma: float = 0.03, *, trained_prior: bool = False, stacked: bool = False
+    ) -> None:
         super().__init__()
         if not sigma > 0:
             raise RuleError(f"Noise: sigma = {sigma} is not > 0. Leave the noise out instead of giving it no size.")
         start = weight.detach()
+        self.axes = tuple(range(1 if stacked else 0, start.dim()))
         self.log_sigma = nn.Parameter(torch.full_like(start, log(sigma)))
+        # Where the weight has not moved and all σ are equal, they are the best λ too.
+        best = self.log_sigma.detach().mean(self.axes, keepdim=True)
+        self.log_prior = nn.Parameter(best) if trained_prior else None
         self.register_buffer("start", start.clone())
         self.register_buffer("draw", torch.zeros_like(start), persistent=False)
 
-    def redraw(self) -> None:
-        """Draw new noise for the next forward pass."""
-        self.draw = torch.randn_like(self.draw)
+    def redraw(self, seed: int | None = None) -> None:
+        """Draw new noise for the next forward pass; with a seed, the noise of that seed on this kind of device."""
+        if seed is None:
+            self.draw = torch.randn_like(self.draw)
+        else:
+            generator = torch.Generator(self.draw.device).manual_seed(seed)
+            self.draw = torch.empty_like(self.draw).normal_(generator=generator)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight + self.log_sigma.exp() * self.draw if self.training else weight
+        if not self.training:
+            return weight
+        logs: Tensor = self.log_sigma
+        if self.log_prior is not None:
+            # Of no effect, but DistributedDataParallel wants every parameter to take part in the forward pass.
+            logs = logs + 0 * self.log_prior
+        return weight + logs.exp() * self.draw
 
     def kl(self, weight: Tensor) -> Tensor:
-        """KL(N(weight, σ²) ‖ N(start, λ²)), a scalar, at the λ² = (Σσ² + ‖weight − start‖²) / d that minimizes it."""
+        """KL(N(weight, σ²) ‖ N(start, λ²)), a scalar, in float32 or better.
+
+        That is ½ Σ [(σ² + (weight − start)²) / λ² − 1 + ln λ² − ln σ²]. Unless λ is trained it is the one that makes this
+        least, λ² = (Σσ² + ‖weight − start‖²) / d for d entries.
+        """
         wide = torch.promote_types(weight.dtype, torch.float32)
         logs = self.log_sigma.to(wide)
-        spread = ((2 * logs).exp() + (weight - self.start).to(wide).square()).mean()
-        return 0.5 * weight.numel() * spread.log() - logs.sum()
+        square = (2 * logs).exp() + (weight - self.start).to(wide).square()
+        prior = square.mean(self.axes, keepdim=True).log() / 2 if self.log_prior is None else self.log_prior.to(wide)
+        return (square * (-2 * prior).exp() - 1).sum() / 2 + (prior - logs).sum()

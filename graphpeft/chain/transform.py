@@ -28,8 +28,9 @@ class Transform(nn.Module):
     def join(self, pool: dict[str, Any]) -> None:
         """Share with the adapter's other transforms what they have in common, kept in `pool` while it is inserted."""
 
-    def penalty(self, weight: Tensor) -> Tensor | None:
-        """What the transform adds to the training loss, a scalar, or `None`. See `graphpeft.train.penalty`."""
+    def penalty(self, weight: Tensor | None) -> Tensor | None:
+        """What the transform adds to the training loss, a scalar, or `None`. A transform of no trained tensor gets no weight.
+        See `graphpeft.train.penalty`."""
         return None
 
 

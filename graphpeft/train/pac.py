@@ -3,8 +3,7 @@
     loss(θ + σ ε) + (KL + c) / (m γ) + 3/2 K² γ
 
 (PAC-tuning: Liu et al., EMNLP 2023, arXiv:2310.17588, from which RLoRA's regularizer is taken to descend). The prior of
-each tensor is centered on its initial value, with the variance that minimizes the KL. Evaluation, merging, saving and
-export use the mean θ.
+each tensor is centered on its initial value. Evaluation, merging, saving and export use the mean θ.
 """
 
 from __future__ import annotations
@@ -17,10 +16,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from graphpeft.chain import Noise, Stack, Weighted
+from graphpeft.chain import Noise, Weighted
+from graphpeft.chain.seeds import generator
 from graphpeft.errors import AdapterError, RuleError
 from graphpeft.owner import relower
-from graphpeft.state import chains, find_state, get_state, names, owners, refuse_merged
+from graphpeft.state import find_state, get_state, names, owners, refuse_merged
+from graphpeft.train.penalty import objectives
+from graphpeft.train.tensors import trained, weighted
 
 
 @dataclass
@@ -30,18 +32,29 @@ class PAC:
     `gamma` of some 10² to 10⁴ is a temperature: the bound then holds, and says little. With `gamma="optimal"` it is the
     minimizer √(2 (KL + c) / (3 m)) / K, at which few examples pull an adapter back to where it began. `sigma` is the
     noise's initial standard deviation; zero-initialized tensors have no scale of their own to take it from.
+
+    Each tensor, and each matrix of stacked experts, has a prior of its own variance λ². With `prior="closed"` that is the
+    one that minimizes the KL; with "trained", as in PAC-tuning, log λ is a parameter that starts there. Neither it nor σ
+    belongs to the adapter's file.
     """
 
     examples: int
     """m, the number of training examples."""
     gamma: float | Literal["optimal"] = 1000.0
     K: float = 1.0
-    """How far losses spread: E exp(γ (mean − loss)) ≤ exp(3/2 K² γ²)."""
+    """How far losses spread: E exp(γ (mean − loss)) ≤ exp(3/2 K² γ²). See `graphpeft.train.estimate_K`."""
     sigma: float = 0.03
     confidence: float = 0.05
     """The probability with which the bound may fail; c = ln(1 / confidence)."""
+    prior: Literal["closed", "trained"] = "closed"
+    seed: int = 0
+    """Of the noise, where `step` is set."""
     frozen: bool = False
     """In the second stage σ is fixed, the noise stays and the KL is dropped."""
+    step: int | None = None
+    """Without one each forward pass of the model in training draws new noise. With one the noise is a function of
+    `(seed, step)`: set it before each optimizer step to give all micro-batches, and all processes, the same.
+    `AdapterCallback` does so."""
 
     def __post_init__(self) -> None:
         gamma = 1.0 if self.gamma == "optimal" else self.gamma
@@ -50,22 +63,25 @@ class PAC:
                 raise RuleError(f"PAC: {name} = {value} is not > 0.")
         if not 0 < self.confidence < 1:
             raise RuleError(f"PAC: confidence = {self.confidence} is not between 0 and 1.")
+        if self.prior not in ("closed", "trained"):
+            raise RuleError(f"PAC: prior = {self.prior!r} is neither 'closed' nor 'trained'.")
 
     def attach(self, model: nn.Module, name: str | None = None) -> PAC:
         """Put noise on every trained tensor of the adapter (the active ones without a name); returns itself.
 
-        Raises `AdapterError`, and changes nothing, if an adapter has such an objective already or tensors that take no
-        noise (stacked experts, mini adapters of unequal ranks), or if the model is merged.
+        Raises `AdapterError`, and changes nothing, if an adapter has such an objective already or trains what is not the
+        weight of a factor, or if the model is merged.
         """
         refuse_merged(model, "attach noise")
         state = get_state(model)
         chosen = state.active if name is None else names(model, name)
-        factors = [factor for each in chosen for factor in _factors(model, each)]
+        factors = {factor: stacked for each in chosen for factor, stacked in trained(model, each).items()}
         for each in chosen:
             if state.adapters[each].objective is not None:
                 raise AdapterError(f"Adapter {each!r} has a PAC objective already. Call its detach(model) first.")
-        for factor in factors:
-            factor.through(Noise(factor.weight, self.sigma))
+        for factor, stacked in factors.items():
+            noise = Noise(factor.weight, self.sigma, trained_prior=self.prior == "trained", stacked=stacked)
+            factor.through(noise.train(factor.training).requires_grad_(factor.weight.requires_grad))
         for each in chosen:
             state.adapters[each].objective = self
         if not any(hook is _redraw for hook in model._forward_pre_hooks.values()):
@@ -76,13 +92,13 @@ class PAC:
     def detach(self, model: nn.Module) -> None:
         """Take the noise off again; what was trained stays, as the mean."""
         state = get_state(model)
+        for factor in dict.fromkeys(factor for factor, _ in self._noises(model)):
+            kept = [t for t in factor.applied if not isinstance(t, Noise)]
+            del factor.transforms
+            if kept:
+                factor.through(*kept)
         mine = tuple(n for n, adapter in state.adapters.items() if adapter.objective is self)
         for name in mine:
-            for factor in _factors(model, name):
-                kept = [t for t in factor.applied if not isinstance(t, Noise)]
-                del factor.transforms
-                if kept:
-                    factor.through(*kept)
             state.adapters[name].objective = None
         _relower(model, mine)
         if not any(adapter.objective for adapter in state.adapters.values()):
@@ -90,10 +106,19 @@ class PAC:
                 del model._forward_pre_hooks[key]
 
     def freeze(self, model: nn.Module) -> None:
-        """The second stage: σ is fixed, the noise stays, the KL is dropped."""
+        """The second stage: σ is fixed, the noise stays, the KL is dropped. Calling it again changes nothing.
+
+        DistributedDataParallel calls σ unused from then on, and needs `find_unused_parameters=True`, Trainer's default.
+        """
         self.frozen = True
         for _, noise in self._noises(model):
-            noise.log_sigma.requires_grad_(False)
+            noise.requires_grad_(False)
+
+    def redraw(self, model: nn.Module) -> None:
+        """New noise, or that of `step`; the model's forward pass in training calls it."""
+        for place, (_, noise) in enumerate(self._noises(model)):
+            stream = ("noise", str(self.step), str(place))
+            noise.redraw(None if self.step is None else int(generator(self.seed, *stream).randint(2**31)))
 
     def kl(self, model: nn.Module) -> Tensor:
         """KL(posterior ‖ prior) over all tensors, a scalar."""
@@ -120,25 +145,9 @@ class PAC:
         return loss + self.K * sqrt(6 * whole / self.examples)
 
     def _noises(self, model: nn.Module) -> Iterator[tuple[Weighted, Noise]]:
-        for name, adapter in get_state(model).adapters.items():
-            for factor in _factors(model, name) if adapter.objective is self else ():
-                yield from ((factor, t) for t in factor.applied if isinstance(t, Noise))
-
-
-def _factors(model: nn.Module, name: str) -> list[Weighted]:
-    """The trained factors of an adapter. Raises `AdapterError` for one whose tensors take no noise."""
-    found: dict[Any, None] = {}
-    for site, chain in chains(model, name).items():
-        for factor in chain.factors:
-            trained = any(True for _ in factor.parameters())
-            if trained and (not isinstance(factor, Weighted) or isinstance(chain, Stack)):
-                raise AdapterError(
-                    f"{type(factor).__name__} of adapter {name!r} at {site.weight} ({site.role}) takes no noise, because it "
-                    f"keeps several matrices. Leave such sites out of the adapter that PAC is attached to."
-                )
-            if trained:
-                found[factor] = None
-    return list(found)
+        mine = [name for name, adapter in get_state(model).adapters.items() if adapter.objective is self]
+        for factor in dict.fromkeys(factor for name in mine for factor in weighted(model, name)):
+            yield from ((factor, t) for t in factor.applied if isinstance(t, Noise))
 
 
 def _relower(model: nn.Module, adapters: tuple[str, ...]) -> None:
@@ -150,9 +159,5 @@ def _redraw(model: nn.Module, inputs: Any) -> None:
     """One draw for each forward pass of the whole model: a weight used twice, or recomputed, sees the same noise."""
     state = find_state(model)
     if model.training and state is not None and not state.merged:
-        for name in state.active:
-            if state.adapters[name].objective is not None:
-                for factor in _factors(model, name):
-                    for transform in factor.applied:
-                        if isinstance(transform, Noise):
-                            transform.redraw()
+        for objective in objectives(model).values():
+            objective.redraw(model)

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from graphpeft.chain import Transform
 from graphpeft.state import chains, get_state
+from graphpeft.train.tensors import weighted
+
+if TYPE_CHECKING:
+    from graphpeft.train.pac import PAC
+
+
+def objectives(model: nn.Module) -> dict[str, PAC]:
+    """The objectives of the active adapters, each under the first adapter that has it."""
+    state = get_state(model)
+    found = {name: state.adapters[name].objective for name in state.active}
+    first = {id(objective): name for name, objective in reversed(found.items()) if objective is not None}
+    return {name: found[name] for name in reversed(first.values())}
 
 
 def penalty(model: nn.Module) -> Tensor:
@@ -17,30 +30,45 @@ def penalty(model: nn.Module) -> Tensor:
 
     Raises `AdapterError` for a model without adapters.
     """
-    terms: dict[Transform, Tensor] = {}  # a factor that sites share counts once
-    for name in get_state(model).active:
-        for chain in chains(model, name).values():
-            for factor in chain.factors:
-                for transform in getattr(factor, "transforms", ()):
-                    term = None if transform in terms else transform.penalty(factor.weight)
-                    if term is not None:
-                        terms[transform] = term
-    adapters = get_state(model).adapters
-    objectives = {id(o): o for n in get_state(model).active if (o := adapters[n].objective) is not None}
+    active = get_state(model).active
+    modules = (m for name in active for chain in chains(model, name).values() for m in chain.modules())
+    transforms: dict[Transform, Tensor | None] = {m: None for m in modules if isinstance(m, Transform)}
+    factors = (factor for name in active for factor in weighted(model, name))
+    transforms |= {transform: factor.weight for factor in factors for transform in factor.applied}
+    terms = [term for t, weight in transforms.items() if (term := t.penalty(weight)) is not None]
+    terms += [objective.penalty(model) for objective in objectives(model).values()]
     device = next(model.parameters()).device
-    found = [*terms.values(), *(objective.penalty(model) for objective in objectives.values())]
-    return sum((term.to(device) for term in found), torch.zeros((), device=device))
+    return sum((term.to(device) for term in terms), torch.zeros((), device=device))
 
 
-def add_penalties(model: nn.Module, optimizer: torch.optim.Optimizer) -> RemovableHandle:
+def add_penalties(model: nn.Module, optimizer: Optimizer) -> RemovableHandle:
     """Add the gradient of `penalty` before every step of the optimizer; the handle's `remove` ends it.
 
-    It counts once per step, however many micro-batches were accumulated.
+    It counts once per step, however many micro-batches were accumulated, after a `GradScaler` unscaled the gradients and
+    after they were clipped: the penalty's own gradient is not clipped. The optimizer may be wrapped, as by accelerate. A
+    second call for the same model and optimizer returns the same handle.
     """
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    for hook in optimizer._optimizer_step_pre_hooks.values():
+        if isinstance(hook, _Adder) and hook.model is model:
+            return hook.handle
+    adder = _Adder(model)
+    adder.handle = optimizer.register_step_pre_hook(adder)
+    return adder.handle
 
-    def hook(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+
+class _Adder:
+    """A hook of an optimizer that can be recognized."""
+
+    handle: RemovableHandle
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         with torch.enable_grad():
-            value = penalty(model)
+            value = penalty(self.model)
         parameters = [p for g in optimizer.param_groups for p in g["params"] if p.requires_grad]
         if not value.requires_grad or not parameters:
             return
@@ -49,5 +77,3 @@ def add_penalties(model: nn.Module, optimizer: torch.optim.Optimizer) -> Removab
             if grad is not None:
                 grad = grad if scale is None else grad * scale.to(grad.device)
                 parameter.grad = grad if parameter.grad is None else parameter.grad + grad
-
-    return optimizer.register_step_pre_hook(hook)

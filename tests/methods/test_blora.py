@@ -115,6 +115,18 @@ def test_the_penalty_alone_closes_gates_in_order() -> None:
     assert chain.factors[1].applied[1].kept() == 1
 
 
+def test_every_rounding_is_penalized() -> None:
+    model = gp.apply(build("llama"), "q:blora(quantize=all, lambda_bits=1.0, cost=bop)")
+    gp.penalty(model).backward()
+    ladders = [m for m in model.modules() if isinstance(m, Ladder)]
+    assert len(ladders) == 2 * 5
+    assert all(ladder.logits.grad is not None and ladder.logits.grad.all() for ladder in ladders)
+    assert {ladder.largest.macs for ladder in ladders} == {64 * 64}  # the base weight is the largest tensor
+    chain = next(iter(chains(model, "default").values()))
+    b, base = chain.factors[0].applied[0], chain.reweight.rounding
+    assert b.logits.grad[0] / base.logits.grad[0] == pytest.approx(8 / 64)
+
+
 def test_bit_operations() -> None:
     model = gp.apply(build("llama"), "q:blora")
     wide, base = 8 * (64 + 1 + 64) * 2 * 1024, 2 * 64 * 64 * 1024

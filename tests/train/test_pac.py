@@ -5,35 +5,61 @@ from __future__ import annotations
 import copy
 from math import log
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
-from checks import build, call, delta, outputs, randomize, same
+import transformers as tf
+from checks import SMALL, VOCAB, adapters, build, call, delta, outputs, randomize, same
 from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributions import Normal, kl_divergence
 
 import graphpeft as gp
-from graphpeft.chain import Noise
+from graphpeft.chain import Factor, Noise, Weighted
 from graphpeft.errors import AdapterError, RuleError
 from graphpeft.state import chains, get_state
 
-METHODS = ["lora(r=4)", "rlora(r=16)", "vera(r=16)", "melora(n=4, r=2)", "olora(r=4)"]
+METHODS = [
+    "lora(r=4)",
+    "rlora(r=16)",
+    "vera(r=16)",
+    "melora(n=4, r=2)",
+    "melora(n=2, r=(1, 2))",
+    "olora(r=4)",
+    "dora(r=4)",
+]
+CASES = [*(("llama", f"qv:{method}") for method in METHODS), ("gpt2", "qv:lora(r=4)"), ("gpt2", f"qv:{METHODS[4]}")]
+EXPERTS = [("mixtral", "experts:lora(r=2)"), ("mixtral", "experts:melora(n=2, r=(1, 2))")]
 
 
-def noises(model: torch.nn.Module) -> list[Noise]:
+def fresh(name: str) -> nn.Module:
+    if name != "mixtral":
+        return build(name)
+    torch.manual_seed(0)
+    sizes = SMALL | dict(num_hidden_layers=1, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2)
+    config = tf.MixtralConfig(vocab_size=VOCAB, **sizes)
+    return tf.MixtralForCausalLM(config).eval()
+
+
+def noises(model: nn.Module) -> list[Noise]:
     return [m for m in model.modules() if isinstance(m, Noise)]
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-@pytest.mark.parametrize("method", METHODS)
-def test_noise_acts_in_training_alone(name: str, method: str, tmp_path: Path) -> None:
-    model = gp.apply(build(name), f"qv:{method}")
+def noisy(model: nn.Module) -> list[tuple[Tensor, Noise]]:
+    held = (m for m in model.modules() if isinstance(m, Weighted))
+    return [(m.weight, t) for m in held for t in m.applied if isinstance(t, Noise)]
+
+
+@pytest.mark.parametrize(("name", "rules"), CASES + EXPERTS)
+def test_noise_acts_in_training_alone(name: str, rules: str, tmp_path: Path) -> None:
+    model = gp.apply(fresh(name), rules)
+    trained = sum(p.numel() for p in adapters(model).values())
     randomize(model)
     model.eval()
     example = call(name, model)
     mean = outputs(model, example)
     pac = gp.PAC(examples=50, sigma=0.1).attach(model)
-    weights = [f._parameters.get("weight") for c in chains(model, "default").values() for f in c.factors]
-    trained = sum(weight.numel() for weight in weights if weight is not None)
     assert sum(n.log_sigma.numel() for n in noises(model)) == trained
     assert same(outputs(model, example), mean)
     model.train()
@@ -43,7 +69,7 @@ def test_noise_acts_in_training_alone(name: str, method: str, tmp_path: Path) ->
     assert same(outputs(model, example), mean)
     gp.save(model, tmp_path)
     assert not [key for key in load_file(tmp_path / "adapter.safetensors") if "sigma" in key]
-    assert same(outputs(gp.load(build(name), tmp_path).eval(), example), mean)
+    assert same(outputs(gp.load(fresh(name), tmp_path).eval(), example), mean)
     model.train()
     gp.merge(model)  # at the mean, whatever the mode
     model.eval()
@@ -114,9 +140,81 @@ def test_groups_hold_every_parameter_once() -> None:
         gp.parameter_groups(model, 1e-3, lora_plus=0)
 
 
+@pytest.mark.parametrize("prior", ["closed", "trained"])
+@pytest.mark.parametrize(("name", "rules"), [("llama", "qv:melora(n=2, r=(1, 2))"), EXPERTS[0]])
+def test_divergence_is_that_of_gaussians(name: str, rules: str, prior: Literal["closed", "trained"]) -> None:
+    model = gp.apply(fresh(name), rules).double()
+    pac = gp.PAC(examples=9, prior=prior).attach(model)
+    randomize(model, std=0.1)
+    expected = torch.zeros((), dtype=torch.float64)
+    for weight, noise in noisy(model):
+        # A prior for each tensor, and for each matrix of stacked experts.
+        matrices = zip(weight, noise.start, noise.log_sigma.exp(), strict=True)
+        parts = list(matrices) if name == "mixtral" else [(weight, noise.start, noise.log_sigma.exp())]
+        closed = [(sigma**2 + (mean - start) ** 2).mean().sqrt() for mean, start, sigma in parts]
+        scales = closed if noise.log_prior is None else noise.log_prior.exp().flatten().unbind()
+        for (mean, start, sigma), scale in zip(parts, scales, strict=True):
+            expected += kl_divergence(Normal(mean, sigma), Normal(start, scale)).sum()
+    torch.testing.assert_close(pac.kl(model), expected)  # default tolerances: float64 rounding
+
+
+def test_trained_prior_starts_at_the_closed_one_and_is_no_part_of_the_file(tmp_path: Path) -> None:
+    model = gp.apply(build("llama"), "qv:lora(r=4)").double()
+    pac = gp.PAC(examples=20, prior="trained").attach(model)
+    closed = gp.apply(build("llama"), "qv:lora(r=4)").double()
+    assert pac.kl(model).item() == pytest.approx(gp.PAC(examples=20).attach(closed).kl(closed).item(), abs=1e-9)
+    assert all(n.log_prior is not None and n.log_prior.numel() == 1 for n in noises(model))
+    gp.penalty(model).backward()
+    # The closed form is the minimum. float64: some hundred terms cancel, and 20 · 1000 divides them.
+    assert max(n.log_prior.grad.abs().item() for n in noises(model)) < 1e-15
+    with torch.no_grad():
+        for weight, _ in noisy(model):
+            weight.add_(0.5)
+    model.zero_grad()
+    gp.penalty(model).backward()
+    assert all(n.log_prior.grad.item() < 0 for n in noises(model)), "a wider prior would be nearer"
+    gp.save(model, tmp_path)
+    assert not [key for key in load_file(tmp_path / "adapter.safetensors") if "transforms" in key]
+    pac.freeze(model)
+    assert not any(p.requires_grad for n in noises(model) for p in n.parameters())
+    with pytest.raises(RuleError, match="prior = 'learned' is neither"):
+        gp.PAC(examples=5, prior="learned")
+
+
+def test_noise_of_a_step_is_the_same_again() -> None:
+    model = gp.apply(build("llama"), "qv:lora(r=4)")
+    pac = gp.PAC(examples=20, sigma=0.3).attach(model)
+    example = call("llama", model)
+    randomize(model)
+    model.train()
+    pac.step = 4
+    fourth = outputs(model, example)
+    assert same(outputs(model, example), fourth)
+    pac.step = 5
+    assert not same(outputs(model, example), fourth)
+    draws = [n.draw.flatten()[:4] for n in noises(model)]
+    assert len({tuple(d.tolist()) for d in draws}) == len(draws)
+    pac.step = 4
+    assert same(outputs(model, example), fourth)
+    other = copy.deepcopy(model)
+    get_state(other).adapters["default"].objective.seed = 1
+    assert not same(outputs(other, example), fourth)
+    pac.step = None
+    assert not same(outputs(model, example), outputs(model, example))
+
+
+class Loose(Factor):
+    def __init__(self, n: int) -> None:
+        super().__init__(n, n)
+        self.gain = nn.Parameter(torch.ones(n))
+
+
 def test_refusals_change_nothing() -> None:
-    model = gp.apply(build("llama"), "q:melora(n=2, r=(1, 2)); v:lora")
-    with pytest.raises(AdapterError, match=r"MixedBlocks of adapter 'default' at .*q_proj\.weight.*takes no noise"):
+    model = gp.apply(build("llama"), "q:lora; v:lora")
+    next(iter(chains(model, "default").values())).factors.insert(0, Loose(64))
+    with pytest.raises(
+        AdapterError, match=r"Loose of adapter 'default' at .*q_proj\.weight.* trains 'factors\.0\.gain'"
+    ):
         gp.PAC(examples=5).attach(model)
     assert not noises(model)
     model = gp.apply(build("llama"), "q:lora")
