@@ -16,6 +16,7 @@ from pydoc_data.topics import topics
 
 import numpy as np
 import torch
+from run_record import Run, ranks
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -55,7 +56,7 @@ def batches(data: np.ndarray, steps: int, seed: int) -> list[Tensor]:
 
 
 @cache
-def pretrained(width: int, steps: int) -> LlamaForCausalLM:
+def pretrained(steps: int, width: int = 64) -> LlamaForCausalLM:
     """A two-layer model of the prose; its seed is fixed, for every method and seed adapts the same base."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -94,35 +95,14 @@ def bits(model: torch.nn.Module) -> float:
     return sum(losses) / len(losses) / math.log(2)
 
 
-@dataclass(frozen=True)
-class Run:
-    """One adapter trained once."""
+def adapt(method: str, lr: float, seed: int, steps: int, checkpoints: tuple[int, ...], part: str) -> Run:
+    """Adapt every linear map of the pretrained model to code. The seed gives the data order and the adapter.
 
-    method: str
-    lr: float
-    seed: int
-    trained: int
-    curve: dict[int, Loss]
-    """Held-out bits per byte by steps done; at 0 the base."""
-    ranks: tuple[int, ...]
-    """Numerical rank of ΔW at each site, singular values below 1e-5 of the largest being rounding in float32."""
-
-    @property
-    def final(self) -> float:
-        return self.curve[max(self.curve)]
-
-
-def adapt(
-    method: str, lr: float, seed: int, steps: int, width: int, pretraining: int, checkpoints: tuple[int, ...]
-) -> Run:
-    """Adapt every linear map of the pretrained model to code. The seed gives the data order and the adapter."""
-    from graphpeft.state import chains
-
-    model = copy.deepcopy(pretrained(width, pretraining))
+    Both parts are measured on the same held-out files: rates are chosen on a seed that is not reported, not on other text.
+    """
+    model = copy.deepcopy(pretrained(steps=steps * 20 // 3))
     start = bits(model)
     gp.apply(model, f"attn:{method}; mlp:{method}", seed=seed, verify="off")
     torch.manual_seed(seed)
     curve = fit(model, batches(corpus().code, steps, seed=1000 + seed), lr, (*checkpoints, steps))
-    with torch.no_grad():
-        ranks = tuple(int(torch.linalg.matrix_rank(c.delta(), rtol=1e-5)) for c in chains(model, "default").values())
-    return Run(method, lr, seed, gp.trainable(model)[0], {0: start} | curve, ranks)
+    return Run(method, lr, seed, gp.trainable(model)[0], {0: start} | curve, ranks(model))

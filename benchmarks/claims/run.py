@@ -1,88 +1,82 @@
-"""Experiments E1 to E3: OLoRA, MELoRA, VeRA and RLoRA against LoRA on a byte language model.
+"""The papers' claims, E1 to E5: tune, run the reported seeds, judge by criteria written before, keep everything.
 
-`python benchmarks/claims/run.py` tunes the learning rate of every method on two seeds that are not reported, runs the
-reported seeds (paired: equal data order for all methods), and writes results.json beside this file.
-`--short` takes fewer steps, rates and seeds: it shows that everything runs, and decides nothing.
+`python benchmarks/claims/run.py` runs all of it and writes the files in results/, which `page.py` makes docs/claims.md of.
+`--only E4 E5` runs some experiments, `--task digits` some tasks of E1 to E3; files are written for whole tasks alone.
+`--short` takes few steps, seeds and rates: it shows that everything runs, decides nothing and writes nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
-import platform
+import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
-from statistics import mean
+from typing import Any
 
-import torch
-from byte_lm import Run, adapt, corpus
-from criteria import CRITERIA, EQUAL_LR, Results
-from rich.progress import track
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-HERE = Path(__file__).parent
-CHECKPOINTS = (25, 50, 75, 100, 125)
-TUNING = 100
-"""The first seed that chooses learning rates; none of them is reported."""
-FULL_RATES, DIAGONAL_RATES = (1e-3, 3e-3, 1e-2, 3e-2), (1e-2, 3e-2, 1e-1, 3e-1)
-RATES = {
-    "lora(r=8)": FULL_RATES, "olora(r=8)": FULL_RATES, "pissa(r=8)": FULL_RATES, "olora(r=8, pivot=true)": FULL_RATES,
-    "lora(r=1)": (*FULL_RATES, 1e-1), "lora(r=2)": FULL_RATES, "lora(r=4)": FULL_RATES,
-    "melora(n=8, r=1)": (*FULL_RATES, 1e-1),
-    "vera(r=64)": DIAGONAL_RATES, "vera(r=256)": DIAGONAL_RATES,
-    "rlora(r=64)": DIAGONAL_RATES, "rlora(r=64, rows=uniform)": DIAGONAL_RATES,
-    "rlora(r=64, train=in_out)": DIAGONAL_RATES, "rlora(r=64, train=in_mid_out)": DIAGONAL_RATES,
-    "rlora(r=32, train=core)": FULL_RATES,
-}  # fmt: skip
-Job = tuple[str, float, int, int, int]
-"""Method, learning rate, seed, steps, steps of pretraining."""
+import adapting
+import byte_lm
+import criteria_few_shot
+import criteria_gates
+import docstrings
+import few_shot
+import gates
+import names
+import results
+from adapting import EXPERIMENTS, TASKS
+
+ALL = (*EXPERIMENTS, "E4", "E5")
+DATA = {"byte_lm": lambda: byte_lm.corpus().digest, "docstrings": docstrings.digest, "few_shot": names.digest}
+
+LENGTHS = {"gates": (range(5), 200)}
+"""Of E5: seeds and steps by the name of the file."""
 
 
-def work(job: Job) -> Run:
-    torch.set_num_threads(1)
-    method, lr, seed, steps, pretraining = job
-    checkpoints = tuple(c for c in CHECKPOINTS if c < steps)
-    return adapt(method, lr, seed, steps, width=64, pretraining=pretraining, checkpoints=checkpoints)
+def adapt(task: adapting.Task, only: list[str], short: bool) -> dict[str, Any]:
+    wanted = {method for name in only if name in EXPERIMENTS for method in EXPERIMENTS[name]}
+    methods = tuple(method for method in task.methods if method in wanted)
+    seeds, tuning, steps = (2, 1, task.steps // 10) if short else (5, task.tuning, task.steps)
+    return adapting.run(task, methods, seeds, tuning, steps, short)
 
 
-def sweep(jobs: list[Job], title: str) -> list[Run]:
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        return list(track(pool.imap(work, jobs), title, total=len(jobs)))
+def few(short: bool) -> dict[str, Any]:
+    found = few_shot.run(*((3, 2, 1, 20) if short else (30, 12, 3, 60)), short=short)
+    return found | {"verdicts": [asdict(v) for v in criteria_few_shot.verdicts(found["runs"])]}
+
+
+def gated(seeds: range, steps: int, short: bool) -> dict[str, Any]:
+    found = gates.run(seeds[:2], 1, 20, gates.LAMBDAS[::2]) if short else gates.run(seeds, 1, steps)
+    return found | {"verdicts": [asdict(v) for v in criteria_gates.verdicts(found["runs"])]}
+
+
+def perform(name: str, experiment: Callable[[], dict[str, Any]], keep: bool) -> None:
+    """Run, print the verdicts, and keep the results at once, so that a later failure loses nothing."""
+    start = time.perf_counter()
+    found = experiment()
+    for verdict in found["verdicts"]:
+        print(f"{'holds   ' if verdict['holds'] else 'does not'} {verdict['claim']}: {verdict['figures']}")
+    if keep:
+        data = {"data_sha256": DATA[name]()} if name in DATA else {}
+        results.write(name, data | {"seconds": round(time.perf_counter() - start)} | found)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true")
-    parser.add_argument("--seeds", type=int, default=8, help="reported seeds")
-    parser.add_argument("--tuning", type=int, default=2, help="seeds that choose the learning rates")
-    options = parser.parse_args()
-    start = time.perf_counter()
-    steps, pretraining, seeds = (30, 100, 2) if options.short else (150, 1000, options.seeds)
-    rates = {method: grid[1:3] if options.short else grid for method, grid in RATES.items()}
-    tuning = range(TUNING, TUNING + (1 if options.short else options.tuning))
-    tuned = sweep([(m, lr, s, steps, pretraining) for m in rates for lr in rates[m] for s in tuning], "tuning")
-    best = {
-        method: min(grid, key=lambda lr: mean(r.final for r in tuned if (r.method, r.lr) == (method, lr)))
-        for method, grid in rates.items()
-    }
-    wanted = set(best.items()) | {(m, EQUAL_LR) for m in rates if EQUAL_LR in rates[m]}
-    runs = sweep([(m, lr, s, steps, pretraining) for m, lr in sorted(wanted) for s in range(seeds)], "reported seeds")
-    results = Results(runs, best)
-    verdicts = [criterion(results) for criterion in CRITERIA]
-    for verdict in verdicts:
-        print(f"{'holds   ' if verdict.holds else 'does not'} {verdict.claim}: {verdict.figures}")
-    for method in rates:
-        gains = results.gain(method)
-        print(f"{method:<32} {results.of(method)[0].trained:>7,} lr {best[method]:<6g} gain {mean(gains):.3f}")
-    if not options.short:
-        facts = {"corpus_sha256": corpus().digest, "python": platform.python_version(), "torch": torch.__version__}
-        content = {
-            "facts": facts, "seconds": round(time.perf_counter() - start), "best_rates": best,
-            "verdicts": [asdict(v) for v in verdicts], "runs": [asdict(r) for r in runs],
-            "tuning": [asdict(r) for r in tuned],
-        }  # fmt: skip
-        (HERE / "results.json").write_text(json.dumps(content, separators=(",", ":")) + "\n")
+    parser.add_argument("--only", nargs="+", choices=ALL, default=list(ALL))
+    parser.add_argument("--task", nargs="+", choices=list(TASKS), default=list(TASKS))
+    given = parser.parse_args()
+    if "E4" in given.only:
+        perform("few_shot", lambda: few(given.short), not given.short)
+    if "E5" in given.only:
+        for name, (seeds, steps) in LENGTHS.items():
+            perform(name, lambda seeds=seeds, steps=steps: gated(seeds, steps, given.short), not given.short)
+    for task in (TASKS[name] for name in given.task if set(given.only) & EXPERIMENTS.keys()):
+        whole = set(given.only) >= EXPERIMENTS.keys()
+        perform(task.module, lambda task=task: adapt(task, given.only, given.short), whole and not given.short)
 
 
 if __name__ == "__main__":
