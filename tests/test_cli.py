@@ -85,7 +85,7 @@ def test_methods_lists_options_and_papers() -> None:
 def test_methods_counts_on_a_model(folder: str) -> None:
     result = run.invoke(app, ["methods", folder, "--target", "q"])
     assert result.exit_code == 0, result.output
-    assert re.search(rf"^lora .* {gp.plan(skeleton(folder), 'q:lora').trainable:,} +rank 8 ", result.output, re.M)
+    assert re.search(rf"^lora .* {gp.plan(skeleton(folder), 'q:lora').trainable:,} +yes +rank 8 ", result.output, re.M)
     wrong = run.invoke(app, ["methods", folder, "--target", "z"])
     assert wrong.exit_code == 1
     assert "RuleError" in wrong.output
