@@ -183,7 +183,7 @@ def test_every_experiment_runs() -> None:
         assert 0 <= found["accuracy"] <= 100
         assert ("kl" in found) == (arm in ("noise", "pac"))
     assert few_shot.work(few_shot.Job("names", "lora(r=4)", 4, few_shot.SETTINGS[0], 0.01, 0, 3))["accuracy"] > 10
-    found = gates.work(gates.job(1e-2, 1e-2, 0, 3))
+    found = gates.work(gates.Job(1e-2, 1, 1e-2, 0, 3))
     assert found["gated"] == pytest.approx(found["accuracy"], abs=1)
     for task in adapting.TASKS.values():
         run = adapting.work(adapting.Job(task, "lora(r=1)", 1e-3, 0, 6, "validation"))

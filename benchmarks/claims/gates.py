@@ -1,7 +1,8 @@
 """E5: does B-LoRA find ranks and precisions with fewer bit operations? The ViT on turned digits, r = 8, a sweep of λ.
 
 Gates are random in training and decided in evaluation; accuracy is measured on the compacted model, which has only what
-they left. One λ weighs bits and ranks alike.
+they left. One λ weighs bits and ranks alike. With E at zero nothing but E learns at first, so where E starts is chosen
+together with the rate.
 """
 
 from __future__ import annotations
@@ -20,25 +21,31 @@ import graphpeft as gp
 from graphpeft.state import get_state
 
 LAMBDAS = (0.0, 1e-4, 1e-3, 1e-2, 1e-1)
-RATES = (3e-3, 1e-2, 3e-2)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+STARTS = (0, 1, 4)
+"""Of E."""
 GATE_LR = 1e-1
 TUNING = 100
+Setting = tuple[float | None, int | None, float]
+"""λ, start of E and rate."""
 
 
 @dataclass(frozen=True)
 class Job:
-    method: str
     lam: float | None
     """Without one, plain LoRA."""
+    start: int | None
+    """Of E, for B-LoRA."""
     lr: float
     seed: int
     steps: int
     part: str = "validation"
 
-
-def job(lam: float | None, lr: float, seed: int, steps: int, part: str = "validation") -> Job:
-    gated = f"blora(r=8, lambda_bits={lam}, lambda_rank={lam}, cost=bop)"
-    return Job("lora(r=8)" if lam is None else gated, lam, lr, seed, steps, part)
+    @property
+    def method(self) -> str:
+        if self.lam is None:
+            return "lora(r=8)"
+        return f"blora(r=8, start={self.start}, lambda_bits={self.lam}, lambda_rank={self.lam}, cost=bop)"
 
 
 def work(one: Job) -> dict[str, Any]:
@@ -60,6 +67,7 @@ def work(one: Job) -> dict[str, Any]:
     left = [entry.method for entry in get_state(model).adapters["default"].entries]
     bits = [getattr(method, "bits", (32, 32)) for method in left]
     return asdict(one) | {
+        "method": one.method,
         "gated": gated, "accuracy": digits.accuracy(model, held), "share": shares, "bops": count.adapters,
         "total": count.total, "rank": mean(method.r for method in left),
         "bits": [mean(tensor) for tensor in zip(*bits, strict=True)],
@@ -67,14 +75,17 @@ def work(one: Job) -> dict[str, Any]:
 
 
 def run(seeds: range, tuning: int, steps: int, lambdas: tuple[float, ...] = LAMBDAS) -> dict[str, Any]:
-    """Choose LoRA's rate and that of B-LoRA without a penalty on tuning seeds, then run the reported seeds."""
-    jobs = [job(lam, lr, TUNING + i, steps) for lam in (None, 0.0) for lr in RATES for i in range(tuning)]
-    tuned = parallel(work, jobs, "E5: rates")
-    best = {lam: _best([one for one in tuned if one["lam"] == lam]) for lam in (None, 0.0)}
-    reported = [(None, best[None]), *((lam, best[0.0]) for lam in lambdas)]
-    jobs = [job(lam, lr, seed, steps, "test") for seed in seeds for lam, lr in reported]
+    """Choose for LoRA and for B-LoRA without a penalty on tuning seeds, then run the reported seeds."""
+    lora, gated = [(None, None, lr) for lr in RATES], [(0.0, start, lr) for start in STARTS for lr in RATES]
+    jobs = [Job(*one, TUNING + i, steps) for one in (*lora, *gated) for i in range(tuning)]
+    tuned = parallel(work, jobs, "E5: rates and starts")
+    _, start, lr = _best(gated, tuned)
+    reported = [_best(lora, tuned), *((lam, start, lr) for lam in lambdas)]
+    jobs = [Job(*one, seed, steps, "test") for seed in seeds for one in reported]
     return {"runs": parallel(work, jobs, "E5: reported seeds"), "tuning": tuned}
 
 
-def _best(tuned: list[dict[str, Any]]) -> float:
-    return max(RATES, key=lambda lr: mean(one["accuracy"] for one in tuned if one["lr"] == lr))
+def _best(settings: list[Setting], tuned: list[dict[str, Any]]) -> Setting:
+    """Of (λ, start, rate), by mean accuracy on the validation part."""
+    keys = ("lam", "start", "lr")
+    return max(settings, key=lambda s: mean(one["accuracy"] for one in tuned if tuple(one[k] for k in keys) == s))

@@ -20,7 +20,7 @@ from paired import difference
 from run_record import Run
 
 PAGE = Path(__file__).parents[2] / "docs" / "claims.md"
-LENGTHS = {"gates": "200 steps"}
+LENGTHS = {"gates": "600 steps"}
 
 
 def loaded(task: Task) -> Results:

@@ -31,7 +31,7 @@ from adapting import EXPERIMENTS, TASKS
 ALL = (*EXPERIMENTS, "E4", "E5")
 DATA = {"byte_lm": lambda: byte_lm.corpus().digest, "docstrings": docstrings.digest, "few_shot": names.digest}
 
-LENGTHS = {"gates": (range(5), 200)}
+LENGTHS = {"gates": (range(5), 600)}
 """Of E5: seeds and steps by the name of the file."""
 
 
@@ -48,7 +48,7 @@ def few(short: bool) -> dict[str, Any]:
 
 
 def gated(seeds: range, steps: int, short: bool) -> dict[str, Any]:
-    found = gates.run(seeds[:2], 1, 20, gates.LAMBDAS[::2]) if short else gates.run(seeds, 1, steps)
+    found = gates.run(seeds[:2], 1, 10, gates.LAMBDAS[::2]) if short else gates.run(seeds, 2, steps)
     return found | {"verdicts": [asdict(v) for v in criteria_gates.verdicts(found["runs"])]}
 
 
