@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from graphpeft import cache as kv
+from graphpeft.cache import Cache
 from graphpeft.capture import Inputs, example_call
 from graphpeft.errors import ExportError
 
@@ -31,10 +33,14 @@ class Flat:
     axes: Axes
     positional: tuple[str, ...] = ()
     """Names that the sample call passes by position; an exported program insists on it."""
+    cache: Cache | None = None
+    """The past, among the inputs and the outputs."""
 
     @classmethod
-    def of(cls, model: nn.Module, given: Inputs = None) -> Flat:
+    def of(cls, model: nn.Module, given: Inputs = None, *, cached: bool = False) -> Flat:
         """Take the sample inputs given, or those made from the model's config, and try the model on them.
+
+        With `cached`, the past of a model that generates is among its inputs and outputs.
 
         Raises:
             ExportError: the samples do not fit `forward`, or their sizes do not tell the dynamic axes apart.
@@ -52,24 +58,34 @@ class Flat:
         inputs = {name: value for name, value in named.items() if isinstance(value, Tensor)}
         constants = {name: value for name, value in named.items() if name not in inputs}
         axes = _axes(inputs)
-        found = _named(model(*args, **kwargs))
+        cache = None
+        if cached and not positional and (continued := kv.continued(model, inputs)):
+            cache, inputs = continued
+            axes = {name: kv.axes(name) for name in inputs}
+            constants |= {"use_cache": True}
+            args, kwargs = (), _packed(cache, {**constants, **inputs})
+        found = _named(model(*args, **kwargs), cache)
         outputs = tuple(name for name, value in found.items() if isinstance(value, Tensor))
         if not outputs:
             kind = type(model).__name__
             raise ExportError(f"{kind} returns no tensor, but {list(found)}. Wrap it in a module that returns tensors.")
         dropped = tuple(name for name, value in found.items() if name not in outputs and value is not None)
-        return cls(model, inputs, constants, outputs, dropped, axes, positional)
+        return cls(model, inputs, constants, outputs, dropped, axes, positional, cache)
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         """The model's outputs, as ONNX Runtime would return them."""
         args, kwargs = self.call(inputs)
-        found = _named(self.model(*args, **kwargs))
+        found = self.named(self.model(*args, **kwargs))
         return {name: found[name].cpu().numpy() for name in self.outputs}
 
     def call(self, inputs: Mapping[str, Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """(args, kwargs) of the sample call with other tensors."""
         named = {**self.constants, **inputs}
-        return tuple(named.pop(name) for name in self.positional), named
+        return tuple(named.pop(name) for name in self.positional), _packed(self.cache, named)
+
+    def named(self, result: Any) -> dict[str, Any]:
+        """What the model returned, by name."""
+        return _named(result, self.cache)
 
     def module(self, parameters: Sequence[str] = ()) -> nn.Module:
         """The model as a module of positional tensors: the inputs, then values for the named parameters.
@@ -87,15 +103,23 @@ class _Positional(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         inputs = dict(zip(self.flat.inputs, tensors, strict=False))
         values = dict(zip(self.replaced, tensors[len(inputs) :], strict=True))
-        found = _named(torch.func.functional_call(self.model, values, *self.flat.call(inputs)))
+        found = self.flat.named(torch.func.functional_call(self.model, values, *self.flat.call(inputs)))
         return tuple(found[name] for name in self.flat.outputs)
 
 
-def _named(result: Any) -> dict[str, Any]:
+def _packed(cache: Cache | None, named: dict[str, Any]) -> dict[str, Any]:
+    if cache is None:
+        return named
+    past = {name: named.pop(name) for name in cache.inputs}
+    return {**named, "past_key_values": cache.pack(past)}
+
+
+def _named(result: Any, cache: Cache | None = None) -> dict[str, Any]:
     if isinstance(result, Tensor):
         return {"output": result}
     if isinstance(result, Mapping):
-        return dict(result)
+        named = dict(result)
+        return named | (cache.unpack(named.pop("past_key_values")) if cache else {})
     return {f"output_{i}": value for i, value in enumerate(result)} if isinstance(result, (tuple, list)) else {}
 
 

@@ -7,6 +7,8 @@ own the weights are called as ever, so what the graph says about them holds.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -36,3 +38,17 @@ def export(model: nn.Module, kwargs: dict[str, Any]) -> ExportedProgram:
         logging.set_verbosity(verbosity)
         model.__dict__.pop("forward", None)
         model.__dict__.update(held)
+
+
+@contextmanager
+def translating() -> Iterator[dict[Any, Any]]:
+    """Trace and translate to ONNX as transformers does; yields its translations of ATen operators.
+
+    Among what it replaces: attention whose row is masked at every key (padding on the left) gives zeros, as in torch's
+    kernels, where ONNX Runtime would spread NaN.
+    """
+    from transformers.exporters.exporter_onnx import _ONNX_TRANSLATION_TABLE
+    from transformers.exporters.utils import apply_patches
+
+    with apply_patches("dynamo"), apply_patches("onnx"):
+        yield _ONNX_TRANSLATION_TABLE

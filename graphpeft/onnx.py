@@ -22,6 +22,7 @@ import onnxruntime as ort
 import torch
 from torch import nn
 
+from graphpeft import hf
 from graphpeft.errors import ExportError
 from graphpeft.runtime import SCHEMA, SUFFIX
 from graphpeft.slots import Slot
@@ -46,7 +47,7 @@ def translate(
     if opset is not None and opset < LOWEST_OPSET:
         raise ExportError(f"opset={opset}: torch.onnx writes {LOWEST_OPSET} or later. Leave opset out for its default.")
     try:
-        with _quiet():
+        with _quiet(), hf.translating() as translations:
             program = torch.onnx.export(
                 module,
                 tuple(inputs.values()),
@@ -54,6 +55,7 @@ def translate(
                 output_names=list(outputs),
                 dynamic_shapes=(tuple(dict(each) for each in axes),),
                 opset_version=opset,
+                custom_translation_table=translations,
                 dynamo=True,
                 verbose=False,
             )

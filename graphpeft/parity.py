@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from graphpeft.cache import PAST, SEQUENCE, TOTAL
 from graphpeft.deploy import Check
 from graphpeft.errors import ExportError
 from graphpeft.runtime import Session
@@ -54,19 +55,26 @@ def tolerance(model: nn.Module) -> float:
 
 
 def cases(sample: Tensors, axes: Mapping[str, Mapping[int, str]]) -> list[Case]:
-    """The sample itself, then a batch of 1 with shorter and a larger batch with longer, padded sequences."""
+    """The sample itself, then a batch of 1 with shorter and a larger batch with longer, padded sequences.
+
+    With a past, padding stands on the left, and a prompt and a single token are cases of their own.
+    """
     sizes = {axes[name][axis]: sample[name].shape[axis] for name in sample for axis in axes[name]}
-    plans = [sizes]
+    plans: list[dict[str, int]] = []
     for shift in (-1, 1):
         plans.append({axis: size + 2 * shift if size > 3 else size + shift for axis, size in sizes.items()})
         if "batch" in sizes:
             plans[-1]["batch"] = 1 if shift < 0 else sizes["batch"] + 1
+    if PAST in sizes:
+        plans += [sizes | {PAST: 0}, sizes | {SEQUENCE: 1, PAST: sizes[PAST] + 3}]
     made = [Case(_label(sizes), dict(sample))]
-    for plan in plans[1:]:
+    for plan in plans:
+        if PAST in sizes:
+            plan[TOTAL] = plan[PAST] + plan[SEQUENCE]
         inputs = {name: _resized(tensor.clone(), axes[name], plan) for name, tensor in sample.items()}
         for name, tensor in inputs.items():
             if "mask" in name and tensor.ndim == 2 and min(tensor.shape) > 1:
-                tensor[-1, -1:] = 0
+                tensor[-1, slice(1) if PAST in sizes else slice(-1, None)] = 0
         made.append(Case(_label(plan), inputs))
     return made
 

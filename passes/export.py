@@ -38,6 +38,7 @@ def export(
     merged: bool = False,
     adapters: str | Sequence[str] | None = None,
     inputs: Inputs = None,
+    cache: bool = True,
     opset: int | None = None,
     verify: Verify = "full",
 ) -> ExportReport:
@@ -69,7 +70,7 @@ def export(
         raise ExportError(f'verify={verify!r}: it is one of "off", "fast", "full".')
     chosen = _chosen(model, merged, adapters)
     with quiet(model), _restored(model), staged(Path(path)) as folder:
-        work = _Export(Flat.of(model, inputs), folder, opset, verify, chosen)
+        work = _Export(Flat.of(model, inputs, cached=cache), folder, opset, verify, chosen)
         work.merged() if merged else work.swappable()
         figures = [check.value for check in work.checks if not check.least]
         onnx.annotate(work.path, {"graphpeft.tolerance": f"{max(figures):.2g}"} if figures else {})

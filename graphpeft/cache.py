@@ -1,0 +1,98 @@
+"""A decoder's key-value cache as plain named tensors, with the names that optimum and onnxruntime-genai use.
+
+transformers keeps the past in an object. A graph takes and gives tensors: `past_key_values.0.key` comes in,
+`present.0.key` goes out, and one graph serves the prompt (an empty past) and every later token.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past", "total"
+"""Names of the dynamic axes; `total`, the length of the mask, is `past` + `sequence`."""
+SAMPLE_PAST = 3
+"""Of the example: unlike its batch and length, so that tracing tells all three apart."""
+KINDS = ("key", "value")
+
+
+@dataclass(frozen=True)
+class Cache:
+    """What a decoder keeps: keys and values (batch, heads, length, width) of every layer."""
+
+    layers: int
+    crossed: bool = False
+    """Whether the decoder also attends to an encoder, whose keys and values are made anew from its states."""
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return tuple(f"past_key_values.{i}.{kind}" for i in range(self.layers) for kind in KINDS)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return tuple(f"present.{i}.{kind}" for i in range(self.layers) for kind in KINDS)
+
+    def pack(self, past: Mapping[str, Tensor]) -> Any:
+        """The object that the model takes."""
+        from transformers import DynamicCache, EncoderDecoderCache
+
+        tensors = [past[name] for name in self.inputs]
+        # Made without a config, every layer keeps all of the past: where a layer sees a window, its mask says so.
+        cache = DynamicCache(list(zip(tensors[::2], tensors[1::2], strict=True)))
+        return EncoderDecoderCache(cache, DynamicCache()) if self.crossed else cache
+
+    def unpack(self, cache: Any) -> dict[str, Tensor]:
+        """The tensors of the object that the model returns."""
+        return dict(zip(self.outputs, _tensors(cache), strict=True))
+
+    @classmethod
+    def of(cls, result: Mapping[str, Any]) -> Cache | None:
+        """That of a model's result; None if it keeps something else than keys and values."""
+        cache = result.get("past_key_values")
+        try:
+            found = list(_tensors(cache))
+        except (AttributeError, TypeError):
+            return None
+        plain = all(isinstance(tensor, Tensor) and tensor.ndim == 4 for tensor in found)
+        crossed = hasattr(cache, "cross_attention_cache")
+        return cls(len(found) // 2, crossed) if found and plain else None
+
+
+def _tensors(cache: Any) -> Iterator[Tensor]:
+    for layer in getattr(cache, "self_attention_cache", cache).layers:
+        yield layer.keys
+        yield layer.values
+
+
+def axes(name: str) -> dict[int, str]:
+    """Dynamic axes of a decoder's input."""
+    if name.startswith("past_key_values."):
+        return {0: BATCH, 2: PAST}
+    return {0: BATCH, 1: TOTAL if name == "attention_mask" else SEQUENCE}
+
+
+def continued(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Cache, dict[str, Tensor]] | None:
+    """A decoder's cache, and the call `inputs` continued: the same tokens after some that are past.
+
+    None for a model that generates nothing, or keeps something else than keys and values.
+    """
+    generates = getattr(model, "can_generate", lambda: False)()
+    accepted = inspect.signature(model.forward).parameters
+    text = {"input_ids", "attention_mask", "position_ids"}
+    if not generates or "past_key_values" not in accepted or set(inputs) - text or "input_ids" not in inputs:
+        return None
+    ids = inputs["input_ids"]
+    first = model(input_ids=ids[:, :SAMPLE_PAST], use_cache=True)
+    if (cache := Cache.of(first)) is None or cache.crossed:
+        return None
+    batch, length = ids.shape
+    made = {"input_ids": ids, "attention_mask": ids.new_ones(batch, SAMPLE_PAST + length)}
+    if "position_ids" in accepted:
+        made["position_ids"] = torch.arange(SAMPLE_PAST, SAMPLE_PAST + length, device=ids.device).repeat(batch, 1)
+    past = dict(zip(cache.inputs, _tensors(first["past_key_values"]), strict=True))
+    return cache, made | past
