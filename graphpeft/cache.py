@@ -73,6 +73,8 @@ def axes(name: str) -> dict[int, str]:
     """Dynamic axes of a decoder's input."""
     if name.startswith("past_key_values."):
         return {0: BATCH, 2: PAST}
+    if name.startswith("encoder_"):
+        return {0: BATCH, 1: "encoder_sequence"}
     return {0: BATCH, 1: TOTAL if name == "attention_mask" else SEQUENCE}
 
 
@@ -83,15 +85,18 @@ def continued(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Cache, di
     """
     generates = getattr(model, "can_generate", lambda: False)()
     accepted = inspect.signature(model.forward).parameters
-    text = {"input_ids", "attention_mask", "position_ids"}
-    if not generates or "past_key_values" not in accepted or set(inputs) - text or "input_ids" not in inputs:
+    encoder = {name: value for name, value in inputs.items() if name.startswith("encoder_")}
+    known = {"input_ids", "attention_mask", "position_ids", *encoder}
+    if not generates or "past_key_values" not in accepted or set(inputs) - known or "input_ids" not in inputs:
         return None
     ids = inputs["input_ids"]
-    first = model(input_ids=ids[:, :SAMPLE_PAST], use_cache=True)
-    if (cache := Cache.of(first)) is None or cache.crossed:
+    first = model(input_ids=ids[:, :SAMPLE_PAST], use_cache=True, **encoder)
+    if (cache := Cache.of(first)) is None or cache.crossed != bool(encoder):
         return None
     batch, length = ids.shape
-    made = {"input_ids": ids, "attention_mask": ids.new_ones(batch, SAMPLE_PAST + length)}
+    made = {"input_ids": ids} | encoder
+    if "attention_mask" in accepted:
+        made["attention_mask"] = ids.new_ones(batch, SAMPLE_PAST + length)
     if "position_ids" in accepted:
         made["position_ids"] = torch.arange(SAMPLE_PAST, SAMPLE_PAST + length, device=ids.device).repeat(batch, 1)
     past = dict(zip(cache.inputs, _tensors(first["past_key_values"]), strict=True))

@@ -35,9 +35,11 @@ class Flat:
     """Names that the sample call passes by position; an exported program insists on it."""
     cache: Cache | None = None
     """The past, among the inputs and the outputs."""
+    prefix: str = ""
+    """What stands before the root model's own names, where `model` is a part that holds it."""
 
     @classmethod
-    def of(cls, model: nn.Module, given: Inputs = None, *, cached: bool = False) -> Flat:
+    def of(cls, model: nn.Module, given: Inputs = None, *, cached: bool = False, prefix: str = "") -> Flat:
         """Take the sample inputs given, or those made from the model's config, and try the model on them.
 
         With `cached`, the past of a model that generates is among its inputs and outputs.
@@ -70,7 +72,7 @@ class Flat:
             kind = type(model).__name__
             raise ExportError(f"{kind} returns no tensor, but {list(found)}. Wrap it in a module that returns tensors.")
         dropped = tuple(name for name, value in found.items() if name not in outputs and value is not None)
-        return cls(model, inputs, constants, outputs, dropped, axes, positional, cache)
+        return cls(model, inputs, constants, outputs, dropped, axes, positional, cache, prefix)
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         """The model's outputs, as ONNX Runtime would return them."""

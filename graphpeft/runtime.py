@@ -1,7 +1,7 @@
-"""Run an exported folder on ONNX Runtime and swap its adapters.
+"""Run an exported folder on ONNX Runtime, swap its adapters, blend them, give every row its own, and generate text.
 
-ONNX Runtime checks next to nothing about adapters, and most mistakes silently give the base model's
-output; `Session` exists to refuse those mistakes. The same in plain onnxruntime:
+ONNX Runtime checks next to nothing about adapters, and most mistakes silently give the base model's output; `Session`
+exists to refuse those mistakes. The same in plain onnxruntime:
 
     import onnxruntime as ort
 
@@ -10,27 +10,33 @@ output; `Session` exists to refuse those mistakes. The same in plain onnxruntime
     adapter.Load("deploy/polite.onnx_adapter")      # a str; keep `adapter` alive as long as `options`
     options = ort.RunOptions()
     options.add_active_adapter(adapter)             # one at most; not seen by run_async nor by IO binding
-    logits, = session.run(None, {"input_ids": ids, "attention_mask": mask}, options)
+    logits, = session.run(["logits"], {"input_ids": ids, "attention_mask": mask, ...}, options)
 """
 
 from __future__ import annotations
 
-import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
+from graphpeft.adapter_file import SUFFIX, read, write
 from graphpeft.errors import AdapterError, FileError
+from graphpeft.generation import Generator
+from graphpeft.layout import Pairs, bank, blended, filled
+from graphpeft.serving import Graph, Loaded, checked_base
 
-SCHEMA = 1
-"""Version of the contract between graph, adapter files and sidecars."""
-SUFFIX = ".onnx_adapter"
+Mix = Mapping[str, float]
+"""Strengths by adapter."""
+Use = str | Mix | Sequence["str | Mix | None"] | None
+PARTS = ("model", "encoder", "decoder")
 
 
 class Session:
-    """An exported model in ONNX Runtime, with at most one of its adapters in use.
+    """An exported model in ONNX Runtime, with its adapters.
 
     Args:
         folder: what `graphpeft.export` wrote.
@@ -49,105 +55,164 @@ class Session:
         options: ort.SessionOptions | None = None,
     ) -> None:
         self.folder = Path(folder)
-        model = self.folder / "model.onnx"
-        if not model.is_file():
+        paths = {part: path for part in PARTS if (path := self.folder / f"{part}.onnx").is_file()}
+        if not paths:
             raise FileError(f"{self.folder}: there is no model.onnx. A session opens a folder written by export().")
-        if options is None:
-            options = ort.SessionOptions()
-            options.log_severity_level = 3
-        try:
-            self.inference = ort.InferenceSession(str(model), options, providers=list(providers))
-        except Exception as error:  # ONNX Runtime's errors have no class of their own in common
-            raise FileError(
-                f"{model}: ONNX Runtime {ort.__version__} cannot load it: {error} Usual causes: model.onnx.data was "
-                "not copied along, or the graph's opset is too new. Copy the whole folder, or update ONNX Runtime."
-            ) from error
-        properties = self.inference.get_modelmeta().custom_metadata_map
-        if properties.get("graphpeft.schema") != str(SCHEMA):
-            raise FileError(
-                f"{model}: graphpeft.schema is {properties.get('graphpeft.schema')!r} in the model's metadata, this "
-                f"version reads {SCHEMA}. Export the model again with this version of graphpeft."
-            )
-        self._base = properties["graphpeft.base"]
-        self._slots = {slot.name: slot for slot in self.inference.get_overridable_initializers()}
-        # ONNX Runtime keeps bare pointers to these: without a reference here, `run` would silently use the base.
-        self._loaded = {path.name.removesuffix(SUFFIX): self._load(path) for path in self.folder.glob("*" + SUFFIX)}
+        self._temporary = tempfile.TemporaryDirectory(prefix="graphpeft-")  # of adapters that are no file of the folder
+        self.graphs = {part: Graph(path, providers, options, self._temporary.name) for part, path in paths.items()}
+        self._adapters: dict[str, dict[str, Loaded]] = {}
+        for path in sorted(self.folder.glob("*" + SUFFIX)):
+            if _stem(path, self.graphs) not in self._adapters:
+                self.add(path)
         self.use(None)
+
+    @property
+    def inference(self) -> ort.InferenceSession:
+        """ONNX Runtime's session, of the decoder if there are two."""
+        return self._last.inference
 
     @property
     def adapters(self) -> tuple[str, ...]:
         """Names that `use` accepts."""
-        return tuple(sorted(self._loaded))
+        return tuple(sorted(self._adapters))
 
     @property
-    def active(self) -> str | None:
-        """The adapter in use."""
+    def active(self) -> Use:
+        """What is in use."""
         return self._active
 
-    def use(self, name: str | None) -> None:
-        """Run with this adapter from now on; `None` for the base model.
+    def add(self, path: str | Path, name: str | None = None) -> str:
+        """Load an adapter from `NAME.onnx_adapter` and its sidecar `NAME.json`; returns its name, `NAME` by default.
+
+        For an encoder and a decoder there are two files, `NAME.encoder.onnx_adapter` and `NAME.decoder.onnx_adapter`;
+        either path loads both. Files that `olive convert-adapters` wrote fit too, given a sidecar that names the base.
 
         Raises:
-            AdapterError: there is no such adapter, or more than one was asked for.
+            FileError: it does not fit the graph, was made for another base model, or is no adapter.
+            AdapterError: there is an adapter of this name.
         """
-        if name is not None and not isinstance(name, str):
-            raise AdapterError(f"use({name!r}): one adapter at a time; ONNX Runtime would silently drop all others.")
-        if name is not None and name not in self._loaded:
-            known = ", ".join(self.adapters) or "none; a merged export has its adapter folded in"
-            raise AdapterError(f"{self.folder}: there is no adapter {name!r}. Adapters of this folder: {known}.")
-        self._active = name
-        self._options = ort.RunOptions()
-        if name is not None:
-            self._options.add_active_adapter(self._loaded[name])
+        path = Path(path)
+        stem = _stem(path, self.graphs)
+        name = stem if name is None else name
+        if name in self._adapters:
+            raise AdapterError(f"{path}: this session has an adapter {name!r}. Give this one another name, with name=.")
+        checked_base(path.with_name(f"{stem}.json"), self._last.base)
+        loaded = {}
+        for part, graph in self.graphs.items():
+            file = path if len(self.graphs) == 1 else path.with_name(f"{stem}.{part}{SUFFIX}")
+            if file.exists() or len(self.graphs) == 1:
+                loaded[part] = graph.load(read(file), file)
+        self._adapters[name] = loaded
+        return name
+
+    def use(self, adapters: Use) -> None:
+        """Run with these from now on.
+
+        Args:
+            adapters: a name; strengths by name, as in `{"polite": 0.7, "short": 0.3}`, to blend; a list of those with one
+                entry for each row of the batch, for a folder that was exported with `rows=True`; None for the base.
+
+        Raises:
+            AdapterError: there is no such adapter, or the graph has no gates for rows.
+        """
+        if adapters is None or isinstance(adapters, (str, Mapping)):
+            mix = _mix(adapters)
+            self._known(mix)
+            plain = isinstance(adapters, str)
+            for part, graph in self.graphs.items():
+                graph.use(self._adapters[adapters].get(part) if plain else self._blend(part, mix))  # type: ignore[index]
+        elif isinstance(adapters, Sequence):
+            self._use_rows([_mix(row) for row in adapters])
+        else:
+            raise AdapterError(f"use({adapters!r}): a name, strengths by name, a list of those, or None.")
+        self._active = adapters
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Outputs by name, for inputs by name (`session.inference.get_inputs()` lists them)."""
-        if fed := [name for name in inputs if name in self._slots]:
-            raise AdapterError(f"{fed[0]} is a slot: with an adapter in use ONNX Runtime would ignore it. Call use().")
-        names = [output.name for output in self.inference.get_outputs()]
-        return dict(zip(names, self.inference.run(names, dict(inputs), self._options), strict=True))
+        """Outputs by name, for inputs by name (`session.inference.get_inputs()` lists them).
 
-    def _load(self, path: Path) -> ort.LoraAdapter:
-        self._check_base(path)
-        adapter = ort.LoraAdapter()
-        try:
-            parameters = ort.AdapterFormat.read_adapter(str(path)).get_parameters()
-            adapter.Load(str(path))
-        except RuntimeError as error:
-            raise FileError(f"{path}: not an adapter of ONNX Runtime ({error}). Export the adapter again.") from error
-        self._check_fit(path, {name: (value.data_type(), value.shape()) for name, value in parameters.items()})
-        return adapter
+        Of a decoder, an empty past, a mask of ones and the positions that follow from the mask need not be given. A model
+        of an encoder and a decoder takes the inputs of both, the decoder's tokens as `decoder_input_ids`.
 
-    def _check_base(self, path: Path) -> None:
-        sidecar = path.with_name(path.name.removesuffix(SUFFIX) + ".json")
-        try:
-            base = json.loads(sidecar.read_text(encoding="utf-8"))["base"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise FileError(
-                f"{sidecar}: missing or unreadable. It states which base model {path.name} was trained on, and the "
-                "adapter's file cannot; copy both files together."
-            ) from error
-        if base != self._base:
-            raise FileError(
-                f"{path}: made for base model {base[:12]}, but model.onnx holds {self._base[:12]}. The shapes may fit, "
-                "the answers would not: export the adapter from this base model."
-            )
+        Raises:
+            AdapterError: an input is a slot, or the batch has not as many rows as `use` was told of.
+        """
+        if len(self.graphs) == 1:
+            return self._last.run(inputs)
+        given = dict(inputs)
+        ids = given.pop("decoder_input_ids")
+        states = self.graphs["encoder"].run(given)
+        return states | self._last.run({"input_ids": ids, **states, **_mask(given)})
 
-    def _check_fit(self, path: Path, parameters: Mapping[str, tuple[str, list[int]]]) -> None:
-        remedy = "Usual cause: an adapter of another model or export. Remedy: export model and adapter together."
-        ranks: dict[str, dict[str, int]] = {}
-        for name, (kind, shape) in parameters.items():
-            site, _, side = name.removesuffix(".weight").rpartition(".lora_")
-            if (slot := self._slots.get(name)) is None:
-                raise FileError(f"{path}: the graph has no slot {name!r}; {site or name!r} takes no adapter. {remedy}")
-            if kind != slot.type:
-                raise FileError(f"{path}: at {site!r} lora_{side} is {kind}, its slot {slot.type}. {remedy}")
-            axis = 1 if side == "A" else 0
-            if len(shape) != 2 or shape[1 - axis] != slot.shape[1 - axis]:
-                raise FileError(f"{path}: at {site!r} lora_{side} has shape {shape}, its slot {slot.shape}. {remedy}")
-            ranks.setdefault(site, {})[side] = shape[axis]
-        for site, found in ranks.items():
-            if len(found) < 2:
-                raise FileError(f"{path}: at {site!r} it has lora_{next(iter(found))} only; a slot takes two. {remedy}")
-            if found["A"] != found["B"]:
-                raise FileError(f"{path}: at {site!r} the ranks of A and B are {found['A']} and {found['B']}. {remedy}")
+    def generate(self, inputs: Mapping[str, np.ndarray], max_new_tokens: int = 20, **options: Any) -> np.ndarray:
+        """Token ids (rows, length): the prompt, padded on the left, and up to `max_new_tokens` more.
+
+        Greedy, unless `temperature` is positive: then tokens are drawn, by `seed`, from the `top_k` likeliest or those
+        that make up `top_p` of the probability. A row ends at a token of `stop` (default: the model's end of text) and is
+        padded. The cache stays in ONNX Runtime's memory from token to token.
+
+        Raises:
+            AdapterError: the graph takes no past.
+        """
+        given, states = dict(inputs), {}
+        if len(self.graphs) > 1:
+            states = self.graphs["encoder"].run(given)
+            states |= _mask(given)
+            rows = next(iter(given.values())).shape[0]
+            given = {"input_ids": np.full((rows, 1), self._last.facts.get("decoder_start_token_id", 0), np.int64)}
+        return Generator(self._last, given, states, **options).tokens(max_new_tokens)
+
+    def write_bank(self, path: str | Path, names: Sequence[str]) -> None:
+        """Write adapters side by side into one `.onnx_adapter` file, for rows in plain onnxruntime.
+
+        Row weights, input `graphpeft.row_weights` (rows, adapters), count adapters in the order of `names`.
+        """
+        self._known(dict.fromkeys(names, 1.0))
+        for part, graph in self.graphs.items():
+            write(Path(path), bank(graph.slots, [self._pairs(part, name) for name in names]), graph.base)
+
+    @property
+    def _last(self) -> Graph:
+        return list(self.graphs.values())[-1]
+
+    def _pairs(self, part: str, name: str) -> Pairs:
+        loaded = self._adapters[name].get(part)
+        return loaded.pairs if loaded else {}
+
+    def _known(self, mix: Mix) -> None:
+        for name in mix:
+            if name not in self._adapters:
+                known = ", ".join(self.adapters) or "none; a merged export has its adapter folded in"
+                raise AdapterError(f"{self.folder}: there is no adapter {name!r}. Adapters of this folder: {known}.")
+
+    def _blend(self, part: str, mix: Mix) -> Loaded | None:
+        if not mix:
+            return None
+        graph = self.graphs[part]
+        pairs = blended([(self._pairs(part, name), strength) for name, strength in mix.items()])
+        return graph.load(filled(graph.slots, pairs), self.folder)
+
+    def _use_rows(self, rows: Sequence[Mix]) -> None:
+        names = tuple(dict.fromkeys(name for row in rows for name in row))
+        self._known(dict.fromkeys(names, 1.0))
+        weights = np.array([[row.get(name, 0.0) for name in names] for row in rows])
+        for part, graph in self.graphs.items():
+            tensors = bank(graph.slots, [self._pairs(part, name) for name in names])
+            graph.use_rows(graph.load(tensors, self.folder) if names else None, weights)
+
+
+def _stem(path: Path, parts: Mapping[str, Graph]) -> str:
+    stem = path.name.removesuffix(SUFFIX)
+    return stem if len(parts) == 1 else stem.removesuffix(".encoder").removesuffix(".decoder")
+
+
+def _mix(row: str | Mix | None) -> Mix:
+    if isinstance(row, str):
+        return {row: 1.0}
+    return {} if row is None else row
+
+
+def _mask(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    if "input_ids" not in inputs:
+        return {}
+    ids = inputs["input_ids"]
+    return {"encoder_attention_mask": inputs.get("attention_mask", np.ones_like(ids))}

@@ -1,6 +1,6 @@
-"""Adapter slots: the places where an exported graph is open for an adapter, and what is put into them.
+"""Adapter slots in PyTorch: a model that is open for an adapter while it is traced, and what is put into its slots.
 
-A slot is a pair of inputs at one weight, A (in, rank) and B (rank, out). Any method fits, as an exact LoRA pair.
+Any method fits, as an exact LoRA pair of each weight.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from graphpeft.adapters import Adapters, home, settle
 from graphpeft.chain import Chain
 from graphpeft.errors import AdapterError, ExportError
+from graphpeft.layout import Slot
 from graphpeft.owner import relower, vacate
 from graphpeft.program import Site
 from graphpeft.state import inactive
@@ -23,33 +24,15 @@ from graphpeft.state import inactive
 GUEST = "0"
 """Name that slots go by on their owners: no adapter of a user can have it."""
 
-Pairs = dict[str, tuple[Tensor, Tensor]]
-"""By weight: A (in, rank) and B (rank, out), the scale in B."""
+
+def slot_at(site: Site, rank: str) -> Slot:
+    """The slot of a site's whole weight, whichever rows the site has."""
+    return Slot(site.inputs, ((named(site.weight), site.full or site.outputs),), rank)
 
 
-@dataclass(frozen=True)
-class Slot:
-    """The adapter inputs of one weight: y + (x @ A) @ B with A (inputs, rank) and B (rank, outputs)."""
-
-    site: str
-    """The weight's qualified name, without a final `.weight`."""
-    inputs: int
-    outputs: int
-    rank: str
-    """Symbol of the rank; no two slots share one, or ONNX Runtime would take their buffers for equally large."""
-
-    @classmethod
-    def at(cls, site: Site, rank: str) -> Slot:
-        """The slot of a site's whole weight, whichever rows the site has."""
-        return cls(site.weight.removesuffix(".weight"), site.inputs, site.full or site.outputs, rank)
-
-    @property
-    def a(self) -> str:
-        return f"{self.site}.lora_A.weight"
-
-    @property
-    def b(self) -> str:
-        return f"{self.site}.lora_B.weight"
+def named(weight: str) -> str:
+    """A weight as slots name it."""
+    return weight.removesuffix(".weight")
 
 
 class SlotBranch(nn.Module):
@@ -57,9 +40,10 @@ class SlotBranch(nn.Module):
 
     def __init__(self, slot: Slot, like: Tensor) -> None:
         super().__init__()
+        (outputs,) = dict(slot.members).values()
         # Rank 2 stands for any rank: torch.export would take a size of 0 or 1 for a constant.
         self.A = nn.Parameter(like.new_zeros(slot.inputs, 2), requires_grad=False)
-        self.B = nn.Parameter(like.new_zeros(2, slot.outputs), requires_grad=False)
+        self.B = nn.Parameter(like.new_zeros(2, outputs), requires_grad=False)
 
     def accumulate(self, y: Tensor, x: Tensor) -> Tensor:
         """y + (x @ A) @ B."""
@@ -91,15 +75,15 @@ def inserted(model: nn.Module, branches: Mapping[Site, nn.Module]) -> Iterator[N
                 _clear(model.get_submodule(path))
 
 
-def lower(chains: Mapping[Site, Chain]) -> Pairs:
-    """An adapter as one exact LoRA pair per weight.
+def lower(chains: Mapping[Site, Chain]) -> dict[str, tuple[Tensor, Tensor]]:
+    """An adapter as one exact LoRA pair by weight: A (in, rank) and B (rank, out), the scale in B.
 
     Pairs of several sites in one fused weight are put side by side; each has zeros where it has no output.
 
     Raises:
         ExportError: a chain has no inner width to be cut at, or its weight is no plain matrix.
     """
-    pairs: Pairs = {}
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for site, chain in chains.items():
         kind = "a stack of matrices" if site.stack else "an embedding table" if site.role == "embed" else ""
         if kind or site.tied:

@@ -6,26 +6,30 @@ and handed back bit for bit as it was.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from torch import Tensor, nn
+import numpy as np
+from torch import nn
 
-from graphpeft import onnx, parity
+from graphpeft import genai, onnx, parity
 from graphpeft.capture import Inputs, quiet
 from graphpeft.deploy import REPORT, Check, ExportReport, sizes, staged
 from graphpeft.errors import ExportError, FileError
-from graphpeft.flat import Flat
-from graphpeft.parity import Case, Outputs, Step, Tensors
+from graphpeft.layout import Pairs, Slot, filled
+from graphpeft.parity import Runner, Step
+from graphpeft.part import Part, Pass
+from graphpeft.parts import parts
 from graphpeft.passes.merge import merge, unmerge
 from graphpeft.program import stored
 from graphpeft.runtime import Session
-from graphpeft.slots import Pairs, Slot, SlotBranch, fingerprint, inserted, lower
+from graphpeft.slots import SlotBranch, fingerprint, inserted, lower, named, slot_at
 from graphpeft.state import chains, get_state, names, set_active
 
 Verify = Literal["off", "fast", "full"]
@@ -39,19 +43,28 @@ def export(
     adapters: str | Sequence[str] | None = None,
     inputs: Inputs = None,
     cache: bool = True,
+    rows: bool = False,
+    share: bool = True,
     opset: int | None = None,
     verify: Verify = "full",
 ) -> ExportReport:
     """Write `path/model.onnx` and, unless merged, one `NAME.onnx_adapter` per adapter; check them against PyTorch.
 
+    A model that generates from an encoder's states becomes two graphs, `encoder.onnx` and `decoder.onnx`.
+
     Args:
-        model: a model with adapters. It is exported as in evaluation mode, without a key-value cache.
+        model: a model with adapters. It is exported as in evaluation mode.
         path: a folder: new, empty, or of an earlier export, which is then replaced as a whole.
         merged: fold the active adapters into the weights; the graph is then the base model's with other numbers.
             Otherwise it is the base model's with a slot at every adapted weight, for adapters of any rank.
         adapters: names of those to write; default: all. `merged` folds what is active and takes no names.
         inputs: a sample call; default: made from the model's config. Batch size (axis 0) and lengths (axis 1 of 2-D
             integer inputs) become dynamic; in the sample they must be unequal and at least 2.
+        cache: where the model generates text, take its past (`past_key_values.0.key`) and give it back (`present.0.key`), so
+            that one graph serves the prompt and every later token.
+        rows: gate every slot, so that each row of a batch can have its own adapter or blend (`Session.use`).
+        share: one product for all slots that read the same activation; otherwise a slot for each weight, which files
+            that `olive convert-adapters` wrote fit unchanged in plain onnxruntime.
         opset: 18 or later; default: that of torch.onnx.
         verify: `off`: the graph's structure only. `fast`: also ONNX Runtime against PyTorch, at sizes that were not
             traced. `full`: also every slot by itself, swaps on one session, and that each adapter moves the output.
@@ -70,20 +83,20 @@ def export(
         raise ExportError(f'verify={verify!r}: it is one of "off", "fast", "full".')
     chosen = _chosen(model, merged, adapters)
     with quiet(model), _restored(model), staged(Path(path)) as folder:
-        work = _Export(Flat.of(model, inputs, cached=cache), folder, opset, verify, chosen)
+        limit = parity.tolerance(model)
+        pieces = [Part(name, flat, folder, limit) for name, flat in parts(model, inputs, cached=cache)]
+        work = _Export(model, pieces, folder, opset, verify, chosen, _passes(share, rows), rows)
         work.merged() if merged else work.swappable()
-        figures = [check.value for check in work.checks if not check.least]
-        onnx.annotate(work.path, {"graphpeft.tolerance": f"{max(figures):.2g}"} if figures else {})
         report = ExportReport(
             path=str(path),
             mode="merged" if merged else "swappable",
             adapters=chosen,
-            slots=len(work.slots),
-            opset=onnx.opset(work.path),
+            slots=sum(len(part.slots) for part in pieces),
+            opset=onnx.opset(pieces[0].path),
             verify=verify,
             files=sizes(folder),
-            checks=tuple(work.checks),
-            notes=tuple(work.notes),
+            checks=tuple(check for part in pieces for check in part.checks),
+            notes=tuple(note for part in pieces for note in part.notes),
             versions={name: version(name) for name in ("graphpeft", "torch", "onnx", "onnxruntime")},
             seconds=round(time.perf_counter() - start, 2),
         )
@@ -91,123 +104,124 @@ def export(
     return report
 
 
+def _passes(share: bool, rows: bool) -> tuple[Pass, ...]:
+    chosen = {onnx.share: share, onnx.gate_rows: rows}
+    return tuple(one for one, wanted in chosen.items() if wanted)
+
+
 @dataclass
 class _Export:
     """One export under way: its task, and what it finds."""
 
-    flat: Flat
+    model: nn.Module
+    parts: Sequence[Part]
     folder: Path
     opset: int | None
     verify: Verify
     names: tuple[str, ...]
-    slots: tuple[Slot, ...] = ()
-    checks: list[Check] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    passes: Sequence[Pass]
+    rows: bool
 
     def __post_init__(self) -> None:
-        self.model = self.flat.model
-        self.path = self.folder / "model.onnx"
-        self.base = fingerprint(self.model)
-        self.tolerance = parity.tolerance(self.model)
-        self.cases = [case for case in parity.cases(self.flat.inputs, self.flat.axes) if self._runs(case)]
-        self.notes += [f"output {name!r} is no tensor and was left out" for name in self.flat.dropped]
+        self.facts = {
+            "graphpeft.version": version("graphpeft"),
+            "graphpeft.base": fingerprint(self.model),
+            "graphpeft.generation": json.dumps(genai.facts(self.model)),
+        }
 
     def swappable(self) -> None:
-        """Write the base graph with slots and a file per adapter, then verify."""
+        """Write the base graph with slots and files for each adapter, then verify."""
         adapters = {name: chains(self.model, name) for name in self.names}
         sites = {site.weight: site for found in adapters.values() for site in found}
-        slots = {weight: Slot.at(site, f"rank_{i}") for i, (weight, site) in enumerate(sites.items())}
-        self.slots = tuple(slots.values())
-        for name, found in adapters.items():
-            self._write_adapter(name, lower(found), slots)
-        branches = {weight: SlotBranch(slots[weight], stored(self.model, weight)) for weight in sites}
-        with inserted(self.model, {sites[weight]: branch for weight, branch in branches.items()}):
-            paths = {id(parameter): path for path, parameter in self.model.named_parameters()}
-            fed = {slots[weight].a: branch.A for weight, branch in branches.items()}
-            fed |= {slots[weight].b: branch.B for weight, branch in branches.items()}
-            module = self.flat.module([paths[id(tensor)] for tensor in fed.values()])
-            self._write_graph(module, fed, {"graphpeft.mode": "swappable"})
+        slots = {weight: slot_at(site, f"rank_{i}") for i, (weight, site) in enumerate(sites.items())}
+        pairs = {name: self._pairs(lower(found)) for name, found in adapters.items()}
+        branches = {site: SlotBranch(slots[weight], stored(self.model, weight)) for weight, site in sites.items()}
+        with inserted(self.model, branches):
+            fed = {}
+            for site, branch in branches.items():
+                a, b = slots[site.weight].shapes
+                fed |= {a: branch.A, b: branch.B}
+            for part in self.parts:
+                facts = self.facts | {"graphpeft.mode": "swappable"}
+                part.write(list(slots.values()), fed, self.passes, facts, self.opset, whole=len(self.parts) == 1)
+            self._finish()
+            for name in self.names:
+                self._write_adapter(name, pairs[name])
             if self.verify == "full":
-                self._check_slots(module, fed)
+                for part, runner in self._runners():
+                    part.check_slots(runner, fed)
         if self.verify != "off":
             self._check_adapters()
 
     def merged(self) -> None:
         """Write the base graph with the adapters in its weights, then verify."""
         with _running(self.model, ()):
-            base = self._outputs()
+            base = [part.outputs() for part in self.parts]
         with _running(self.model, self.names):
-            step = Step(None, "merged model", self._outputs())
+            steps = [Step(None, "merged model", part.outputs()) for part in self.parts]
         merge(self.model, self.names)
         try:
-            facts = {"graphpeft.mode": "merged", "graphpeft.merged": ",".join(self.names)}
-            self._write_graph(self.flat.module(), {}, facts)
+            facts = self.facts | {"graphpeft.mode": "merged", "graphpeft.merged": ",".join(self.names)}
+            for part in self.parts:
+                part.write((), {}, (), facts, self.opset)
         finally:
             unmerge(self.model)
+        self._finish()
         if self.verify != "off":
-            session = self._session()
-            self.checks += parity.check_numbers(session, [step], self.cases, self.tolerance)
-            if self.verify == "full":
-                self.checks.append(parity.check_effect(session, step, base, self.cases))
+            for (part, runner), step, before in zip(self._runners(), steps, base, strict=True):
+                part.check_numbers(runner, [step])
+                if self.verify == "full" and _moves(step.want, before):
+                    part.check_effect(runner, step, before)
 
-    def _write_graph(self, module: nn.Module, fed: Tensors, facts: Mapping[str, str]) -> None:
-        ranks = {slot.a: {1: slot.rank} for slot in self.slots} | {slot.b: {0: slot.rank} for slot in self.slots}
-        axes = [self.flat.axes[name] for name in self.flat.inputs] + [ranks[name] for name in fed]
-        graph = onnx.translate(module, {**self.flat.inputs, **fed}, self.flat.outputs, axes, self.opset)
-        onnx.census(graph, self.slots)
-        onnx.attach_defaults(graph, self.slots)
-        known = {"graphpeft.version": version("graphpeft"), "graphpeft.base": self.base}
-        onnx.save(graph, self.path, self.slots, {**known, **facts})
-
-    def _write_adapter(self, name: str, pairs: Pairs, slots: Mapping[str, Slot]) -> None:
-        tensors: dict[str, Tensor] = {}
-        for weight, (a, b) in pairs.items():
+    def _pairs(self, lowered: Mapping[str, Any]) -> Pairs:
+        found = {}
+        for weight, pair in lowered.items():
             dtype = stored(self.model, weight).dtype
-            tensors |= {slots[weight].a: a.to(dtype), slots[weight].b: b.to(dtype)}
-        ranks = {slots[weight].site: a.shape[1] for weight, (a, _) in pairs.items()}
-        facts = {"base": self.base, "rules": get_state(self.model).adapters[name].rules, "ranks": ranks}
+            found[named(weight)] = tuple(side.to(dtype).cpu().contiguous().numpy() for side in pair)
+        return found
+
+    def _finish(self) -> None:
+        """What stands beside the graphs."""
+        genai.write(self.folder, self.model, self.parts[-1].flat)
+
+    def _write_adapter(self, name: str, pairs: Pairs) -> None:
+        tensors = {part.name: filled(part.slots, pairs) for part in self.parts}
+        ranks = {site: a.shape[1] for site, (a, _) in pairs.items()}
+        facts = {"base": self.facts["graphpeft.base"], "rules": get_state(self.model).adapters[name].rules, "ranks": ranks}
         onnx.write_adapter(self.folder, name, tensors, facts)
 
-    def _check_slots(self, module: nn.Module, fed: Tensors) -> None:
-        def reference(inputs: Tensors, slots: Tensors) -> Outputs:
-            tensors = [slots[name].to(place) for name, place in fed.items()]
-            found = module(*inputs.values(), *tensors)
-            return {name: value.cpu().numpy() for name, value in zip(self.flat.outputs, found, strict=True)}
-
-        found = parity.check_slots(self._session(), reference, self.slots, self.cases[-1], fed, self.tolerance)
-        self.checks.append(found[0])
-        self.notes += [f"{site}: moves the output too little to prove that its slot works" for site in found[1]]
-
     def _check_adapters(self) -> None:
-        session = self._session()
-        with _running(self.model, ()):
-            base = Step(None, "base model", self._outputs())
-        steps = []
-        for name in self.names:
-            with _running(self.model, (name,)):
-                steps.append(Step(name, f"adapter {name!r}", self._outputs()))
-        self.checks += parity.check_numbers(session, [base, *steps], self.cases, self.tolerance)
-        if self.verify == "full":
-            self.checks += [parity.check_effect(session, step, base.want, self.cases) for step in steps]
-            self.checks.append(parity.check_swaps(session, [*steps, base, steps[0]], self.cases, self.tolerance))
+        moved = set()
+        for part, runner in self._runners():
+            with _running(self.model, ()):
+                base = Step(None, "base model", part.outputs())
+            steps = []
+            for name in self.names:
+                with _running(self.model, (name,)):
+                    steps.append(Step(name, f"adapter {name!r}", part.outputs()))
+            part.check_numbers(runner, [base, *steps])
+            if self.verify == "full":
+                # Of two graphs, one may have no site of an adapter.
+                moving = [step for step in steps if len(self.parts) == 1 or _moves(step.want, base.want)]
+                for step in moving:
+                    part.check_effect(runner, step, base.want)
+                moved |= {step.use for step in moving}
+                part.check_swaps(runner, [*steps, base, steps[0]])
+                if self.rows:
+                    part.check_rows(runner, [*steps, base])
+        if self.verify == "full" and (still := [name for name in self.names if name not in moved]):
+            raise ExportError(f"adapter {still[0]!r}: it moves no graph's output. Train it, or leave it out (adapters=).")
 
-    def _runs(self, case: Case) -> bool:
+    def _runners(self) -> list[tuple[Part, Runner]]:
         try:
-            self.flat(case.inputs)
-        except Exception as error:  # of any kind: it is the model's own code that runs
-            reason = next(iter(str(error).splitlines()), "")
-            self.notes.append(f"not checked at {case.label}: PyTorch refuses it, {type(error).__name__}: {reason}")
-            return False
-        return True
-
-    def _session(self) -> Session:
-        try:
-            return Session(self.folder)
+            session = Session(self.folder)
         except FileError as error:
             raise ExportError(f"The exported folder does not open: {error}") from error
+        return [(part, Runner(session, part.name)) for part in self.parts]
 
-    def _outputs(self) -> list[Outputs]:
-        return [self.flat(case.inputs) for case in self.cases]
+
+def _moves(want: Sequence[parity.Outputs], base: Sequence[parity.Outputs]) -> bool:
+    return any(not np.array_equal(one[name], other[name]) for one, other in zip(want, base, strict=True) for name in one)
 
 
 def _chosen(model: nn.Module, merged: bool, adapters: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -1,0 +1,33 @@
+"""ONNX Runtime's `.onnx_adapter` files: tensors by name, and two numbers of which ONNX Runtime checks neither."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnxruntime as ort
+
+from graphpeft.errors import FileError
+from graphpeft.layout import Tensors
+
+SCHEMA = 2
+"""Version of the contract between graph, adapter files and sidecars."""
+SUFFIX = ".onnx_adapter"
+
+
+def write(path: Path, tensors: Tensors, base: str) -> None:
+    """Write tensors for the base model with this fingerprint, in hex; its first 31 bits go into the file."""
+    file = ort.AdapterFormat()
+    file.set_adapter_version(SCHEMA)
+    file.set_model_version(int(base[:8], 16) >> 1)  # a signed 32-bit field
+    file.set_parameters({name: ort.OrtValue.ortvalue_from_numpy(tensor) for name, tensor in tensors.items()})
+    file.export_adapter(str(path))
+
+
+def read(path: Path) -> Tensors:
+    """The tensors of a file. Raises `FileError` if it is none, or is cut off."""
+    try:
+        file = ort.AdapterFormat.read_adapter(str(path))
+    except RuntimeError as error:
+        raise FileError(f"{path}: not an adapter of ONNX Runtime ({error}). Export the adapter again.") from error
+    # Copies: the values point into the file's own memory, which goes with it.
+    return {name: value.numpy().copy() for name, value in file.get_parameters().items()}

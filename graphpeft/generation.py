@@ -1,0 +1,102 @@
+"""Text, token by token, with a graph that takes the past and gives it back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnxruntime as ort
+
+from graphpeft.errors import AdapterError
+from graphpeft.layout import Tensors
+from graphpeft.serving import Graph
+
+
+class Generator:
+    """The tokens of one batch. The cache is bound where ONNX Runtime left it, so nothing is copied from token to token."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        inputs: Mapping[str, np.ndarray],
+        constant: Mapping[str, np.ndarray] | None = None,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: Sequence[int] | None = None,
+    ) -> None:
+        self.graph, self.temperature, self.top_k, self.top_p = graph, temperature, top_k, top_p
+        self.past = [name for name in graph.inputs if name.startswith("past_key_values.")]
+        if not self.past:
+            raise AdapterError(f"{graph.path}: this graph takes no past; export the model with cache=True to generate.")
+        if "logits" not in graph.outputs:
+            raise AdapterError(f"{graph.path}: this graph gives {graph.outputs[0]!r} and no logits to choose tokens from.")
+        self.ids = np.asarray(inputs["input_ids"], np.int64)
+        self.mask = np.asarray(inputs.get("attention_mask", np.ones_like(self.ids)), np.int64)
+        if (self.mask[:, -1] == 0).any():
+            raise AdapterError("The prompt is padded on the right, so its last token is none. Pad it on the left.")
+        self.random = np.random.default_rng(seed)
+        self.stop = set(graph.facts.get("eos_token_id", []) if stop is None else stop)
+        self.pad = graph.facts.get("pad_token_id", 0)
+        self.binding = graph.inference.io_binding()
+        # ONNX Runtime ignores an active adapter under IO binding, so its tensors are bound like any other input.
+        self._bind(graph.loaded.tensors if graph.loaded else {})
+        self._bind(graph.extra(len(self.ids)))
+        self._bind({name: value for name, value in (constant or {}).items() if name in graph.inputs})
+
+    def tokens(self, count: int) -> np.ndarray:
+        """Prompt and answer (rows, length)."""
+        done = np.zeros(len(self.ids), bool)
+        first = self.graph.completed({"input_ids": self.ids, "attention_mask": self.mask})
+        step = {name: value for name, value in first.items() if name in self.graph.inputs}
+        for _ in range(count):
+            logits = self._forward(step)
+            chosen = np.where(done, self.pad, self._chosen(logits))
+            done |= np.isin(chosen, list(self.stop))
+            self.ids = np.concatenate([self.ids, chosen[:, None]], 1)
+            self.mask = np.concatenate([self.mask, np.ones_like(chosen)[:, None]], 1)
+            if done.all():
+                break
+            following = {"input_ids": chosen[:, None], "attention_mask": self.mask}
+            following["position_ids"] = self.mask.sum(1, keepdims=True) - 1
+            step = {name: value for name, value in following.items() if name in self.graph.inputs}
+        return self.ids
+
+    def _forward(self, step: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Logits (rows, vocabulary) of the last position; the cache goes from outputs to inputs."""
+        self._bind(step)
+        for name in self.graph.outputs:
+            self.binding.bind_output(name, "cpu")
+        self.graph.inference.run_with_iobinding(self.binding)
+        found = dict(zip(self.graph.outputs, self.binding.get_outputs(), strict=True))
+        for name in self.past:
+            self.binding.bind_ortvalue_input(name, found[name.replace("past_key_values", "present")])
+        return found["logits"].numpy()[:, -1].astype(np.float64)
+
+    def _bind(self, tensors: Tensors | Mapping[str, np.ndarray]) -> None:
+        for name, value in tensors.items():
+            self.binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value)))
+
+    def _chosen(self, logits: np.ndarray) -> np.ndarray:
+        if self.temperature <= 0:
+            return logits.argmax(-1)
+        # Gumbel: the largest of logits plus this noise is drawn as from their softmax.
+        return (_kept(logits / self.temperature, self.top_k, self.top_p) + self.random.gumbel(size=logits.shape)).argmax(-1)
+
+
+def _kept(logits: np.ndarray, top_k: int | None, top_p: float | None) -> np.ndarray:
+    """Logits with the unlikely ones at minus infinity."""
+    order = np.argsort(-logits, -1)
+    ranked = np.take_along_axis(logits, order, -1)
+    drop = np.zeros(logits.shape, bool)
+    if top_k is not None:
+        drop[:, top_k:] = True
+    if top_p is not None:
+        share = np.exp(ranked - ranked[:, :1])
+        share /= share.sum(-1, keepdims=True)
+        drop |= share.cumsum(-1) - share >= top_p
+    kept = logits.copy()
+    np.put_along_axis(kept, order, np.where(drop, -np.inf, ranked), -1)
+    return kept

@@ -1,0 +1,138 @@
+"""Where a graph is open for adapters, and how an adapter fills those places: the contract of graph, file and session.
+
+An adapter is a pair of matrices for each site, A (in, rank) and B (rank, out) with the scale in B. A slot takes the pairs
+of one site, or of several sites that read the same activation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from os.path import commonprefix
+from typing import Any
+
+import numpy as np
+
+Pair = tuple[np.ndarray, np.ndarray]
+Pairs = Mapping[str, Pair]
+"""By site."""
+Dim = int | str
+Tensors = dict[str, np.ndarray]
+
+ROW_WEIGHTS = "graphpeft.row_weights"
+"""Input (rows, adapters): how much of each adapter every row of the batch gets."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Inputs A (inputs, rank) and, for each site, B (rank, outputs): every site gets y + (x @ A) @ B."""
+
+    inputs: int
+    members: tuple[tuple[str, int], ...]
+    """Sites and their numbers of outputs. A site is a weight's qualified name, without a final `.weight`."""
+    rank: str
+    """Symbol of the rank; no two slots share one, or ONNX Runtime would take their buffers for equally large."""
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        return tuple(site for site, _ in self.members)
+
+    @property
+    def label(self) -> str:
+        """The site, or what several have in common, then their own names: `layers.0.q_proj+k_proj`."""
+        if len(self.members) == 1:
+            return self.sites[0]
+        shared = commonprefix(self.sites).rpartition(".")[0]
+        names = "+".join(site.removeprefix(shared).lstrip(".") for site in self.sites)
+        return f"{shared}.{names}" if shared else names
+
+    @property
+    def a(self) -> str:
+        return f"{self.label}.lora_A.weight"
+
+    @property
+    def segments(self) -> str:
+        """In graphs for rows: which adapter of a bank each unit of rank belongs to."""
+        return f"{self.label}.lora_segments"
+
+    @property
+    def shapes(self) -> dict[str, tuple[Dim, ...]]:
+        """Of each input, by name."""
+        return {self.a: (self.inputs, self.rank)} | {b_of(site): (self.rank, n) for site, n in self.members}
+
+    def filled(self, pairs: Pairs) -> Tensors:
+        """The inputs for an adapter's pairs; none if it has no pair here. Several pairs stand side by side."""
+        present = [(site, *pairs[site]) for site in self.sites if site in pairs]
+        if not present:
+            return {}
+        tensors = {self.a: np.concatenate([a for _, a, _ in present], 1)}
+        ranks = {site: a.shape[1] for site, a, _ in present}
+        total, start = sum(ranks.values()), 0
+        for site, outputs in self.members:
+            b = np.zeros((total, outputs), tensors[self.a].dtype)
+            if site in ranks:
+                b[start : start + ranks[site]] = pairs[site][1]
+                start += ranks[site]
+            tensors[b_of(site)] = b
+        return tensors
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"inputs": self.inputs, "sites": dict(self.members), "rank": self.rank, "A": self.a}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Slot:
+        return cls(fields["inputs"], tuple(fields["sites"].items()), fields["rank"])
+
+
+def a_of(site: str) -> str:
+    return f"{site}.lora_A.weight"
+
+
+def b_of(site: str) -> str:
+    return f"{site}.lora_B.weight"
+
+
+def filled(slots: Iterable[Slot], pairs: Pairs) -> Tensors:
+    """All inputs for an adapter's pairs."""
+    return {name: value for slot in slots for name, value in slot.filled(pairs).items()}
+
+
+def unfilled(slots: Iterable[Slot], tensors: Tensors) -> dict[str, Pair]:
+    """The pairs that tensors hold, whether they fill these slots or one slot for each site."""
+    pairs: dict[str, Pair] = {}
+    for slot in slots:
+        for site in slot.sites:
+            a = tensors.get(slot.a, tensors.get(a_of(site)))
+            b = tensors.get(b_of(site))
+            if a is not None and b is not None:
+                pairs[site] = a, b
+    return pairs
+
+
+def blended(parts: Sequence[tuple[Pairs, float]]) -> dict[str, Pair]:
+    """One adapter that adds up several, each with its strength."""
+    sites = dict.fromkeys(site for pairs, _ in parts for site in pairs)
+    made: dict[str, Pair] = {}
+    for site in sites:
+        here = [(*pairs[site], strength) for pairs, strength in parts if site in pairs]
+        a = np.concatenate([a for a, _, _ in here], 1)
+        b = np.concatenate([b * np.asarray(strength, b.dtype) for _, b, strength in here], 0)
+        made[site] = a, b
+    return made
+
+
+def bank(slots: Iterable[Slot], adapters: Sequence[Pairs]) -> Tensors:
+    """Several adapters side by side in every slot, and whose each unit of rank is."""
+    tensors: Tensors = {}
+    for slot in slots:
+        parts = [(number, slot.filled(pairs)) for number, pairs in enumerate(adapters)]
+        parts = [(number, part) for number, part in parts if part]
+        if not parts:
+            continue
+        for name in parts[0][1]:
+            axis = 1 if name == slot.a else 0
+            tensors[name] = np.concatenate([part[name] for _, part in parts], axis)
+        tensors[slot.segments] = np.concatenate(
+            [np.full(part[slot.a].shape[1], number, np.int64) for number, part in parts]
+        )
+    return tensors

@@ -1,0 +1,116 @@
+"""One graph under way to ONNX Runtime: the function that PyTorch computes, the graph made of it, the checks between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from graphpeft import onnx, parity
+from graphpeft.deploy import Check
+from graphpeft.flat import Flat
+from graphpeft.layout import Pairs, Slot, a_of
+from graphpeft.parity import Case, Outputs, Runner, Step, Tensors
+
+Pass = Callable[[ir.Model, Sequence[Slot]], tuple[Slot, ...]]
+"""A pass over the graph; returns the slots that there are after it."""
+
+
+@dataclass
+class Part:
+    """A graph of an export, by the name of its file."""
+
+    name: str
+    flat: Flat
+    folder: Path
+    limit: float
+    slots: tuple[Slot, ...] = ()
+    checks: list[Check] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.cases = [case for case in parity.cases(self.flat.inputs, self.flat.axes) if self._runs(case)]
+        self.notes += [f"output {name!r} is no tensor and was left out" for name in self.flat.dropped]
+
+    @property
+    def path(self) -> Path:
+        return self.folder / f"{self.name}.onnx"
+
+    def outputs(self) -> list[Outputs]:
+        """PyTorch's, in every case, with the adapters that are active."""
+        return [self.flat(case.inputs) for case in self.cases]
+
+    def write(
+        self, slots: Sequence[Slot], fed: Tensors, passes: Sequence[Pass], facts: Mapping[str, str], opset: int | None,
+        whole: bool = True,
+    ) -> None:  # fmt: skip
+        """Translate, run passes with a census after each, and save. Unless `whole`, slots of other graphs are left out."""
+        ranks = {name: {axis: size for axis, size in enumerate(shape) if isinstance(size, str)}
+                 for slot in slots for name, shape in slot.shapes.items()}  # fmt: skip
+        axes = [self.flat.axes[name] for name in self.flat.inputs] + [ranks[name] for name in fed]
+        module = self.flat.module(self._paths(fed))
+        graph = onnx.translate(
+            module, {**self.flat.inputs, **fed}, self.flat.outputs, axes, opset, prefix=self.flat.prefix
+        )
+        self.slots = tuple(slots) if whole else onnx.used(graph, slots)
+        onnx.census(graph, self.slots)
+        for one in passes:
+            self.slots = one(graph, self.slots)
+            onnx.census(graph, self.slots)
+        onnx.attach_defaults(graph, self.slots)
+        onnx.save(graph, self.path, self.slots, facts)
+
+    def check_slots(self, runner: Runner, fed: Tensors) -> None:
+        """Every slot by itself. Call it while the slots are in the model."""
+        module = self.flat.module(self._paths(fed))
+
+        def reference(inputs: Tensors, pairs: Pairs) -> Outputs:
+            tensors = [self._value(name, place, pairs) for name, place in fed.items()]
+            found = module(*inputs.values(), *tensors)
+            return {name: value.cpu().numpy() for name, value in zip(self.flat.outputs, found, strict=True)}
+
+        dtypes = {site: _numpy(fed[a_of(site)].dtype) for slot in self.slots for site in slot.sites}
+        check, unmoved = parity.check_slots(runner, reference, self.slots, self.cases[1], dtypes, self.limit)
+        self.checks.append(check)
+        self.notes += [f"{site}: moves the output too little to prove that its slot works" for site in unmoved]
+
+    def check_numbers(self, runner: Runner, steps: Sequence[Step]) -> None:
+        self.checks += parity.check_numbers(runner, steps, self.cases, self.limit)
+
+    def check_swaps(self, runner: Runner, steps: Sequence[Step]) -> None:
+        self.checks.append(parity.check_swaps(runner, steps, self.cases, self.limit))
+
+    def check_rows(self, runner: Runner, steps: Sequence[Step]) -> None:
+        self.checks.append(parity.check_rows(runner, steps, self.cases, self.limit))
+
+    def check_effect(self, runner: Runner, step: Step, base: Sequence[Outputs]) -> None:
+        self.checks.append(parity.check_effect(runner, step, base, self.cases))
+
+    def _paths(self, fed: Tensors) -> list[str]:
+        paths = {id(parameter): path for path, parameter in self.flat.model.named_parameters()}
+        return [paths[id(tensor)] for tensor in fed.values()]
+
+    @staticmethod
+    def _value(name: str, place: Tensor, pairs: Pairs) -> Tensor:
+        site, _, side = name.removesuffix(".weight").rpartition(".lora_")
+        if site in pairs:
+            return torch.from_numpy(pairs[site][side == "B"]).to(place)
+        return place[:, :0] if side == "A" else place[:0]
+
+    def _runs(self, case: Case) -> bool:
+        try:
+            self.flat(case.inputs)
+        except Exception as error:  # of any kind: it is the model's own code that runs
+            reason = next(iter(str(error).splitlines()), "")
+            self.notes.append(f"not checked at {case.label}: PyTorch refuses it, {type(error).__name__}: {reason}")
+            return False
+        return True
+
+
+def _numpy(dtype: torch.dtype) -> np.dtype:
+    return torch.empty(0, dtype=dtype).numpy().dtype

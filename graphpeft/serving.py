@@ -1,0 +1,184 @@
+"""One graph in ONNX Runtime with the adapter that it runs."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from graphpeft.adapter_file import SCHEMA, SUFFIX, write
+from graphpeft.errors import AdapterError, FileError
+from graphpeft.layout import ROW_WEIGHTS, Pairs, Slot, Tensors, a_of, b_of, filled, unfilled
+
+one_cause = "Usual cause: an adapter of another model or export. Remedy: export model and adapter together."
+NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64,
+         "tensor(int64)": np.int64, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8, "tensor(int32)": np.int32}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An adapter in a graph's own layout. ONNX Runtime keeps bare pointers to it: whoever runs it must hold it."""
+
+    adapter: ort.LoraAdapter
+    tensors: Tensors
+    pairs: Pairs
+
+
+class Graph:
+    """A graph, its slots, and what it runs with."""
+
+    def __init__(
+        self, path: Path, providers: Sequence[str], options: ort.SessionOptions | None, temporary: str
+    ) -> None:
+        self.path, self._temporary = path, Path(temporary)
+        if options is None:
+            options = ort.SessionOptions()
+            options.log_severity_level = 3
+        try:
+            self.inference = ort.InferenceSession(str(path), options, providers=list(providers))
+        except Exception as error:  # ONNX Runtime's errors have no class of their own in common
+            raise FileError(
+                f"{path}: ONNX Runtime {ort.__version__} cannot load it: {error} Usual causes: {path.name}.data was "
+                "not copied along, or the graph's opset is too new. Copy the whole folder, or update ONNX Runtime."
+            ) from error
+        facts = self.inference.get_modelmeta().custom_metadata_map
+        if facts.get("graphpeft.schema") != str(SCHEMA):
+            raise FileError(
+                f"{path}: graphpeft.schema is {facts.get('graphpeft.schema')!r} in the model's metadata, this "
+                f"version reads {SCHEMA}. Export the model again with this version of graphpeft."
+            )
+        self.base = facts["graphpeft.base"]
+        self.slots = tuple(Slot.from_dict(fields) for fields in json.loads(facts["graphpeft.slots"]))
+        self.facts: Mapping[str, Any] = json.loads(facts.get("graphpeft.generation", "{}"))
+        self.open = {place.name: place for place in self.inference.get_overridable_initializers()}
+        self.inputs = {place.name: place for place in self.inference.get_inputs()}
+        self.outputs = [place.name for place in self.inference.get_outputs()]
+        self.use(None)
+
+    def load(self, tensors: Tensors, source: Path) -> Loaded:
+        """Check an adapter and load it. Raises `FileError` with the site at which it does not fit."""
+        self._check(tensors, source)
+        pairs = unfilled(self.slots, tensors)
+        if not set(tensors) <= set(self.open):  # one slot for each site, where this graph shares them
+            tensors = filled(self.slots, pairs)
+        path = source if source.is_file() and set(tensors) <= set(self.open) else None
+        adapter = ort.LoraAdapter()
+        if path is None:
+            path = self._temporary / (uuid.uuid4().hex + SUFFIX)
+            write(path, tensors, self.base)
+        adapter.Load(str(path))
+        return Loaded(adapter, tensors, pairs)
+
+    def use(self, loaded: Loaded | None) -> None:
+        self.loaded, self.row_weights = loaded, None
+        self.run_options = ort.RunOptions()
+        if loaded is not None:
+            self.run_options.add_active_adapter(loaded.adapter)
+
+    def use_rows(self, loaded: Loaded | None, weights: np.ndarray) -> None:
+        """Raises `AdapterError` if the graph has no gates."""
+        if ROW_WEIGHTS not in self.open:
+            raise AdapterError(
+                f"{self.path}: this graph runs one adapter for all rows. Export it with rows=True, or run the rows apart."
+            )
+        self.use(loaded)
+        if loaded is not None:
+            self.row_weights = weights.astype(NUMPY[self.open[ROW_WEIGHTS].type])
+
+    def extra(self, rows: int) -> Tensors:
+        """What to feed besides inputs and adapter, for a batch of this many rows."""
+        if self.row_weights is None:
+            return {}
+        if len(self.row_weights) != rows:
+            raise AdapterError(f"use() was given {len(self.row_weights)} rows, the batch has {rows}.")
+        return {ROW_WEIGHTS: self.row_weights}
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Outputs by name, with an empty past and what follows from it where they are not given."""
+        if fed := [name for name in inputs if name in self.open]:
+            raise AdapterError(f"{fed[0]} is a slot: with an adapter in use ONNX Runtime would ignore it. Call use().")
+        given = self.completed(inputs)
+        rows = next(iter(given.values())).shape[0] if given else 0
+        found = self.inference.run(self.outputs, given | self.extra(rows), self.run_options)
+        return dict(zip(self.outputs, found, strict=True))
+
+    def completed(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """A decoder's inputs with an empty past, a mask of ones and positions that count what is not masked."""
+        given = dict(inputs)
+        past = [place for name, place in self.inputs.items() if name.startswith("past_key_values.")]
+        if not past or "input_ids" not in given:
+            return given
+        rows, length = given["input_ids"].shape
+        for place in past:
+            heads, width = place.shape[1], place.shape[3]
+            given.setdefault(place.name, np.zeros((rows, heads, 0, width), NUMPY[place.type]))
+        if "attention_mask" in self.inputs:
+            total = given[past[0].name].shape[2] + length
+            given.setdefault("attention_mask", np.ones((rows, total), np.int64))
+        if "position_ids" in self.inputs:
+            counted = np.maximum(given["attention_mask"].cumsum(1) - 1, 0)[:, -length:]
+            given.setdefault("position_ids", counted.astype(np.int64))
+        return given
+
+    def _check(self, tensors: Tensors, source: Path) -> None:
+        by_site = {site: slot for slot in self.slots for site in slot.sites}
+        shapes = {name: tuple(place.shape) for name, place in self.open.items()}
+        for site, slot in by_site.items():
+            shapes |= {a_of(site): (slot.inputs, f"rank of {site}"), b_of(site): (f"rank of {site}", dict(slot.members)[site])}
+        sizes: dict[str, tuple[str, int]] = {}
+        for name, tensor in tensors.items():
+            label, _, side = name.removesuffix(".weight").rpartition(".lora_")
+            where = f"{source}: at {label!r} lora_{side}"
+            if name not in shapes:
+                raise FileError(f"{source}: the graph has no slot {name!r}; {label or name!r} takes no adapter. {one_cause}")
+            kind = self.open[name].type if name in self.open else self._kind()
+            if tensor.dtype != NUMPY[kind]:
+                raise FileError(f"{where} is {tensor.dtype}, its slot {kind}. {one_cause}")
+            want = shapes[name]
+            if len(tensor.shape) != len(want) or any(
+                isinstance(size, int) and size != got for size, got in zip(want, tensor.shape, strict=True)
+            ):
+                raise FileError(f"{where} has shape {list(tensor.shape)}, its slot {list(want)}. {one_cause}")
+            if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
+                raise FileError(f"{where} has values that are not finite. Train the adapter again, or export it anew.")
+        self._check_ranks(tensors, source)
+
+    def _check_ranks(self, tensors: Tensors, source: Path) -> None:
+        """Every A with all of its Bs, in one rank."""
+        for slot in self.slots:
+            layouts = [(slot.a, slot.sites)] if slot.a in tensors else [(a_of(site), (site,)) for site in slot.sites]
+            for a, sites in layouts:
+                for site in sites:
+                    present = [name for name in (a, b_of(site)) if name in tensors]
+                    if len(present) == 1:
+                        side = "A" if present[0] == a else "B"
+                        raise FileError(f"{source}: at {site!r} it has lora_{side} only; a slot takes two. {one_cause}")
+                    if len(present) == 2 and tensors[a].shape[1] != tensors[b_of(site)].shape[0]:
+                        ranks = f"{tensors[a].shape[1]} and {tensors[b_of(site)].shape[0]}"
+                        raise FileError(f"{source}: at {site!r} the ranks of A and B are {ranks}. {one_cause}")
+
+    def _kind(self) -> str:
+        return next(iter(self.open.values())).type
+
+
+def checked_base(sidecar: Path, base: str) -> None:
+    """Refuse an adapter whose sidecar names another base model, or none."""
+    name = sidecar.name.removesuffix(".json") + SUFFIX
+    try:
+        said = json.loads(sidecar.read_text(encoding="utf-8"))["base"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FileError(
+            f"{sidecar}: missing or unreadable. It states which base model {name} was trained on, and the "
+            "adapter's file cannot; copy both files together."
+        ) from error
+    if said != base:
+        raise FileError(
+            f"{sidecar.with_name(name)}: made for base model {str(said)[:12]}, but the graph holds {base[:12]}. The "
+            "shapes may fit, the answers would not: export the adapter from this base model."
+        )
