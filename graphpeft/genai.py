@@ -15,17 +15,19 @@ KNOWN = {"llama", "gemma", "gemma2", "gemma3_text", "mistral", "phi", "phi3", "q
 
 
 def facts(model: nn.Module) -> dict[str, Any]:
-    """Special tokens of a model that generates: `eos_token_id` is a list."""
+    """Special tokens of a model that generates, `eos_token_id` as a list; without those that its vocabulary lacks."""
     config = getattr(model, "generation_config", None)
     if config is None:
         return {}
-    eos = config.eos_token_id
-    found = {
-        "eos_token_id": eos if isinstance(eos, list) else [] if eos is None else [eos],
-        "pad_token_id": config.pad_token_id,
-        "decoder_start_token_id": getattr(config, "decoder_start_token_id", None),
-    }
-    return {name: value for name, value in found.items() if value is not None}
+    size = model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
+    eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    found = {"pad_token_id": config.pad_token_id, "decoder_start_token_id": config.decoder_start_token_id}
+    known = {name: token for name, token in found.items() if _in(token, size)}
+    return known | {"eos_token_id": [token for token in eos if _in(token, size)]}
+
+
+def _in(token: int | None, size: int) -> bool:
+    return token is not None and 0 <= token < size
 
 
 def write(folder: Path, model: nn.Module, flat: Flat) -> None:
@@ -40,7 +42,7 @@ def write(folder: Path, model: nn.Module, flat: Flat) -> None:
     config = {
         "model": {
             "type": text.model_type if text.model_type in KNOWN else "llama",
-            "bos_token_id": text.bos_token_id or 0,
+            "bos_token_id": text.bos_token_id if _in(text.bos_token_id, text.vocab_size) else 0,
             "eos_token_id": tokens.get("eos_token_id") or 0,
             "pad_token_id": tokens.get("pad_token_id", 0),
             "vocab_size": text.vocab_size,
