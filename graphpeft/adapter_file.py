@@ -7,14 +7,14 @@ from pathlib import Path
 import onnxruntime as ort
 
 from graphpeft.errors import FileError
-from graphpeft.layout import Tensors
+from graphpeft.layout import Arrays
 
 SCHEMA = 2
 """Version of the contract between graph, adapter files and sidecars."""
 SUFFIX = ".onnx_adapter"
 
 
-def write(path: Path, tensors: Tensors, base: str) -> None:
+def write(path: Path, tensors: Arrays, base: str) -> None:
     """Write tensors for the base model with this fingerprint, in hex; its first 31 bits go into the file."""
     file = ort.AdapterFormat()
     file.set_adapter_version(SCHEMA)
@@ -23,7 +23,7 @@ def write(path: Path, tensors: Tensors, base: str) -> None:
     file.export_adapter(str(path))
 
 
-def read(path: Path) -> Tensors:
+def read(path: Path) -> Arrays:
     """The tensors of a file. Raises `FileError` if it is none, or is cut off."""
     try:
         file = ort.AdapterFormat.read_adapter(str(path))

@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime as ort
 
 from graphpeft.errors import AdapterError
-from graphpeft.layout import Tensors
+from graphpeft.layout import Arrays
 from graphpeft.serving import Graph
 
 
@@ -32,7 +32,9 @@ class Generator:
         if not self.past:
             raise AdapterError(f"{graph.path}: this graph takes no past; export the model with cache=True to generate.")
         if "logits" not in graph.outputs:
-            raise AdapterError(f"{graph.path}: this graph gives {graph.outputs[0]!r} and no logits to choose tokens from.")
+            raise AdapterError(
+                f"{graph.path}: this graph gives {graph.outputs[0]!r} and no logits to choose tokens from."
+            )
         self.ids = np.asarray(inputs["input_ids"], np.int64)
         self.mask = np.asarray(inputs.get("attention_mask", np.ones_like(self.ids)), np.int64)
         if (self.mask[:, -1] == 0).any():
@@ -75,7 +77,7 @@ class Generator:
             self.binding.bind_ortvalue_input(name, found[name.replace("past_key_values", "present")])
         return found["logits"].numpy()[:, -1].astype(np.float64)
 
-    def _bind(self, tensors: Tensors | Mapping[str, np.ndarray]) -> None:
+    def _bind(self, tensors: Arrays | Mapping[str, np.ndarray]) -> None:
         for name, value in tensors.items():
             self.binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value)))
 
@@ -83,7 +85,9 @@ class Generator:
         if self.temperature <= 0:
             return logits.argmax(-1)
         # Gumbel: the largest of logits plus this noise is drawn as from their softmax.
-        return (_kept(logits / self.temperature, self.top_k, self.top_p) + self.random.gumbel(size=logits.shape)).argmax(-1)
+        return (
+            _kept(logits / self.temperature, self.top_k, self.top_p) + self.random.gumbel(size=logits.shape)
+        ).argmax(-1)
 
 
 def _kept(logits: np.ndarray, top_k: int | None, top_p: float | None) -> np.ndarray:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ Pair = tuple[np.ndarray, np.ndarray]
 Pairs = Mapping[str, Pair]
 """By site."""
 Dim = int | str
-Tensors = dict[str, np.ndarray]
+Arrays = dict[str, np.ndarray]
 
 ROW_WEIGHTS = "graphpeft.row_weights"
 """Input (rows, adapters): how much of each adapter every row of the batch gets."""
@@ -42,9 +41,9 @@ class Slot:
         """The site, or what several have in common, then their own names: `layers.0.q_proj+k_proj`."""
         if len(self.members) == 1:
             return self.sites[0]
-        shared = commonprefix(self.sites).rpartition(".")[0]
-        names = "+".join(site.removeprefix(shared).lstrip(".") for site in self.sites)
-        return f"{shared}.{names}" if shared else names
+        parts = [site.split(".") for site in self.sites]
+        depth = next((i for i, names in enumerate(zip(*parts, strict=False)) if len(set(names)) > 1), 0)
+        return ".".join([*parts[0][:depth], "+".join(".".join(names[depth:]) for names in parts)])
 
     @property
     def a(self) -> str:
@@ -60,7 +59,7 @@ class Slot:
         """Of each input, by name."""
         return {self.a: (self.inputs, self.rank)} | {b_of(site): (self.rank, n) for site, n in self.members}
 
-    def filled(self, pairs: Pairs) -> Tensors:
+    def filled(self, pairs: Pairs) -> Arrays:
         """The inputs for an adapter's pairs; none if it has no pair here. Several pairs stand side by side."""
         present = [(site, *pairs[site]) for site in self.sites if site in pairs]
         if not present:
@@ -79,9 +78,39 @@ class Slot:
     def as_dict(self) -> dict[str, Any]:
         return {"inputs": self.inputs, "sites": dict(self.members), "rank": self.rank, "A": self.a}
 
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> Slot:
-        return cls(fields["inputs"], tuple(fields["sites"].items()), fields["rank"])
+
+@dataclass(frozen=True)
+class Held:
+    """Inputs for the tensors that a method trains at one site, in their own shapes. All zero, they change nothing."""
+
+    site: str
+    tensors: tuple[tuple[str, tuple[int, ...]], ...]
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        return (self.site,)
+
+    @property
+    def label(self) -> str:
+        return self.site
+
+    @property
+    def shapes(self) -> dict[str, tuple[Dim, ...]]:
+        """Of each input, by name."""
+        return dict(self.tensors)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"site": self.site, "tensors": {name: list(shape) for name, shape in self.tensors}}
+
+
+Place = Slot | Held
+
+
+def place(fields: Mapping[str, Any]) -> Place:
+    """From what `as_dict` gave."""
+    if "tensors" in fields:
+        return Held(fields["site"], tuple((name, tuple(shape)) for name, shape in fields["tensors"].items()))
+    return Slot(fields["inputs"], tuple(fields["sites"].items()), fields["rank"])
 
 
 def a_of(site: str) -> str:
@@ -92,15 +121,20 @@ def b_of(site: str) -> str:
     return f"{site}.lora_B.weight"
 
 
-def filled(slots: Iterable[Slot], pairs: Pairs) -> Tensors:
+def filled(slots: Iterable[Place], pairs: Pairs) -> Arrays:
     """All inputs for an adapter's pairs."""
-    return {name: value for slot in slots for name, value in slot.filled(pairs).items()}
+    return {name: value for slot in pair_slots(slots) for name, value in slot.filled(pairs).items()}
 
 
-def unfilled(slots: Iterable[Slot], tensors: Tensors) -> dict[str, Pair]:
+def pair_slots(places: Iterable[Place]) -> list[Slot]:
+    """Those that take pairs."""
+    return [place for place in places if isinstance(place, Slot)]
+
+
+def unfilled(slots: Iterable[Place], tensors: Arrays) -> dict[str, Pair]:
     """The pairs that tensors hold, whether they fill these slots or one slot for each site."""
     pairs: dict[str, Pair] = {}
-    for slot in slots:
+    for slot in pair_slots(slots):
         for site in slot.sites:
             a = tensors.get(slot.a, tensors.get(a_of(site)))
             b = tensors.get(b_of(site))
@@ -121,10 +155,10 @@ def blended(parts: Sequence[tuple[Pairs, float]]) -> dict[str, Pair]:
     return made
 
 
-def bank(slots: Iterable[Slot], adapters: Sequence[Pairs]) -> Tensors:
+def bank(slots: Iterable[Place], adapters: Sequence[Pairs]) -> Arrays:
     """Several adapters side by side in every slot, and whose each unit of rank is."""
-    tensors: Tensors = {}
-    for slot in slots:
+    tensors: Arrays = {}
+    for slot in pair_slots(slots):
         parts = [(number, slot.filled(pairs)) for number, pairs in enumerate(adapters)]
         parts = [(number, part) for number, part in parts if part]
         if not parts:

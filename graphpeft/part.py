@@ -6,18 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 import torch
-from torch import Tensor
 
 from graphpeft import onnx, parity
 from graphpeft.deploy import Check
 from graphpeft.flat import Flat
-from graphpeft.layout import Pairs, Slot, a_of
+from graphpeft.layout import Arrays, Place
+from graphpeft.opening import absent, probes
 from graphpeft.parity import Case, Outputs, Runner, Step, Tensors
 
-Pass = Callable[[ir.Model, Sequence[Slot]], tuple[Slot, ...]]
+Pass = Callable[[ir.Model, Sequence[Place]], tuple[Place, ...]]
 """A pass over the graph; returns the slots that there are after it."""
 
 
@@ -29,7 +28,7 @@ class Part:
     flat: Flat
     folder: Path
     limit: float
-    slots: tuple[Slot, ...] = ()
+    slots: tuple[Place, ...] = ()
     checks: list[Check] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -46,7 +45,7 @@ class Part:
         return [self.flat(case.inputs) for case in self.cases]
 
     def write(
-        self, slots: Sequence[Slot], fed: Tensors, passes: Sequence[Pass], facts: Mapping[str, str], opset: int | None,
+        self, slots: Sequence[Place], fed: Tensors, passes: Sequence[Pass], facts: Mapping[str, str], opset: int | None,
         whole: bool = True,
     ) -> None:  # fmt: skip
         """Translate, run passes with a census after each, and save. Unless `whole`, slots of other graphs are left out."""
@@ -68,14 +67,15 @@ class Part:
     def check_slots(self, runner: Runner, fed: Tensors) -> None:
         """Every slot by itself. Call it while the slots are in the model."""
         module = self.flat.module(self._paths(fed))
+        nothing = {name: absent(name, like, self.slots) for name, like in fed.items()}
 
-        def reference(inputs: Tensors, pairs: Pairs) -> Outputs:
-            tensors = [self._value(name, place, pairs) for name, place in fed.items()]
-            found = module(*inputs.values(), *tensors)
+        def reference(inputs: Tensors, values: Arrays) -> Outputs:
+            given = nothing | {name: torch.from_numpy(value).to(fed[name]) for name, value in values.items()}
+            found = module(*inputs.values(), *given.values())
             return {name: value.cpu().numpy() for name, value in zip(self.flat.outputs, found, strict=True)}
 
-        dtypes = {site: _numpy(fed[a_of(site)].dtype) for slot in self.slots for site in slot.sites}
-        check, unmoved = parity.check_slots(runner, reference, self.slots, self.cases[1], dtypes, self.limit)
+        alone = list(probes(self.slots, fed))
+        check, unmoved = parity.check_slots(runner, reference, alone, self.cases[1], self.limit)
         self.checks.append(check)
         self.notes += [f"{site}: moves the output too little to prove that its slot works" for site in unmoved]
 
@@ -92,15 +92,9 @@ class Part:
         self.checks.append(parity.check_effect(runner, step, base, self.cases))
 
     def _paths(self, fed: Tensors) -> list[str]:
-        paths = {id(parameter): path for path, parameter in self.flat.model.named_parameters()}
+        model = self.flat.model
+        paths = {id(tensor): path for path, tensor in (*model.named_buffers(), *model.named_parameters())}
         return [paths[id(tensor)] for tensor in fed.values()]
-
-    @staticmethod
-    def _value(name: str, place: Tensor, pairs: Pairs) -> Tensor:
-        site, _, side = name.removesuffix(".weight").rpartition(".lora_")
-        if site in pairs:
-            return torch.from_numpy(pairs[site][side == "B"]).to(place)
-        return place[:, :0] if side == "A" else place[:0]
 
     def _runs(self, case: Case) -> bool:
         try:
@@ -110,7 +104,3 @@ class Part:
             self.notes.append(f"not checked at {case.label}: PyTorch refuses it, {type(error).__name__}: {reason}")
             return False
         return True
-
-
-def _numpy(dtype: torch.dtype) -> np.dtype:
-    return torch.empty(0, dtype=dtype).numpy().dtype

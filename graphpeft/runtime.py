@@ -26,7 +26,7 @@ import onnxruntime as ort
 from graphpeft.adapter_file import SUFFIX, read, write
 from graphpeft.errors import AdapterError, FileError
 from graphpeft.generation import Generator
-from graphpeft.layout import Pairs, bank, blended, filled
+from graphpeft.layout import Held, Pairs, bank, blended, filled
 from graphpeft.serving import Graph, Loaded, checked_base
 
 Mix = Mapping[str, float]
@@ -188,8 +188,16 @@ class Session:
         if not mix:
             return None
         graph = self.graphs[part]
+        self._require_pairs()
         pairs = blended([(self._pairs(part, name), strength) for name, strength in mix.items()])
         return graph.load(filled(graph.slots, pairs), self.folder)
+
+    def _require_pairs(self) -> None:
+        if any(isinstance(slot, Held) for slot in self._last.slots):
+            raise AdapterError(
+                f"{self.folder}: a compact export holds what one method trains, which neither adds up nor stands side by "
+                "side. Export without compact, as pairs, to blend adapters or to mix them in a batch."
+            )
 
     def _use_rows(self, rows: Sequence[Mix]) -> None:
         names = tuple(dict.fromkeys(name for row in rows for name in row))

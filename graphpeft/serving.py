@@ -14,7 +14,7 @@ import onnxruntime as ort
 
 from graphpeft.adapter_file import SCHEMA, SUFFIX, write
 from graphpeft.errors import AdapterError, FileError
-from graphpeft.layout import ROW_WEIGHTS, Pairs, Slot, Tensors, a_of, b_of, filled, unfilled
+from graphpeft.layout import ROW_WEIGHTS, Arrays, Held, Pairs, a_of, b_of, filled, pair_slots, place, unfilled
 
 one_cause = "Usual cause: an adapter of another model or export. Remedy: export model and adapter together."
 NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64,
@@ -26,7 +26,7 @@ class Loaded:
     """An adapter in a graph's own layout. ONNX Runtime keeps bare pointers to it: whoever runs it must hold it."""
 
     adapter: ort.LoraAdapter
-    tensors: Tensors
+    tensors: Arrays
     pairs: Pairs
 
 
@@ -54,14 +54,14 @@ class Graph:
                 f"version reads {SCHEMA}. Export the model again with this version of graphpeft."
             )
         self.base = facts["graphpeft.base"]
-        self.slots = tuple(Slot.from_dict(fields) for fields in json.loads(facts["graphpeft.slots"]))
+        self.slots = tuple(place(fields) for fields in json.loads(facts["graphpeft.slots"]))
         self.facts: Mapping[str, Any] = json.loads(facts.get("graphpeft.generation", "{}"))
-        self.open = {place.name: place for place in self.inference.get_overridable_initializers()}
-        self.inputs = {place.name: place for place in self.inference.get_inputs()}
-        self.outputs = [place.name for place in self.inference.get_outputs()]
+        self.open = {node.name: node for node in self.inference.get_overridable_initializers()}
+        self.inputs = {node.name: node for node in self.inference.get_inputs()}
+        self.outputs = [node.name for node in self.inference.get_outputs()]
         self.use(None)
 
-    def load(self, tensors: Tensors, source: Path) -> Loaded:
+    def load(self, tensors: Arrays, source: Path) -> Loaded:
         """Check an adapter and load it. Raises `FileError` with the site at which it does not fit."""
         self._check(tensors, source)
         pairs = unfilled(self.slots, tensors)
@@ -91,7 +91,7 @@ class Graph:
         if loaded is not None:
             self.row_weights = weights.astype(NUMPY[self.open[ROW_WEIGHTS].type])
 
-    def extra(self, rows: int) -> Tensors:
+    def extra(self, rows: int) -> Arrays:
         """What to feed besides inputs and adapter, for a batch of this many rows."""
         if self.row_weights is None:
             return {}
@@ -111,13 +111,13 @@ class Graph:
     def completed(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """A decoder's inputs with an empty past, a mask of ones and positions that count what is not masked."""
         given = dict(inputs)
-        past = [place for name, place in self.inputs.items() if name.startswith("past_key_values.")]
+        past = [node for name, node in self.inputs.items() if name.startswith("past_key_values.")]
         if not past or "input_ids" not in given:
             return given
         rows, length = given["input_ids"].shape
-        for place in past:
-            heads, width = place.shape[1], place.shape[3]
-            given.setdefault(place.name, np.zeros((rows, heads, 0, width), NUMPY[place.type]))
+        for node in past:
+            _, heads, _, width = node.shape
+            given.setdefault(node.name, np.zeros((rows, heads, 0, width), NUMPY[node.type]))
         if "attention_mask" in self.inputs:
             total = given[past[0].name].shape[2] + length
             given.setdefault("attention_mask", np.ones((rows, total), np.int64))
@@ -126,17 +126,21 @@ class Graph:
             given.setdefault("position_ids", counted.astype(np.int64))
         return given
 
-    def _check(self, tensors: Tensors, source: Path) -> None:
-        by_site = {site: slot for slot in self.slots for site in slot.sites}
+    def _check(self, tensors: Arrays, source: Path) -> None:
+        by_site = {site: slot for slot in pair_slots(self.slots) for site in slot.sites}
         shapes = {name: tuple(place.shape) for name, place in self.open.items()}
         for site, slot in by_site.items():
-            shapes |= {a_of(site): (slot.inputs, f"rank of {site}"), b_of(site): (f"rank of {site}", dict(slot.members)[site])}
-        sizes: dict[str, tuple[str, int]] = {}
+            shapes |= {
+                a_of(site): (slot.inputs, f"rank of {site}"),
+                b_of(site): (f"rank of {site}", dict(slot.members)[site]),
+            }
         for name, tensor in tensors.items():
             label, _, side = name.removesuffix(".weight").rpartition(".lora_")
             where = f"{source}: at {label!r} lora_{side}"
             if name not in shapes:
-                raise FileError(f"{source}: the graph has no slot {name!r}; {label or name!r} takes no adapter. {one_cause}")
+                raise FileError(
+                    f"{source}: the graph has no slot {name!r}; {label or name!r} takes no adapter. {one_cause}"
+                )
             kind = self.open[name].type if name in self.open else self._kind()
             if tensor.dtype != NUMPY[kind]:
                 raise FileError(f"{where} is {tensor.dtype}, its slot {kind}. {one_cause}")
@@ -149,9 +153,14 @@ class Graph:
                 raise FileError(f"{where} has values that are not finite. Train the adapter again, or export it anew.")
         self._check_ranks(tensors, source)
 
-    def _check_ranks(self, tensors: Tensors, source: Path) -> None:
+    def _check_ranks(self, tensors: Arrays, source: Path) -> None:
         """Every A with all of its Bs, in one rank."""
         for slot in self.slots:
+            if isinstance(slot, Held):
+                missing = [name for name in slot.shapes if name not in tensors]
+                if 0 < len(missing) < len(slot.shapes):
+                    raise FileError(f"{source}: at {slot.site!r} it lacks {missing[0]!r}. {one_cause}")
+                continue
             layouts = [(slot.a, slot.sites)] if slot.a in tensors else [(a_of(site), (site,)) for site in slot.sites]
             for a, sites in layouts:
                 for site in sites:

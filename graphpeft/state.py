@@ -11,7 +11,8 @@ import torch
 from torch import fx, nn
 
 from graphpeft.adapters import HOME, Adapters, home, places
-from graphpeft.chain import Chain
+from graphpeft.chain import Chain, Factor
+from graphpeft.chain.transform import stored_tensors
 from graphpeft.errors import AdapterError
 from graphpeft.owner import STATE, relower
 from graphpeft.plan import Entry
@@ -96,6 +97,19 @@ def chains(model: nn.Module, name: str) -> dict[Site, Chain]:
         assert adapters is not None, f"the owner {path} lost its adapters"
         found.update({site: branch for site, branch, _ in adapters.branches(name) if isinstance(branch, Chain)})
     return {e.site: found[e.site] for e in state.adapters[name].entries}
+
+
+def saved(site: Site, chain: Chain) -> list[tuple[str, torch.Tensor]]:
+    """Keys and tensors of a branch that belong into a file; what sites share has one key."""
+    found = []
+    for place, factor in enumerate(chain.factors):
+        assert isinstance(factor, Factor)
+        prefix = f"shared:{factor.shared}" if factor.shared else f"{site.key}.{place}"
+        found += [(f"{prefix}.{leaf}", tensor) for leaf, tensor in factor.saved().items()]
+    around = {name: part for name in ("reweight", "before") if (part := getattr(chain, name)) is not None}
+    for name, part in around.items():
+        found += [(f"{site.key}.{name}.{leaf}", tensor) for leaf, tensor in stored_tensors(part).items()]
+    return found
 
 
 def refuse_merged(model: nn.Module, action: str) -> None:

@@ -8,29 +8,28 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from torch import nn
 
 from graphpeft import genai, onnx, parity
 from graphpeft.capture import Inputs, quiet
-from graphpeft.deploy import REPORT, Check, ExportReport, sizes, staged
+from graphpeft.deploy import REPORT, ExportReport, sizes, staged
 from graphpeft.errors import ExportError, FileError
-from graphpeft.layout import Pairs, Slot, filled
+from graphpeft.opening import Opened, as_pairs, as_trained
 from graphpeft.parity import Runner, Step
 from graphpeft.part import Part, Pass
 from graphpeft.parts import parts
 from graphpeft.passes.merge import merge, unmerge
-from graphpeft.program import stored
 from graphpeft.runtime import Session
-from graphpeft.slots import SlotBranch, fingerprint, inserted, lower, named, slot_at
-from graphpeft.state import chains, get_state, names, set_active
+from graphpeft.slots import fingerprint
+from graphpeft.state import get_state, names, set_active
 
 Verify = Literal["off", "fast", "full"]
 
@@ -45,6 +44,7 @@ def export(
     cache: bool = True,
     rows: bool = False,
     share: bool = True,
+    compact: bool = False,
     opset: int | None = None,
     verify: Verify = "full",
 ) -> ExportReport:
@@ -65,6 +65,8 @@ def export(
         rows: gate every slot, so that each row of a batch can have its own adapter or blend (`Session.use`).
         share: one product for all slots that read the same activation; otherwise a slot for each weight, which files
             that `olive convert-adapters` wrote fit unchanged in plain onnxruntime.
+        compact: hold open what the method trains, in its own shapes, instead of a pair: kilobytes for VeRA, RLoRA, MELoRA
+            or a compacted B-LoRA, whose integers stay integers. All adapters then have to be of one method and seed.
         opset: 18 or later; default: that of torch.onnx.
         verify: `off`: the graph's structure only. `fast`: also ONNX Runtime against PyTorch, at sizes that were not
             traced. `full`: also every slot by itself, swaps on one session, and that each adapter moves the output.
@@ -81,11 +83,14 @@ def export(
     start = time.perf_counter()
     if verify not in ("off", "fast", "full"):
         raise ExportError(f'verify={verify!r}: it is one of "off", "fast", "full".')
+    if compact and (rows or merged):
+        raise ExportError("compact=True has no rows=True, and nothing to hold open with merged=True. Choose one.")
     chosen = _chosen(model, merged, adapters)
     with quiet(model), _restored(model), staged(Path(path)) as folder:
         limit = parity.tolerance(model)
         pieces = [Part(name, flat, folder, limit) for name, flat in parts(model, inputs, cached=cache)]
-        work = _Export(model, pieces, folder, opset, verify, chosen, _passes(share, rows), rows)
+        work = _Export(model, pieces, folder, opset, verify, chosen, _passes(share and not compact, rows), rows,
+                       as_trained if compact else as_pairs)  # fmt: skip
         work.merged() if merged else work.swappable()
         report = ExportReport(
             path=str(path),
@@ -121,6 +126,7 @@ class _Export:
     names: tuple[str, ...]
     passes: Sequence[Pass]
     rows: bool
+    open: Callable[[nn.Module, Sequence[str]], AbstractContextManager[Opened]]
 
     def __post_init__(self) -> None:
         self.facts = {
@@ -131,25 +137,16 @@ class _Export:
 
     def swappable(self) -> None:
         """Write the base graph with slots and files for each adapter, then verify."""
-        adapters = {name: chains(self.model, name) for name in self.names}
-        sites = {site.weight: site for found in adapters.values() for site in found}
-        slots = {weight: slot_at(site, f"rank_{i}") for i, (weight, site) in enumerate(sites.items())}
-        pairs = {name: self._pairs(lower(found)) for name, found in adapters.items()}
-        branches = {site: SlotBranch(slots[weight], stored(self.model, weight)) for weight, site in sites.items()}
-        with inserted(self.model, branches):
-            fed = {}
-            for site, branch in branches.items():
-                a, b = slots[site.weight].shapes
-                fed |= {a: branch.A, b: branch.B}
+        with self.open(self.model, self.names) as opened:
             for part in self.parts:
                 facts = self.facts | {"graphpeft.mode": "swappable"}
-                part.write(list(slots.values()), fed, self.passes, facts, self.opset, whole=len(self.parts) == 1)
+                part.write(opened.slots, opened.fed, self.passes, facts, self.opset, whole=len(self.parts) == 1)
             self._finish()
             for name in self.names:
-                self._write_adapter(name, pairs[name])
+                self._write_adapter(name, opened)
             if self.verify == "full":
                 for part, runner in self._runners():
-                    part.check_slots(runner, fed)
+                    part.check_slots(runner, opened.fed)
         if self.verify != "off":
             self._check_adapters()
 
@@ -173,21 +170,14 @@ class _Export:
                 if self.verify == "full" and _moves(step.want, before):
                     part.check_effect(runner, step, before)
 
-    def _pairs(self, lowered: Mapping[str, Any]) -> Pairs:
-        found = {}
-        for weight, pair in lowered.items():
-            dtype = stored(self.model, weight).dtype
-            found[named(weight)] = tuple(side.to(dtype).cpu().contiguous().numpy() for side in pair)
-        return found
-
     def _finish(self) -> None:
         """What stands beside the graphs."""
         genai.write(self.folder, self.model, self.parts[-1].flat)
 
-    def _write_adapter(self, name: str, pairs: Pairs) -> None:
-        tensors = {part.name: filled(part.slots, pairs) for part in self.parts}
-        ranks = {site: a.shape[1] for site, (a, _) in pairs.items()}
-        facts = {"base": self.facts["graphpeft.base"], "rules": get_state(self.model).adapters[name].rules, "ranks": ranks}
+    def _write_adapter(self, name: str, opened: Opened) -> None:
+        tensors = {part.name: opened.adapters[name](part.slots) for part in self.parts}
+        rules = get_state(self.model).adapters[name].rules
+        facts = {"base": self.facts["graphpeft.base"], "rules": rules, "ranks": opened.ranks[name]}
         onnx.write_adapter(self.folder, name, tensors, facts)
 
     def _check_adapters(self) -> None:
@@ -210,7 +200,9 @@ class _Export:
                 if self.rows:
                     part.check_rows(runner, [*steps, base])
         if self.verify == "full" and (still := [name for name in self.names if name not in moved]):
-            raise ExportError(f"adapter {still[0]!r}: it moves no graph's output. Train it, or leave it out (adapters=).")
+            raise ExportError(
+                f"adapter {still[0]!r}: it moves no graph's output. Train it, or leave it out (adapters=)."
+            )
 
     def _runners(self) -> list[tuple[Part, Runner]]:
         try:
@@ -221,7 +213,9 @@ class _Export:
 
 
 def _moves(want: Sequence[parity.Outputs], base: Sequence[parity.Outputs]) -> bool:
-    return any(not np.array_equal(one[name], other[name]) for one, other in zip(want, base, strict=True) for name in one)
+    return any(
+        not np.array_equal(one[name], other[name]) for one, other in zip(want, base, strict=True) for name in one
+    )
 
 
 def _chosen(model: nn.Module, merged: bool, adapters: str | Sequence[str] | None) -> tuple[str, ...]:

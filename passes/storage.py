@@ -10,15 +10,13 @@ import torch
 from torch import nn
 
 from graphpeft.adapters import places
-from graphpeft.chain import Chain, Factor
-from graphpeft.chain.transform import stored_tensors
 from graphpeft.errors import AdapterError, FileError
 from graphpeft.passes.activate import remove
 from graphpeft.passes.initialize import initialize
 from graphpeft.passes.insert import check_name, insert
 from graphpeft.plan import Entry
 from graphpeft.program import Site, stored
-from graphpeft.state import chains, find_state, get_state, names, set_active
+from graphpeft.state import chains, find_state, get_state, names, saved, set_active
 from graphpeft.store.native import AdapterFile, fingerprint, read_adapter, write_adapter
 
 
@@ -43,7 +41,7 @@ def save(model: nn.Module, folder: str | Path, name: str | None = None) -> Path:
             stacklevel=2,
         )
     adapter = state.adapters[chosen]
-    tensors = {key: p for site, chain in chains(model, chosen).items() for key, p in _named(site, chain)}
+    tensors = {key: p for site, chain in chains(model, chosen).items() for key, p in saved(site, chain)}
     content = AdapterFile(
         chosen, adapter.rules, adapter.seed, adapter.entries, tensors, _fingerprint(model, adapter.entries)
     )
@@ -87,19 +85,6 @@ def _check_base(model: nn.Module, content: AdapterFile, folder: Path, any_base: 
             f"made for; if the difference is meant, pass any_base=True and check the outputs."
         )
     warnings.warn(f"{found} The adapter is loaded as any_base=True asks; check its outputs.", stacklevel=3)
-
-
-def _named(site: Site, chain: Chain) -> list[tuple[str, torch.Tensor]]:
-    """File keys and tensors of a branch; what sites share is stored once."""
-    found = []
-    for place, factor in enumerate(chain.factors):
-        assert isinstance(factor, Factor)
-        prefix = f"shared:{factor.shared}" if factor.shared else f"{site.key}.{place}"
-        found += [(f"{prefix}.{leaf}", tensor) for leaf, tensor in factor.saved().items()]
-    around = {name: part for name in ("reweight", "before") if (part := getattr(chain, name)) is not None}
-    for name, part in around.items():
-        found += [(f"{site.key}.{name}.{leaf}", tensor) for leaf, tensor in stored_tensors(part).items()]
-    return found
 
 
 def _fingerprint(model: nn.Module, entries: tuple[Entry, ...]) -> str:
@@ -156,7 +141,7 @@ def _has(model: nn.Module, path: str) -> bool:
 
 
 def _fill(model: nn.Module, name: str, content: AdapterFile, folder: Path) -> None:
-    wanted = {key: p for site, chain in chains(model, name).items() for key, p in _named(site, chain)}
+    wanted = {key: p for site, chain in chains(model, name).items() for key, p in saved(site, chain)}
     missing, extra = sorted(wanted.keys() - content.tensors.keys()), sorted(content.tensors.keys() - wanted.keys())
     if missing or extra:
         raise FileError(

@@ -12,10 +12,10 @@ import numpy as np
 import onnx_ir as ir
 
 from graphpeft.errors import ExportError
-from graphpeft.layout import Slot, b_of
+from graphpeft.layout import Held, Place, Slot, b_of
 
 
-def census(model: ir.Model, slots: Sequence[Slot]) -> None:
+def census(model: ir.Model, slots: Sequence[Place]) -> None:
     """Check that every slot is a live input: A, then each B, read by MatMuls, with the rank left open.
 
     Raises:
@@ -30,6 +30,10 @@ def census(model: ir.Model, slots: Sequence[Slot]) -> None:
                 raise dead(slot, f"the input {name} is gone")
             if value.shape is None or dims(value) != shape:
                 raise dead(slot, f"the input {name} has shape {value.shape} instead of {list(shape)}")
+        if isinstance(slot, Held):
+            if unread := [name for name in slot.shapes if not inputs[name].uses()]:
+                raise dead(slot, f"nothing reads {unread[0]}")
+            continue
         for product in products(slot, inputs[slot.a]):
             middle = dims(product.outputs[0])
             if middle and middle[-1] != slot.rank and not _is_b(product, slot):
@@ -38,7 +42,7 @@ def census(model: ir.Model, slots: Sequence[Slot]) -> None:
             products(slot, inputs[b_of(site)])
 
 
-def used(model: ir.Model, slots: Sequence[Slot]) -> tuple[Slot, ...]:
+def used(model: ir.Model, slots: Sequence[Place]) -> tuple[Place, ...]:
     """The slots that this graph reads; the inputs of all others are taken out."""
     inputs = {value.name: value for value in model.graph.inputs}
     found = []
@@ -62,8 +66,8 @@ def products(slot: Slot, value: ir.Value) -> list[ir.Node]:
     return readers
 
 
-def attach_defaults(model: ir.Model, slots: Sequence[Slot]) -> None:
-    """Give every slot a default of rank 0, which adds nothing: without an adapter the graph is the base model."""
+def attach_defaults(model: ir.Model, slots: Sequence[Place]) -> None:
+    """Give every slot a default of rank 0, or zeros, which adds nothing: without an adapter the graph is the base model."""
     inputs = {value.name: value for value in model.graph.inputs}
     for slot in slots:
         for name, shape in slot.shapes.items():
@@ -88,7 +92,7 @@ def _is_b(product: ir.Node, slot: Slot) -> bool:
     return any(value is not None and value.name in map(b_of, slot.sites) for value in product.inputs)
 
 
-def dead(slot: Slot, what: str) -> ExportError:
+def dead(slot: Place, what: str) -> ExportError:
     return ExportError(
         f"{slot.label}: the adapter slot did not survive the translation: {what}. An adapter would silently do nothing "
         "there. Usual cause: a graph pass that fuses or folds around the slot. Remedy: export with merged=True."

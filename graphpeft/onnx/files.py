@@ -12,10 +12,10 @@ import onnx_ir as ir
 
 from graphpeft.adapter_file import SCHEMA, SUFFIX, write
 from graphpeft.errors import ExportError
-from graphpeft.layout import Slot, Tensors
+from graphpeft.layout import Arrays, Place
 
 
-def save(model: ir.Model, path: Path, slots: Sequence[Slot], properties: Mapping[str, str]) -> None:
+def save(model: ir.Model, path: Path, slots: Sequence[Place], properties: Mapping[str, str]) -> None:
     """Write the graph to `path`, and tensors of 1 KiB or more next to it: shape constants and slots must stay inline.
 
     Raises:
@@ -43,7 +43,7 @@ def opset(path: Path) -> int:
     return next(int(each.version) for each in proto.opset_import if each.domain in ("", "ai.onnx"))
 
 
-def write_adapter(folder: Path, name: str, parts: Mapping[str, Tensors], facts: Mapping[str, Any]) -> None:
+def write_adapter(folder: Path, name: str, parts: Mapping[str, Arrays], facts: Mapping[str, Any]) -> None:
     """Write NAME.json and NAME.onnx_adapter, or a NAME.PART.onnx_adapter for each of several graphs.
 
     `facts["base"]` is the base model's fingerprint, in hex.

@@ -66,9 +66,7 @@ def _ints(graph: ir.Graph, value: int) -> ir.Value:
     return graph.initializers[name]
 
 
-def _input(
-    model: ir.Model, name: str, dtype: ir.DataType, shape: Sequence[str], default: np.ndarray
-) -> ir.Value:
+def _input(model: ir.Model, name: str, dtype: ir.DataType, shape: Sequence[str], default: np.ndarray) -> ir.Value:
     value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
     model.graph.inputs.append(value)
     attach(model, value, default)
