@@ -104,5 +104,67 @@ def methods(
         typer.echo(methods_text((built, found_in(built)) if built is not None else None, target))
 
 
+Folder = Annotated[Path, typer.Argument(help="What export wrote.")]
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A local folder of a transformers model, with weights.")],
+    out: Annotated[Path, typer.Argument(help="A new folder.")],
+    adapter: Annotated[list[Path], typer.Option("--adapter", "-a", help="A folder that gp.save wrote; repeatable.")],
+    merged: Annotated[bool, typer.Option("--merged", help="Fold the adapters into the weights.")] = False,
+    rows: Annotated[bool, typer.Option("--rows", help="Allow another adapter for each row of a batch.")] = False,
+    compact: Annotated[bool, typer.Option("--compact", help="Keep what the method trains in its own shapes.")] = False,
+    quantize: Annotated[str | None, typer.Option(help="int4 or int8, for the base's weights.")] = None,
+    opset: Annotated[int | None, typer.Option(help="Of ONNX; default: that of torch.onnx.")] = None,
+    verify: Annotated[str, typer.Option(help="off, fast or full.")] = "full",
+    debug: Debug = False,
+) -> None:
+    """Write a model with adapters for ONNX Runtime, and check it against PyTorch."""
+    with _one_line(debug):
+        from graphpeft.shipping import ship
+
+        options = dict(merged=merged, rows=rows, compact=compact, quantize=quantize, opset=opset, verify=verify)
+        with Console(stderr=True).status(f"exporting {model}"):
+            report = ship(model, adapter, out, **options)
+        typer.echo(report)
+
+
+@app.command()
+def doctor(
+    folder: Folder,
+    adapter: Annotated[Path | None, typer.Argument(help="An .onnx_adapter file; default: all in the folder.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Say whether an exported folder is whole and an adapter fits it; if not, where and why."""
+    with _one_line(debug):
+        from graphpeft.doctor import doctor as look
+
+        findings = look(folder, adapter)
+        for one in findings:
+            typer.echo(f"{'ok   ' if one.good else 'WRONG'} {one.about}: {one.text}")
+    if not all(one.good for one in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def run(
+    folder: Folder,
+    text: Annotated[str, typer.Argument(help="A prompt, or a text to encode or classify.")],
+    adapter: Annotated[
+        list[str] | None, typer.Option("--adapter", "-a", help="NAME, or NAME=STRENGTH; repeatable.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="At most this many new tokens.")] = 40,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Of the tokens that are drawn.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Run an exported folder on a text, with no, one or several adapters."""
+    with _one_line(debug):
+        from graphpeft.shipping import answer
+
+        typer.echo(answer(folder, text, adapter or [], tokens, temperature=temperature, seed=seed))
+
+
 if __name__ == "__main__":
     app()

@@ -228,6 +228,39 @@ def check_rows(session: Runner, steps: Sequence[Step], cases: Sequence[Case], li
     return Check("rows", ", ".join(step.use or "base" for step in steps), worst, limit)
 
 
+def check_quantized(
+    session: Runner, reference: Runner, uses: Sequence[str | None], cases: Sequence[Case], limit: float | None
+) -> list[Check]:
+    """Compare a quantized graph with one in float that has the same rounded weights, under every adapter.
+
+    Without a limit, activations are rounded too, as far as one outlier among them makes it: then what counts is that an
+    output is nearer to the reference's with the same adapter than halfway to that without one.
+
+    Raises:
+        ExportError: an adapter does not do in the quantized graph what it does in float.
+    """
+    checks = []
+    base = []
+    for use in uses:
+        step = Step(use, f"adapter {use!r}" if use else "base model", ())
+        session.use(use)
+        reference.use(use)
+        want = [_run(reference, step, case) for case in cases]
+        base = base or want
+        value, output = max(distance(_run(session, step, case), one) for case, one in zip(cases, want, strict=True))
+        moves = max(distance(_seen(one), _seen(other))[0] for one, other in zip(want, base, strict=True))
+        most = limit if limit is not None else moves / 2 if use else float("inf")
+        if not value <= most:
+            raise ExportError(
+                f"{step.subject}: output {output!r} of the quantized graph is {value:.2g} off the same weights in float, more "
+                f'than {most:.2g}. Usual cause: activations with outliers, in 8 bits. Remedy: quantize="int4", which rounds '
+                "weights alone, or none."
+            )
+        if most < float("inf"):
+            checks.append(Check("quantized", step.subject, value, most))
+    return checks
+
+
 def _off(subject: str, case: Case, output: str, value: float, limit: float) -> ExportError:
     return ExportError(
         f"{subject}, {case.label}: output {output!r} of the exported graph differs from PyTorch by {value:.2g}, more "

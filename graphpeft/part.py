@@ -64,6 +64,18 @@ class Part:
         onnx.attach_defaults(graph, self.slots)
         onnx.save(graph, self.path, self.slots, facts)
 
+    def quantize(self, bits: onnx.Bits, reference: Path) -> None:
+        """Write the graph anew with quantized weights, and to `reference` in float with the same rounded weights."""
+        graph = ir.load(self.path)
+        quantized = onnx.quantize(graph, self.slots, bits)
+        facts = dict(graph.metadata_props) | {"graphpeft.quantized": bits}
+        onnx.save(onnx.rounded(graph, quantized), reference / self.path.name, self.slots, facts)
+        onnx.save(quantized, self.path, self.slots, facts)
+
+    def check_quantized(self, runner: Runner, reference: Runner, uses: Sequence[str | None], bits: onnx.Bits) -> None:
+        limit = self.limit if bits == "int4" else None
+        self.checks += parity.check_quantized(runner, reference, uses, self.cases, limit)
+
     def check_slots(self, runner: Runner, fed: Tensors) -> None:
         """Every slot by itself. Call it while the slots are in the model."""
         module = self.flat.module(self._paths(fed))

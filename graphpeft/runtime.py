@@ -42,6 +42,7 @@ class Session:
         folder: what `graphpeft.export` wrote.
         providers: execution providers of ONNX Runtime, in order of preference; default: the CPU.
         options: session options; default: those of ONNX Runtime, without its warning about every slot.
+        adapters: whether to load those of the folder.
 
     Raises:
         FileError: the folder is no export, or an adapter in it does not fit the graph.
@@ -53,6 +54,7 @@ class Session:
         *,
         providers: Sequence[str] = ("CPUExecutionProvider",),
         options: ort.SessionOptions | None = None,
+        adapters: bool = True,
     ) -> None:
         self.folder = Path(folder)
         paths = {part: path for part in PARTS if (path := self.folder / f"{part}.onnx").is_file()}
@@ -61,9 +63,8 @@ class Session:
         self._temporary = tempfile.TemporaryDirectory(prefix="graphpeft-")  # of adapters that are no file of the folder
         self.graphs = {part: Graph(path, providers, options, self._temporary.name) for part, path in paths.items()}
         self._adapters: dict[str, dict[str, Loaded]] = {}
-        for path in sorted(self.folder.glob("*" + SUFFIX)):
-            if _stem(path, self.graphs) not in self._adapters:
-                self.add(path)
+        for path in self.files if adapters else []:
+            self.add(path)
         self.use(None)
 
     @property
@@ -75,6 +76,15 @@ class Session:
     def adapters(self) -> tuple[str, ...]:
         """Names that `use` accepts."""
         return tuple(sorted(self._adapters))
+
+    @property
+    def files(self) -> list[Path]:
+        """A file of each adapter in the folder."""
+        return list({_stem(path, self.graphs): path for path in sorted(self.folder.glob("*" + SUFFIX))}.values())
+
+    def loaded(self, name: str) -> Mapping[str, Loaded]:
+        """An adapter as it was loaded, by graph."""
+        return self._adapters[name]
 
     @property
     def active(self) -> Use:

@@ -21,13 +21,8 @@ def skeleton(name: str) -> nn.Module:
 
     Raises `CaptureError` when `name` is none of these, or its model cannot be built.
     """
-    import transformers
-
     config = _config(name)
-    classes = [getattr(transformers, given, given) for given in config.architectures or ()]
-    build = next((c for c in classes if not isinstance(c, str)), None) or (None if classes else _usual(config))
-    if build is None:
-        raise CaptureError(f"{name} names the architecture {classes[0]!r}, which transformers does not have.")
+    build = _class(name, config)
     try:
         with torch.device("meta"):
             model: nn.Module = build(config).eval()
@@ -37,6 +32,29 @@ def skeleton(name: str) -> nn.Module:
             f"that class, or needs a package that is not installed. Try from_config in Python, and gp.sites(model)."
         ) from error
     return model
+
+
+def pretrained(name: str) -> nn.Module:
+    """The model of a local folder, with its weights, in evaluation mode.
+
+    Raises `CaptureError` if the folder holds no whole model.
+    """
+    build = _class(name, _config(name))
+    try:
+        model: nn.Module = build.from_pretrained(name, local_files_only=True).eval()
+    except Exception as error:
+        raise CaptureError(f"{name} cannot be loaded as {build.__name__}: {_first(error)}") from error
+    return model
+
+
+def _class(name: str, config: Any) -> Any:
+    import transformers
+
+    classes = [getattr(transformers, given, given) for given in config.architectures or ()]
+    build = next((c for c in classes if not isinstance(c, str)), None) or (None if classes else _usual(config))
+    if build is None:
+        raise CaptureError(f"{name} names the architecture {classes[0]!r}, which transformers does not have.")
+    return build
 
 
 def _config(name: str) -> Any:

@@ -7,13 +7,15 @@ and handed back bit for bit as it was.
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from torch import nn
@@ -45,6 +47,8 @@ def export(
     rows: bool = False,
     share: bool = True,
     compact: bool = False,
+    quantize: onnx.Bits | None = None,
+    tokenizer: Any = None,
     opset: int | None = None,
     verify: Verify = "full",
 ) -> ExportReport:
@@ -67,6 +71,9 @@ def export(
             that `olive convert-adapters` wrote fit unchanged in plain onnxruntime.
         compact: hold open what the method trains, in its own shapes, instead of a pair: kilobytes for VeRA, RLoRA, MELoRA
             or a compacted B-LoRA, whose integers stay integers. All adapters then have to be of one method and seed.
+        quantize: "int4" (weights, in blocks of 32) or "int8" (activations too) for the base's matrices; adapters stay float
+            and read unquantized activations. The float graph is verified first, the quantized one against its weights.
+        tokenizer: of transformers; its files are saved beside the graph, for `graphpeft run` and onnxruntime-genai.
         opset: 18 or later; default: that of torch.onnx.
         verify: `off`: the graph's structure only. `fast`: also ONNX Runtime against PyTorch, at sizes that were not
             traced. `full`: also every slot by itself, swaps on one session, and that each adapter moves the output.
@@ -83,6 +90,8 @@ def export(
     start = time.perf_counter()
     if verify not in ("off", "fast", "full"):
         raise ExportError(f'verify={verify!r}: it is one of "off", "fast", "full".')
+    if quantize not in (None, "int4", "int8"):
+        raise ExportError(f'quantize={quantize!r}: it is "int4", "int8" or None.')
     if compact and (rows or merged):
         raise ExportError("compact=True has no rows=True, and nothing to hold open with merged=True. Choose one.")
     chosen = _chosen(model, merged, adapters)
@@ -92,6 +101,10 @@ def export(
         work = _Export(model, pieces, folder, opset, verify, chosen, _passes(share and not compact, rows), rows,
                        as_trained if compact else as_pairs)  # fmt: skip
         work.merged() if merged else work.swappable()
+        if quantize is not None:
+            work.quantize(quantize, () if merged else chosen)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
         report = ExportReport(
             path=str(path),
             mode="merged" if merged else "swappable",
@@ -169,6 +182,20 @@ class _Export:
                 part.check_numbers(runner, [step])
                 if self.verify == "full" and _moves(step.want, before):
                     part.check_effect(runner, step, before)
+
+    def quantize(self, bits: onnx.Bits, names: Sequence[str]) -> None:
+        """Replace the graphs by quantized ones, and hold those against the same rounded weights in float."""
+        with tempfile.TemporaryDirectory(prefix="graphpeft-") as name:
+            reference = Path(name)
+            for file in self.folder.iterdir():
+                if file.suffix in {".json", ".onnx_adapter"}:
+                    shutil.copy(file, reference)
+            for part in self.parts:
+                part.quantize(bits, reference)
+            if self.verify != "off":
+                float_session = Session(reference)
+                for part, runner in self._runners():
+                    part.check_quantized(runner, Runner(float_session, part.name), (None, *names), bits)
 
     def _finish(self) -> None:
         """What stands beside the graphs."""
