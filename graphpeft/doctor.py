@@ -1,0 +1,88 @@
+"""What is wrong with an exported folder or an adapter for it, and what to do: the checks of a session, each by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+import numpy as np
+
+from graphpeft.adapter_file import read
+from graphpeft.errors import AdapterError, FileError
+from graphpeft.layout import b_of
+from graphpeft.runtime import Session
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    about: str
+    good: bool
+    text: str
+
+
+def doctor(folder: str | Path, adapter: str | Path | None = None) -> list[Finding]:
+    """Look at a folder that `export` wrote, and at its adapters, or at one `adapter` file for it.
+
+    Raises `FileError` if there is no folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileError(f"{folder}: there is no such folder. Pass what export() wrote.")
+    try:
+        session = Session(folder, adapters=False)
+    except FileError as error:
+        return [Finding("graph", False, str(error))]
+    files = [Path(adapter)] if adapter is not None else session.files
+    return [*_graphs(session), *(one for file in files for one in _adapter(session, file))]
+
+
+def _graphs(session: Session) -> Iterator[Finding]:
+    for name, graph in session.graphs.items():
+        sites = sum(len(slot.sites) for slot in graph.slots)
+        open_for = (
+            f"open for adapters at {sites} sites, {len(graph.slots)} slots" if sites else "with adapters folded in"
+        )
+        yield Finding(f"{name}.onnx", True, f"loads; base {graph.base[:12]}; {open_for}")
+
+
+def _adapter(session: Session, file: Path) -> Iterator[Finding]:
+    about = file.name
+    if (file / "adapter_config.json").is_file():
+        yield Finding(about, False, "a folder of PEFT. Load it onto the model and export, or convert it with olive.")
+        return
+    try:
+        name = session.add(file)
+    except (FileError, AdapterError) as error:
+        yield Finding(about, False, str(error) + _near(session, file))
+        return
+    tensors = {key: value for loaded in session.loaded(name).values() for key, value in loaded.tensors.items()}
+    sites = [site for graph in session.graphs.values() for slot in graph.slots for site in slot.sites]
+    reached = sum(any(site in loaded.pairs for loaded in session.loaded(name).values()) for site in sites) or len(
+        tensors
+    )
+    size = sum(value.nbytes for value in tensors.values())
+    yield Finding(about, True, f"fits: {reached} of {len(sites)} sites, {size / 1024:.1f} KiB")
+    if still := [key for key, value in tensors.items() if key.endswith(".lora_B.weight") and not np.any(value)]:
+        yield Finding(about, False, f"{still[0]} is zero, as before training: the adapter does nothing there.")
+
+
+def _near(session: Session, file: Path) -> str:
+    """Names that the graph has, close to those that it lacks: a `.default` too many, another prefix."""
+    try:
+        names = list(read(file))
+    except FileError:
+        return ""
+    known = {name for graph in session.graphs.values() for name in (*graph.open, *map(b_of, _sites(session)))}
+    strange = next((name for name in names if name not in known and "lora_A" not in name), None)
+    close = get_close_matches(strange, sorted(known), 1, 0.6) if strange else []
+    return f" Closest to {strange!r} is {close[0]!r}." if close else ""
+
+
+def _sites(session: Session) -> Iterator[str]:
+    for graph in session.graphs.values():
+        for slot in graph.slots:
+            yield from slot.sites
