@@ -57,8 +57,15 @@ def _adapter(session: Session, file: Path) -> Iterator[Finding]:
     try:
         name = session.add(file)
     except (FileError, AdapterError) as error:
-        yield Finding(about, False, str(error) + _near(session, file))
-        return
+        yield Finding(about, False, str(error))
+        try:  # whether the file itself would fit
+            name = session.add(file, any_base=True)
+        except (FileError, AdapterError) as second:
+            if str(second) != str(error):
+                yield Finding(about, False, str(second))
+            if near := _near(session, file):
+                yield Finding(about, False, near)
+            return
     tensors = {key: value for loaded in session.loaded(name).values() for key, value in loaded.tensors.items()}
     sites = [site for graph in session.graphs.values() for slot in graph.slots for site in slot.sites]
     reached = sum(any(site in loaded.pairs for loaded in session.loaded(name).values()) for site in sites) or len(
@@ -79,7 +86,7 @@ def _near(session: Session, file: Path) -> str:
     known = {name for graph in session.graphs.values() for name in (*graph.open, *map(b_of, _sites(session)))}
     strange = next((name for name in names if name not in known and "lora_A" not in name), None)
     close = get_close_matches(strange, sorted(known), 1, 0.6) if strange else []
-    return f" Closest to {strange!r} is {close[0]!r}." if close else ""
+    return f"closest to {strange!r} is {close[0]!r}: rename the tensors, or export the adapter anew." if close else ""
 
 
 def _sites(session: Session) -> Iterator[str]:

@@ -91,11 +91,12 @@ class Session:
         """What is in use."""
         return self._active
 
-    def add(self, path: str | Path, name: str | None = None) -> str:
+    def add(self, path: str | Path, name: str | None = None, *, any_base: bool = False) -> str:
         """Load an adapter from `NAME.onnx_adapter` and its sidecar `NAME.json`; returns its name, `NAME` by default.
 
         For an encoder and a decoder there are two files, `NAME.encoder.onnx_adapter` and `NAME.decoder.onnx_adapter`;
-        either path loads both. Files that `olive convert-adapters` wrote fit too, given a sidecar that names the base.
+        either path loads both. Files that `olive convert-adapters` wrote fit too; they have no sidecar that names their base
+        model, so pass `any_base=True`, which skips that check, and make sure of it yourself.
 
         Raises:
             FileError: it does not fit the graph, was made for another base model, or is no adapter.
@@ -106,7 +107,8 @@ class Session:
         name = stem if name is None else name
         if name in self._adapters:
             raise AdapterError(f"{path}: this session has an adapter {name!r}. Give this one another name, with name=.")
-        checked_base(path.with_name(f"{stem}.json"), self._last.base)
+        if not any_base:
+            checked_base(path.with_name(f"{stem}.json"), self._last.base)
         loaded = {}
         for part, graph in self.graphs.items():
             file = path if len(self.graphs) == 1 else path.with_name(f"{stem}.{part}{SUFFIX}")

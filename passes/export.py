@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import onnxruntime as ort
 from torch import nn
 
 from graphpeft import genai, onnx, parity
@@ -232,8 +233,11 @@ class _Export:
             )
 
     def _runners(self) -> list[tuple[Part, Runner]]:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.disable_prepacking", "1")  # a second copy of the weights, for speed
         try:
-            session = Session(self.folder)
+            session = Session(self.folder, options=options)
         except FileError as error:
             raise ExportError(f"The exported folder does not open: {error}") from error
         return [(part, Runner(session, part.name)) for part in self.parts]
