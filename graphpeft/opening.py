@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from graphpeft.errors import ExportError
 from graphpeft.layout import Arrays, Held, Pairs, Place, Slot, a_of, b_of, filled
-from graphpeft.program import Site, stored
+from graphpeft.program import stored
 from graphpeft.slots import SlotBranch, inserted, lower, named, slot_at
 from graphpeft.state import chains, get_state, saved, set_active
 
@@ -50,7 +51,7 @@ def as_pairs(model: nn.Module, names: Sequence[str]) -> Iterator[Opened]:
     with inserted(model, branches):
         yield Opened(
             tuple(slots.values()), fed,
-            {name: lambda places, found=found: filled(places, found) for name, found in pairs.items()},
+            {name: partial(filled, pairs=found) for name, found in pairs.items()},
             {name: {site: a.shape[1] for site, (a, _) in found.items()} for name, found in pairs.items()},
         )  # fmt: skip
 
@@ -74,7 +75,7 @@ def as_trained(model: nn.Module, names: Sequence[str]) -> Iterator[Opened]:
     try:
         yield Opened(
             slots, {key: tensor for keys in first.values() for key, tensor in keys.items()},
-            {name: lambda places, found=found: _own(places, found) for name, found in values.items()},
+            {name: partial(_own, values=found) for name, found in values.items()},
             {name: {} for name in names},
         )  # fmt: skip
     finally:
@@ -157,6 +158,3 @@ def absent(name: str, like: Tensor, places: Sequence[Place]) -> Tensor:
     if any(isinstance(place, Held) and name in place.shapes for place in places):
         return torch.zeros_like(like)
     return like[:, :0] if name.endswith(".lora_A.weight") else like[:0]
-
-
-__all__ = ["Opened", "Site", "absent", "as_pairs", "as_trained", "probes"]

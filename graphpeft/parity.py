@@ -14,14 +14,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from graphpeft.cache import PAST, SEQUENCE, TOTAL
+from graphpeft.cases import Case, Outputs, Tensors
 from graphpeft.deploy import Check
 from graphpeft.errors import ExportError
 from graphpeft.layout import Arrays
 from graphpeft.runtime import Session, Use
-
-Outputs = Mapping[str, np.ndarray]
-Tensors = Mapping[str, torch.Tensor]
 
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 5e-3}
 """Largest difference, relative to the largest value where that exceeds 1. Sums in another order cost up to 3e-6 in
@@ -29,18 +26,6 @@ fp32 on small models, growing with depth; in fp16, whose resolution is 1e-3, a f
 VISIBLE, ROUNDING = 100, 1e-7
 """A change of the output counts if it is this many times what separates the two runtimes anyway, which is at least the
 rounding of fp32. An export that missed such a change would be far off PyTorch; smaller ones prove nothing."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """Inputs of one batch size and length."""
-
-    label: str
-    inputs: Tensors
-
-    @property
-    def arrays(self) -> dict[str, np.ndarray]:
-        return {name: tensor.cpu().numpy() for name, tensor in self.inputs.items()}
 
 
 def tolerance(model: nn.Module) -> float:
@@ -52,31 +37,6 @@ def tolerance(model: nn.Module) -> float:
             "Convert the model first, with model.float() or model.half()."
         )
     return TOLERANCE[dtype]
-
-
-def cases(sample: Tensors, axes: Mapping[str, Mapping[int, str]]) -> list[Case]:
-    """The sample itself, then a batch of 1 with shorter and a larger batch with longer, padded sequences.
-
-    With a past, padding stands on the left, and a prompt and a single token are cases of their own.
-    """
-    sizes = {axes[name][axis]: sample[name].shape[axis] for name in sample for axis in axes[name]}
-    plans: list[dict[str, int]] = []
-    for shift in (-1, 1):
-        plans.append({axis: size + 2 * shift if size > 3 else size + shift for axis, size in sizes.items()})
-        if "batch" in sizes:
-            plans[-1]["batch"] = 1 if shift < 0 else sizes["batch"] + 1
-    if PAST in sizes:
-        plans += [sizes | {PAST: 0}, sizes | {SEQUENCE: 1, PAST: sizes[PAST] + 3}]
-    made = [Case(_label(sizes), dict(sample))]
-    for plan in plans:
-        if TOTAL in sizes:
-            plan[TOTAL] = plan[PAST] + plan[SEQUENCE]
-        inputs = {name: _resized(tensor.clone(), axes[name], plan) for name, tensor in sample.items()}
-        for name, tensor in inputs.items():
-            if "mask" in name and tensor.ndim == 2 and min(tensor.shape) > 1:
-                tensor[-1, slice(1) if PAST in sizes else slice(-1, None)] = 0
-        made.append(Case(_label(plan), inputs))
-    return made
 
 
 def distance(got: Outputs, want: Outputs) -> tuple[float, str]:
@@ -240,7 +200,7 @@ def check_quantized(
         ExportError: an adapter does not do in the quantized graph what it does in float.
     """
     checks = []
-    base = []
+    base: list[Outputs] = []
     for use in uses:
         step = Step(use, f"adapter {use!r}" if use else "base model", ())
         session.use(use)
@@ -291,14 +251,3 @@ def _explained(subject: str, case: Case) -> Iterator[None]:
             "whose operators this ONNX Runtime has in part, or a size that tracing fixed to the sample's. Remedy: leave "
             "`opset` out, or pass other sample `inputs`, of unequal sizes."
         ) from error
-
-
-def _label(sizes: Mapping[str, int]) -> str:
-    return ", ".join(f"{axis} {size}" for axis, size in sizes.items())
-
-
-def _resized(tensor: torch.Tensor, axes: Mapping[int, str], sizes: Mapping[str, int]) -> torch.Tensor:
-    for axis, name in axes.items():
-        index = torch.arange(1, sizes[name] + 1, device=tensor.device) % tensor.shape[axis]
-        tensor = tensor.index_select(axis, index)
-    return tensor

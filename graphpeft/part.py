@@ -10,11 +10,12 @@ import onnx_ir as ir
 import torch
 
 from graphpeft import onnx, parity
+from graphpeft.cases import Case, Outputs, Tensors, cases
 from graphpeft.deploy import Check
 from graphpeft.flat import Flat
 from graphpeft.layout import Arrays, Place
 from graphpeft.opening import absent, probes
-from graphpeft.parity import Case, Outputs, Runner, Step, Tensors
+from graphpeft.parity import Runner, Step
 
 Pass = Callable[[ir.Model, Sequence[Place]], tuple[Place, ...]]
 """A pass over the graph; returns the slots that there are after it."""
@@ -33,7 +34,7 @@ class Part:
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.cases = [case for case in parity.cases(self.flat.inputs, self.flat.axes) if self._runs(case)]
+        self.cases = [case for case in cases(self.flat.inputs, self.flat.axes) if self._runs(case)]
         self.notes += [f"output {name!r} is no tensor and was left out" for name in self.flat.dropped]
 
     @property

@@ -76,7 +76,8 @@ class Graph:
         return Loaded(adapter, tensors, pairs)
 
     def use(self, loaded: Loaded | None) -> None:
-        self.loaded, self.row_weights = loaded, None
+        self.loaded = loaded
+        self.row_weights: np.ndarray | None = None
         self.run_options = ort.RunOptions()
         if loaded is not None:
             self.run_options.add_active_adapter(loaded.adapter)

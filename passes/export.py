@@ -23,6 +23,7 @@ from torch import nn
 
 from graphpeft import genai, onnx, parity
 from graphpeft.capture import Inputs, quiet
+from graphpeft.cases import Outputs
 from graphpeft.deploy import REPORT, ExportReport, sizes, staged
 from graphpeft.errors import ExportError, FileError
 from graphpeft.opening import Opened, as_pairs, as_trained
@@ -104,6 +105,9 @@ def export(
         work.merged() if merged else work.swappable()
         if quantize is not None:
             work.quantize(quantize, () if merged else chosen)
+        for part in pieces:
+            figures = [check.value for check in part.checks if not check.least]
+            onnx.annotate(part.path, {"graphpeft.tolerance": f"{max(figures):.2g}"} if figures else {})
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         report = ExportReport(
@@ -243,7 +247,7 @@ class _Export:
         return [(part, Runner(session, part.name)) for part in self.parts]
 
 
-def _moves(want: Sequence[parity.Outputs], base: Sequence[parity.Outputs]) -> bool:
+def _moves(want: Sequence[Outputs], base: Sequence[Outputs]) -> bool:
     return any(
         not np.array_equal(one[name], other[name]) for one, other in zip(want, base, strict=True) for name in one
     )

@@ -89,7 +89,8 @@ def dims(value: ir.Value) -> tuple[int | str | None, ...]:
 
 
 def _is_b(product: ir.Node, slot: Slot) -> bool:
-    return any(value is not None and value.name in map(b_of, slot.sites) for value in product.inputs)
+    names = [b_of(site) for site in slot.sites]
+    return any(value is not None and value.name in names for value in product.inputs)
 
 
 def dead(slot: Place, what: str) -> ExportError:

@@ -51,9 +51,11 @@ def rounded(model: ir.Model, quantized: ir.Model) -> ir.Model:
     products = {node.outputs[0].name: node for node in made.graph if node.op_type == "MatMul"}
     for output, weight in _weights(quantized):
         if (product := products.get(output)) is not None:
-            name = f"{product.inputs[1].name}.rounded.{output}"
+            name = f"{output}.rounded"
             tensor = ir.tensor(weight, name=name)
-            value = ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
+            value = ir.Value(
+                name=name, const_value=tensor, shape=ir.Shape(weight.shape), type=ir.TensorType(tensor.dtype)
+            )
             made.graph.register_initializer(value)
             product.replace_input_with(1, value)
     return made

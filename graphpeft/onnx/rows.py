@@ -13,17 +13,18 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from graphpeft.layout import ROW_WEIGHTS, Slot
+from graphpeft.layout import ROW_WEIGHTS, Place, pair_slots
 from graphpeft.onnx.census import attach, dims, products
 
 
-def gate_rows(model: ir.Model, slots: Sequence[Slot], batch: str = "batch") -> tuple[Slot, ...]:
+def gate_rows(model: ir.Model, slots: Sequence[Place], batch: str = "batch") -> tuple[Place, ...]:
     """Gate the ranks of every slot by row. The batch is an activation's first axis, or the outer part of it."""
     inputs = {value.name: value for value in model.graph.inputs}
-    dtype = inputs[slots[0].a].dtype
+    pairs = pair_slots(slots)
+    dtype = inputs[pairs[0].a].dtype
     assert dtype is not None, "a graph input has a type"
     weights = _input(model, ROW_WEIGHTS, dtype, ("rows", "adapters"), np.ones((1, 1), dtype.numpy()))
-    for number, slot in enumerate(slots):
+    for number, slot in enumerate(pairs):
         place = (f"units_{number}",)
         segments = _input(model, slot.segments, ir.DataType.INT64, place, np.zeros(1, np.int64))
         for product in products(slot, inputs[slot.a]):
@@ -50,7 +51,7 @@ def _gate(graph: ir.Graph, product: ir.Node, weights: ir.Value, segments: ir.Val
         apart = add("Concat", count, add("Div", add("Shape", h, end=1), count), rank, axis=0)
         rows = add("Mul", add("Reshape", h, apart, allowzero=1), add("Unsqueeze", gate, _ints(graph, 1)))
         result = add("Reshape", rows, add("Shape", h), allowzero=1)
-    result.shape, result.dtype = h.shape, h.dtype
+    result.shape, result.type = h.shape, h.type
     graph.insert_after(product, nodes)
     for use in uses:
         use.node.replace_input_with(use.idx, result)

@@ -12,15 +12,15 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from graphpeft.layout import Slot, b_of
+from graphpeft.layout import Place, Slot, b_of, pair_slots
 from graphpeft.onnx.census import products
 
 
-def share(model: ir.Model, slots: Sequence[Slot]) -> tuple[Slot, ...]:
+def share(model: ir.Model, slots: Sequence[Place]) -> tuple[Place, ...]:
     """Rewrite the graph, and return the slots that it has then, in order. A slot with several call sites stays alone."""
     inputs = {value.name: value for value in model.graph.inputs}
     groups: dict[object, list[Slot]] = defaultdict(list)
-    for slot in slots:
+    for slot in pair_slots(slots):
         readers = products(slot, inputs[slot.a])
         groups[(id(readers[0].inputs[0]), slot.inputs) if len(readers) == 1 else slot].append(slot)
     place = {id(node): number for number, node in enumerate(model.graph)}
