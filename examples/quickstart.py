@@ -37,7 +37,8 @@ gp.export(model, folder / "onnx")  # one base graph, swappable adapters, checked
 
 session = gp.Session(folder / "onnx")
 session.use("default")
-print(session.run({"input_ids": tokens.numpy(), "attention_mask": torch.ones_like(tokens).numpy()})["logits"].shape)
+print(session.run({"input_ids": tokens.numpy()})["logits"].shape)
+print(session.generate({"input_ids": tokens.numpy()}, max_new_tokens=5)[:, -5:])  # greedy, with the key-value cache
 
 gp.merge(model)  # fold: a plain model again
 gp.unmerge(model)  # and back, bit for bit

@@ -15,12 +15,18 @@ SUFFIX = ".onnx_adapter"
 
 
 def write(path: Path, tensors: Arrays, base: str) -> None:
-    """Write tensors for the base model with this fingerprint, in hex; its first 31 bits go into the file."""
+    """Write tensors for the base model with this fingerprint, in hex; its first 31 bits go into the file.
+
+    Raises `FileError` if the file cannot be written.
+    """
     file = ort.AdapterFormat()
     file.set_adapter_version(SCHEMA)
     file.set_model_version(int(base[:8], 16) >> 1)  # a signed 32-bit field
     file.set_parameters({name: ort.OrtValue.ortvalue_from_numpy(tensor) for name, tensor in tensors.items()})
-    file.export_adapter(str(path))
+    try:
+        file.export_adapter(str(path))
+    except RuntimeError as error:
+        raise FileError(f"{path}: the adapter could not be written ({error}). Usually the disk is full.") from error
 
 
 def read(path: Path) -> Arrays:

@@ -98,6 +98,10 @@ def staged(target: Path) -> Iterator[Path]:
         yield fresh
         _refuse_foreign(target)
         _replace(target, fresh)
+    except OSError as error:
+        raise ExportError(
+            f"{target}: nothing was written: {error}. Usually the disk is full or write-protected."
+        ) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 

@@ -43,7 +43,7 @@ def write(folder: Path, model: nn.Module, flat: Flat) -> None:
         "model": {
             "type": text.model_type if text.model_type in KNOWN else "llama",
             "bos_token_id": text.bos_token_id if _in(text.bos_token_id, text.vocab_size) else 0,
-            "eos_token_id": tokens.get("eos_token_id") or 0,
+            "eos_token_id": tokens.get("eos_token_id", []),
             "pad_token_id": tokens.get("pad_token_id", 0),
             "vocab_size": text.vocab_size,
             "context_length": getattr(text, "max_position_embeddings", 2048),

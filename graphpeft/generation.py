@@ -28,6 +28,10 @@ class Generator:
         stop: Sequence[int] | None = None,
     ) -> None:
         self.graph, self.temperature, self.top_k, self.top_p = graph, temperature, top_k, top_p
+        if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+            raise AdapterError(
+                f"top_k={top_k}, top_p={top_p}: at least one token, and a share in (0, 1], must be left."
+            )
         self.past = [name for name in graph.inputs if name.startswith("past_key_values.")]
         if not self.past:
             raise AdapterError(f"{graph.path}: this graph takes no past; export the model with cache=True to generate.")
@@ -35,6 +39,8 @@ class Generator:
             raise AdapterError(
                 f"{graph.path}: this graph gives {graph.outputs[0]!r} and no logits to choose tokens from."
             )
+        if strange := [name for name in inputs if name not in graph.inputs]:
+            raise AdapterError(f"{strange[0]!r} is no input of this model. Inputs: {', '.join(graph.inputs)}.")
         self.ids = np.asarray(inputs["input_ids"], np.int64)
         self.mask = np.asarray(inputs.get("attention_mask", np.ones_like(self.ids)), np.int64)
         if (self.mask[:, -1] == 0).any():

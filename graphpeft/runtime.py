@@ -151,6 +151,10 @@ class Session:
         if len(self.graphs) == 1:
             return self._last.run(inputs)
         given = dict(inputs)
+        if "decoder_input_ids" not in given:
+            raise AdapterError(
+                f"{self.folder}: the decoder's tokens are missing. Pass decoder_input_ids, or call generate()."
+            )
         ids = given.pop("decoder_input_ids")
         states = self.graphs["encoder"].run(given)
         return states | self._last.run({"input_ids": ids, **states, **_mask(given)})
@@ -174,13 +178,17 @@ class Session:
         return Generator(self._last, given, states, **options).tokens(max_new_tokens)
 
     def write_bank(self, path: str | Path, names: Sequence[str]) -> None:
-        """Write adapters side by side into one `.onnx_adapter` file, for rows in plain onnxruntime.
+        """Write adapters side by side into one `.onnx_adapter` file, for rows in plain onnxruntime; for an encoder and a
+        decoder into two, as those of an adapter are named. Raises `AdapterError` if the graph has no gates for rows.
 
         Row weights, input `graphpeft.row_weights` (rows, adapters), count adapters in the order of `names`.
         """
         self._known(dict.fromkeys(names, 1.0))
+        path = Path(path)
         for part, graph in self.graphs.items():
-            write(Path(path), bank(graph.slots, [self._pairs(part, name) for name in names]), graph.base)
+            graph.require_gates()
+            one = path if len(self.graphs) == 1 else path.with_name(f"{path.name.removesuffix(SUFFIX)}.{part}{SUFFIX}")
+            write(one, bank(graph.slots, [self._pairs(part, name) for name in names]), graph.base)
 
     @property
     def _last(self) -> Graph:
@@ -214,6 +222,8 @@ class Session:
     def _use_rows(self, rows: Sequence[Mix]) -> None:
         names = tuple(dict.fromkeys(name for row in rows for name in row))
         self._known(dict.fromkeys(names, 1.0))
+        for graph in self.graphs.values():
+            graph.require_gates()
         weights = np.array([[row.get(name, 0.0) for name in names] for row in rows])
         for part, graph in self.graphs.items():
             tensors = bank(graph.slots, [self._pairs(part, name) for name in names])
@@ -226,9 +236,10 @@ def _stem(path: Path, parts: Mapping[str, Graph]) -> str:
 
 
 def _mix(row: str | Mix | None) -> Mix:
-    if isinstance(row, str):
-        return {row: 1.0}
-    return {} if row is None else row
+    mix = {row: 1.0} if isinstance(row, str) else {} if row is None else row
+    if wrong := [name for name, strength in mix.items() if not np.isfinite(strength)]:
+        raise AdapterError(f"The strength of {wrong[0]!r} is {mix[wrong[0]]}; it has to be a finite number.")
+    return mix
 
 
 def _mask(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -65,9 +65,9 @@ class Graph:
         """Check an adapter and load it. Raises `FileError` with the site at which it does not fit."""
         self._check(tensors, source)
         pairs = unfilled(self.slots, tensors)
+        path = source if source.is_file() else None
         if not set(tensors) <= set(self.open):  # one slot for each site, where this graph shares them
-            tensors = filled(self.slots, pairs)
-        path = source if source.is_file() and set(tensors) <= set(self.open) else None
+            tensors, path = filled(self.slots, pairs), None
         adapter = ort.LoraAdapter()
         if path is None:
             path = self._temporary / (uuid.uuid4().hex + SUFFIX)
@@ -83,14 +83,17 @@ class Graph:
             self.run_options.add_active_adapter(loaded.adapter)
 
     def use_rows(self, loaded: Loaded | None, weights: np.ndarray) -> None:
-        """Raises `AdapterError` if the graph has no gates."""
+        """An adapter with segments, and how much of each every row gets."""
+        self.use(loaded)
+        if loaded is not None:
+            self.row_weights = weights.astype(NUMPY[self.open[ROW_WEIGHTS].type])
+
+    def require_gates(self) -> None:
+        """Raises `AdapterError` if the graph has no gates for rows."""
         if ROW_WEIGHTS not in self.open:
             raise AdapterError(
                 f"{self.path}: this graph runs one adapter for all rows. Export it with rows=True, or run the rows apart."
             )
-        self.use(loaded)
-        if loaded is not None:
-            self.row_weights = weights.astype(NUMPY[self.open[ROW_WEIGHTS].type])
 
     def extra(self, rows: int) -> Arrays:
         """What to feed besides inputs and adapter, for a batch of this many rows."""
@@ -113,9 +116,13 @@ class Graph:
         """A decoder's inputs with an empty past, a mask of ones and positions that count what is not masked."""
         given = dict(inputs)
         past = [node for name, node in self.inputs.items() if name.startswith("past_key_values.")]
-        if not past or "input_ids" not in given:
+        if "input_ids" not in given:
             return given
         rows, length = given["input_ids"].shape
+        if not past:
+            if "attention_mask" in self.inputs:
+                given.setdefault("attention_mask", np.ones((rows, length), np.int64))
+            return given
         for node in past:
             _, heads, _, width = node.shape
             given.setdefault(node.name, np.zeros((rows, heads, 0, width), NUMPY[node.type]))

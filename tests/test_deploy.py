@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,3 +62,34 @@ def test_what_arrives_in_the_folder_during_an_export_is_not_lost(tmp_path: Path)
     with pytest.raises(ExportError, match="no export of graphpeft wrote it"):
         export_to_be.__exit__(None, None, None)
     assert [path.name for path in tmp_path.rglob("*")] == ["deploy", "late.txt"]
+
+
+FULL = """
+import resource, signal, sys
+from exports import SAMPLE, hand
+from graphpeft.passes.export import export
+
+model = hand(sys.argv[3])
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writes then fail, as on a full disk
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+try:
+    export(model, sys.argv[1], inputs=SAMPLE, verify="off")
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("limit", "rule"),
+    [(2048, "qv:lora(r=2)"), (8192, "qv:lora(r=2)"), (65536, "qv:lora(r=400)")],
+    ids=["first weight", "between weights", "adapter"],
+)
+def test_a_disk_that_fills_half_way_leaves_nothing(tmp_path: Path, limit: int, rule: str) -> None:
+    pytest.importorskip("resource")
+    target = tmp_path / "parent" / "deploy"
+    run = subprocess.run(
+        [sys.executable, "-c", FULL, str(target), str(limit), rule], capture_output=True, text=True, cwd=Path(__file__).parent
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert run.stdout, "the export went through"
+    assert list(target.parent.iterdir()) == []

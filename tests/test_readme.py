@@ -23,7 +23,9 @@ def test_the_quickstart_runs_and_leaves_the_base_model() -> None:
     assert "20 sites, 8,448 trainable of" in run.stdout
     assert "default (active): qv:rlora; mlp:lora(r=4)" in run.stdout
     assert "× 4, layers 0-3" in run.stdout
-    assert run.stdout.rstrip().endswith("(4, 16, 128)")
+    *_, shape, one, two, three, four = run.stdout.rstrip().splitlines()
+    assert shape == "(4, 16, 128)"
+    assert all(len(re.findall(r"\d+", row)) == 5 for row in (one, two, three, four))
 
 
 def test_the_readme_has_one_command_for_the_demo_and_one_for_the_tests() -> None:

@@ -47,7 +47,12 @@ def test_the_command_says_what_transformers_says(folder: Path) -> None:
     tokenizer = tf.AutoTokenizer.from_pretrained(folder / "model")
     model = tf.AutoModelForCausalLM.from_pretrained(folder / "model").eval()
     inputs = {k: v for k, v in tokenizer("a small brown fox", return_tensors="pt").items() if k != "token_type_ids"}
-    answers = [said(folder), said(folder, "-a", "a"), said(folder, "-a", "b"), said(folder, "-a", "a=0.5", "-a", "b=0.5")]
+    answers = [
+        said(folder),
+        said(folder, "-a", "a"),
+        said(folder, "-a", "b"),
+        said(folder, "-a", "a=0.5", "-a", "b=0.5"),
+    ]
     assert len(set(answers)) == 4
     for name, answer in zip((None, "a"), answers, strict=False):
         if name:

@@ -13,7 +13,7 @@ from zoo import torch_encoder
 import graphpeft as gp
 from graphpeft.chain import Chain, Dense, zeros
 from graphpeft.errors import ExportError
-from graphpeft.slots import Slot, SlotBranch, fingerprint, inserted, lower
+from graphpeft.slots import SlotBranch, fingerprint, inserted, lower, slot_at
 from graphpeft.state import chains
 
 
@@ -43,7 +43,7 @@ def test_slots_filled_with_a_lowered_adapter_answer_as_it_does(
     pairs = lower(chains(model, "default"))
     branches = {}
     for site in {site.weight: site for site in chains(model, "default")}.values():
-        branches[site] = branch = SlotBranch(Slot.at(site, "rank"), inputs)
+        branches[site] = branch = SlotBranch(slot_at(site, "rank"), inputs)
         branch.A.data, branch.B.data = pairs[site.weight]
     with inserted(model, branches):
         assert (answer() - want).abs().max() < CLOSE

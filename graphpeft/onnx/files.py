@@ -24,10 +24,24 @@ def save(model: ir.Model, path: Path, slots: Sequence[Place], properties: Mappin
     table = json.dumps([slot.as_dict() for slot in slots])
     model.metadata_props.update({"graphpeft.schema": str(SCHEMA), "graphpeft.slots": table, **properties})
     ir.save(model, path, external_data=path.name + ".data", size_threshold_bytes=1024)
+    _require_whole(path)
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:
         raise ExportError(f"onnx.checker refuses the exported graph: {error}") from error
+
+
+def _require_whole(path: Path) -> None:
+    """A disk that fills up loses the end of the weights without an error."""
+    data = path.with_name(path.name + ".data")
+    needed = 0
+    for each in onnx.load(path, load_external_data=False).graph.initializer:
+        where = {entry.key: entry.value for entry in each.external_data}
+        if where:
+            needed = max(needed, int(where["offset"]) + int(where["length"]))
+    size = data.stat().st_size if data.exists() else 0
+    if size < needed:
+        raise ExportError(f"{data.name}: {size} of {needed} bytes were written. Usually the disk is full; make room.")
 
 
 def annotate(path: Path, properties: Mapping[str, str]) -> None:

@@ -32,7 +32,11 @@ def _merged(
 ) -> Slot:
     nodes = {slot: products(slot, inputs[slot.a])[0] for slot in group}
     kept = min(group, key=lambda slot: place[id(nodes[slot])])  # the first in the graph comes before every use
-    merged = replace(kept, members=tuple(member for slot in group for member in slot.members))
+    members = [member for slot in group for member in slot.members]
+    members.sort(
+        key=lambda member: place[id(products(kept, inputs[b_of(member[0])])[0])]
+    )  # whichever adapter came first
+    merged = replace(kept, members=tuple(members))
     for slot in group:
         for site, outputs in slot.members:
             inputs[b_of(site)].shape = ir.Shape([kept.rank, outputs])

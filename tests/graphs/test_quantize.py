@@ -69,7 +69,7 @@ def test_without_a_constant_matrix_there_is_nothing_to_quantize(floats: Path) ->
     for node in graph.graph:
         if node.op_type == "MatMul":
             node.op_type = "Mul"
-    with pytest.raises(ExportError, match="no product with a constant matrix|goes into Mul"):
+    with pytest.raises(ExportError, match=r"no product with a constant matrix|goes into Mul"):
         onnx.quantize(graph, Session(floats).graphs["model"].slots, "int4")
 
 

@@ -15,8 +15,22 @@ import pytest
 import torch
 import zoo
 from checks import Snapshot, randomize, same
-from exports import CLOSE, FAR, SAMPLE, adapted, deployed, hand, ids, off, silent, tiny, translated, unchanged
-from torch import nn
+from exports import (
+    CLOSE,
+    FAR,
+    SAMPLE,
+    adapted,
+    arrays,
+    deployed,
+    hand,
+    ids,
+    off,
+    running,
+    silent,
+    tiny,
+    translated,
+    unchanged,
+)
 
 import graphpeft as gp
 from graphpeft.deploy import staged
@@ -26,13 +40,8 @@ from graphpeft.runtime import Session
 from graphpeft.state import chains
 
 
-def logits(model: nn.Module, inputs: dict[str, torch.Tensor]) -> np.ndarray:
-    with torch.no_grad():
-        return model.eval()(**inputs).logits.numpy()
-
-
 def answer(session: Session, inputs: dict[str, torch.Tensor]) -> np.ndarray:
-    return session.run({name: tensor.numpy() for name, tensor in inputs.items()})["logits"]
+    return session.run(arrays(inputs))["logits"]
 
 
 @pytest.fixture(scope="module")
@@ -68,18 +77,13 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 # -- swappable -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("batch", "length", "padded"), [(1, 1, False), (1, 4, False), (4, 9, True)])
+@pytest.mark.parametrize(("batch", "length", "left"), [(1, 1, 0), (1, 4, 0), (4, 9, 2)])
 def test_one_session_serves_base_and_adapters_at_sizes_never_traced(
-    llama: SimpleNamespace, batch: int, length: int, padded: bool
+    llama: SimpleNamespace, batch: int, length: int, left: int
 ) -> None:
-    session, inputs = Session(llama.folder), ids(batch, length, padded)
-    with gp.disabled(llama.model):
-        base = logits(llama.model, inputs)
-    want = {None: base}
-    for name in ("a", "b"):
-        gp.activate(llama.model, name)
-        want[name] = logits(llama.model, inputs)
-        assert off(want[name], base) > FAR
+    session, inputs = Session(llama.folder), ids(batch, length, left)
+    want = {name: running(llama.model.eval(), name, inputs) for name in (None, "a", "b")}
+    assert all(off(want[name], want[None]) > FAR for name in "ab")
     for name in ("a", "b", None, "a", None, "b"):
         session.use(name)
         assert off(answer(session, inputs), want[name]) < CLOSE
@@ -99,10 +103,10 @@ def test_the_model_is_handed_back_as_it_was(llama: SimpleNamespace) -> None:
     assert llama.training
 
 
-def test_graph_is_the_base_graph_and_three_nodes_per_slot() -> None:
+def test_graph_is_the_base_graph_a_node_per_slot_and_two_per_site() -> None:
     graph = ir.load(deployed().folder / "model.onnx").graph
     base = translated(tiny("hand"), SAMPLE).graph
-    assert len(graph) == len(base) + 3 * deployed().report.slots
+    assert len(graph) == len(base) + 1 * 2 + 2 * 3
     assert deployed().report.slots == 2
 
 
@@ -110,7 +114,9 @@ def test_slots_are_inline_optional_inputs_with_a_rank_symbol_of_their_own(llama:
     model = ir.load(llama.folder / "model.onnx")
     slots = [value for value in model.graph.inputs if ".lora_" in value.name]
     symbols = [next(dim.value for dim in value.shape if not isinstance(dim, int)) for value in slots]
-    assert len(set(symbols)) == llama.report.slots == len(slots) / 2
+    sites = 6  # q, k and v share a slot, and so do gate and up
+    assert len(set(symbols)) == llama.report.slots == 3
+    assert len(slots) == llama.report.slots + sites
     for value in slots:
         assert model.graph.initializers[value.name] is value
         assert 0 in value.const_value.shape
@@ -127,14 +133,16 @@ def test_the_file_names_weights_as_the_model_does_and_quotes_no_path(llama: Simp
     assert str(Path(torch.__file__).parent).encode() not in binary
 
 
-def test_metadata_states_schema_base_slots_and_measured_tolerance(llama: SimpleNamespace) -> None:
+def test_metadata_states_schema_base_slots_and_special_tokens(llama: SimpleNamespace) -> None:
     found = ort.InferenceSession(llama.folder / "model.onnx", sess_options=silent()).get_modelmeta().custom_metadata_map
-    assert found["graphpeft.schema"] == "1"
+    assert found["graphpeft.schema"] == "2"
     assert found["graphpeft.base"] == json.loads((llama.folder / "a.json").read_text())["base"]
     slots = json.loads(found["graphpeft.slots"])
     assert len(slots) == llama.report.slots
-    assert slots[0]["A"] == f"{slots[0]['site']}.lora_A.weight"
-    assert 0 < float(found["graphpeft.tolerance"]) < CLOSE
+    attention = "model.layers.0.self_attn."
+    assert slots[0]["A"] == f"{attention}q_proj+k_proj+v_proj.lora_A.weight"
+    assert slots[0]["sites"] == {f"{attention}q_proj": 64, f"{attention}v_proj": 32, f"{attention}k_proj": 32}
+    assert json.loads(found["graphpeft.generation"]) == {"eos_token_id": [2]}
 
 
 def test_fused_projection_has_one_slot_with_zeros_where_nothing_is_adapted(gpt2: SimpleNamespace) -> None:
@@ -150,7 +158,7 @@ def test_fused_projection_has_one_slot_with_zeros_where_nothing_is_adapted(gpt2:
     assert np.abs(b[:3, :64]).min() > 0
     session = Session(gpt2.folder)
     session.use("a")
-    assert off(answer(session, ids(3, 6)), logits(gpt2.model, ids(3, 6))) < CLOSE
+    assert off(answer(session, ids(3, 6)), running(gpt2.model, "a", ids(3, 6))) < CLOSE
 
 
 # -- merged --------------------------------------------------------------------------------------------------------
@@ -168,11 +176,10 @@ def test_merged_graph_is_the_base_graph_node_for_node(bert: SimpleNamespace) -> 
 
 
 def test_merged_graph_answers_as_the_active_adapters_do(bert: SimpleNamespace) -> None:
-    session, inputs = Session(bert.folder), ids(3, 9, padded=True)
+    session, inputs = Session(bert.folder), ids(3, 9, right=2)
     assert session.adapters == ()
-    assert off(answer(session, inputs), logits(bert.model, inputs)) < CLOSE
-    with gp.disabled(bert.model):
-        assert off(answer(session, inputs), logits(bert.model, inputs)) > FAR
+    assert off(answer(session, inputs), running(bert.model, ["a", "b"], inputs)) < CLOSE
+    assert off(answer(session, inputs), running(bert.model, None, inputs)) > FAR
     assert bert.report.adapters == ("a", "b")
 
 

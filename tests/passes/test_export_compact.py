@@ -83,7 +83,9 @@ def test_adapters_of_one_graph_share_method_and_seed(tmp_path: Path) -> None:
 
 
 def test_an_update_relative_to_the_base_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"w. is an update|w..*: adapter 'a' is an update relative to the base weight"):
+    with pytest.raises(
+        ExportError, match=r"w. is an update|w..*: adapter 'a' is an update relative to the base weight"
+    ):
         export(hand("qv:dora(r=2)"), tmp_path / "x", inputs=SAMPLE, compact=True)
 
 
