@@ -16,7 +16,7 @@ exists to refuse those mistakes. The same in plain onnxruntime:
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,14 @@ import onnxruntime as ort
 from graphpeft.adapter_file import SUFFIX, read, write
 from graphpeft.errors import AdapterError, FileError
 from graphpeft.generation import Generator
-from graphpeft.layout import Held, Pairs, bank, blended, filled
+from graphpeft.layout import Arrays, Held, Pairs, bank, blended, filled
 from graphpeft.serving import Graph, Loaded, checked_base
 
 Mix = Mapping[str, float]
 """Strengths by adapter."""
 Use = str | Mix | Sequence["str | Mix | None"] | None
+KEPT = 16
+"""Blends and banks that a session keeps for the next time."""
 PARTS = ("model", "encoder", "decoder")
 
 
@@ -63,6 +65,7 @@ class Session:
         self._temporary = tempfile.TemporaryDirectory(prefix="graphpeft-")  # of adapters that are no file of the folder
         self.graphs = {part: Graph(path, providers, options, self._temporary.name) for part, path in paths.items()}
         self._adapters: dict[str, dict[str, Loaded]] = {}
+        self._made: dict[tuple[Any, ...], Loaded] = {}
         for path in self.files if adapters else []:
             self.add(path)
         self.use(None)
@@ -207,10 +210,27 @@ class Session:
     def _blend(self, part: str, mix: Mix) -> Loaded | None:
         if not mix:
             return None
-        graph = self.graphs[part]
         self._require_pairs()
-        pairs = blended([(self._pairs(part, name), strength) for name, strength in mix.items()])
-        return graph.load(filled(graph.slots, pairs), self.folder)
+
+        def made() -> Arrays:
+            pairs = blended([(self._pairs(part, name), strength) for name, strength in mix.items()])
+            return filled(self.graphs[part].slots, pairs)
+
+        return self._once((part, *mix.items()), made)
+
+    def _bank(self, part: str, names: tuple[str, ...]) -> Loaded | None:
+        if not names:
+            return None
+        pairs = [self._pairs(part, name) for name in names]
+        return self._once((part, *names), lambda: bank(self.graphs[part].slots, pairs))
+
+    def _once(self, key: tuple[Any, ...], made: Callable[[], Arrays]) -> Loaded:
+        """An adapter that was put together, which takes some 50 times as long as to use it again; the last few are kept."""
+        if key not in self._made:
+            while len(self._made) >= KEPT:
+                del self._made[next(iter(self._made))]
+            self._made[key] = self.graphs[key[0]].load(made(), self.folder)
+        return self._made[key]
 
     def _require_pairs(self) -> None:
         if any(isinstance(slot, Held) for slot in self._last.slots):
@@ -226,8 +246,7 @@ class Session:
             graph.require_gates()
         weights = np.array([[row.get(name, 0.0) for name in names] for row in rows])
         for part, graph in self.graphs.items():
-            tensors = bank(graph.slots, [self._pairs(part, name) for name in names])
-            graph.use_rows(graph.load(tensors, self.folder) if names else None, weights)
+            graph.use_rows(self._bank(part, names), weights)
 
 
 def _stem(path: Path, parts: Mapping[str, Graph]) -> str:

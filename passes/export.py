@@ -47,7 +47,7 @@ def export(
     inputs: Inputs = None,
     cache: bool = True,
     rows: bool = False,
-    share: bool = True,
+    share: bool = False,
     compact: bool = False,
     quantize: onnx.Bits | None = None,
     tokenizer: Any = None,
@@ -69,8 +69,8 @@ def export(
         cache: where the model generates text, take its past (`past_key_values.0.key`) and give it back (`present.0.key`), so
             that one graph serves the prompt and every later token.
         rows: gate every slot, so that each row of a batch can have its own adapter or blend (`Session.use`).
-        share: one product for all slots that read the same activation; otherwise a slot for each weight, which files
-            that `olive convert-adapters` wrote fit unchanged in plain onnxruntime.
+        share: one product with A for all slots that read the same activation, instead of a slot for each weight, whose names
+            and shapes are those of `olive convert-adapters`. Fewer launches, but each B has zeros in the others' rows.
         compact: hold open what the method trains, in its own shapes, instead of a pair: kilobytes for VeRA, RLoRA, MELoRA
             or a compacted B-LoRA, whose integers stay integers. All adapters then have to be of one method and seed.
         quantize: "int4" (weights, in blocks of 32) or "int8" (activations too) for the base's matrices; adapters stay float

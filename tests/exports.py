@@ -44,7 +44,7 @@ def deployed() -> SimpleNamespace:
     want = {name: running(model, name, SAMPLE) for name in (None, "a", "b")}
     home = tempfile.TemporaryDirectory()  # deleted when the tests are over
     folder = Path(home.name) / "deploy"
-    report = export(model, folder, inputs=SAMPLE)
+    report = export(model, folder, inputs=SAMPLE, share=True)
     return SimpleNamespace(home=home, model=model, folder=folder, report=report, want=want)
 
 
@@ -140,7 +140,7 @@ def serving(name: str) -> SimpleNamespace:
     adapt(model, RULES[name])
     home = tempfile.TemporaryDirectory()  # deleted when the tests are over
     folder = Path(home.name) / "deploy"
-    report = export(model, folder, rows=name == "gpt2", verify="off")
+    report = export(model, folder, rows=name == "gpt2", share=True, verify="off")
     return SimpleNamespace(home=home, model=model, folder=folder, report=report)
 
 

@@ -33,7 +33,7 @@ def gated() -> SimpleNamespace:
     """The model and adapters of `deployed()`, with gates for rows."""
     model = adapted("hand", *HAND, inputs=SAMPLE)
     home = tempfile.TemporaryDirectory()  # deleted when the tests are over
-    report = export(model, Path(home.name) / "deploy", inputs=SAMPLE, rows=True, verify="fast")
+    report = export(model, Path(home.name) / "deploy", inputs=SAMPLE, rows=True, share=True, verify="fast")
     return SimpleNamespace(home=home, model=model, folder=Path(home.name) / "deploy", report=report)
 
 

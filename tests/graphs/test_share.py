@@ -95,7 +95,7 @@ def test_a_weight_with_two_call_sites_keeps_a_slot_of_its_own(tmp_path: Path) ->
 
     torch.manual_seed(0)
     model = adapt(Twice().eval(), ["qv:lora(r=2); path(out):lora"], inputs=SAMPLE)
-    export(model, tmp_path / "deploy", inputs=SAMPLE, verify="off")
+    export(model, tmp_path / "deploy", inputs=SAMPLE, share=True, verify="off")
     session = Session(tmp_path / "deploy")
     assert [slot.sites for slot in session.graphs["model"].slots] == [("wq",), ("wv",), ("out",)]
     assert {name: len(nodes) for name, nodes in products(tmp_path / "deploy").items()} == {

@@ -52,7 +52,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         next(chain.parameters()).requires_grad_(False)
     before = Snapshot.of(model)
     folder = tmp_path_factory.mktemp("llama") / "deploy"
-    report = export(model, folder)
+    report = export(model, folder, share=True)
     training = all(module.training for module in model.modules())
     return SimpleNamespace(
         model=model, before=before, after=Snapshot.of(model), training=training, folder=folder, report=report
@@ -63,7 +63,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     model = adapted("gpt2", "q:lora(r=3); v:rlora(r=80)")
     folder = tmp_path_factory.mktemp("gpt2") / "deploy"
-    return SimpleNamespace(model=model, folder=folder, report=export(model, folder))
+    return SimpleNamespace(model=model, folder=folder, report=export(model, folder, share=True))
 
 
 @pytest.fixture(scope="module")
