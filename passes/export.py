@@ -128,7 +128,7 @@ def export(
 
 
 def _passes(share: bool, rows: bool) -> tuple[Pass, ...]:
-    chosen = {onnx.share: share, onnx.gate_rows: rows}
+    chosen = {onnx.share: share, onnx.gate_rows: rows, onnx.fuse_sums: True}
     return tuple(one for one, wanted in chosen.items() if wanted)
 
 

@@ -2,12 +2,13 @@
 
 from graphpeft.onnx.census import attach_defaults, census, used
 from graphpeft.onnx.files import annotate, opset, save, write_adapter
+from graphpeft.onnx.gemm import fuse_sums
 from graphpeft.onnx.quantize import Bits, quantize, rounded
 from graphpeft.onnx.rows import gate_rows
 from graphpeft.onnx.share import share
 from graphpeft.onnx.translate import LOWEST_OPSET, translate
 
 __all__ = [
-    "LOWEST_OPSET", "Bits", "annotate", "attach_defaults", "census", "gate_rows", "opset", "quantize", "rounded", "save",
-    "share", "translate", "used", "write_adapter",
+    "LOWEST_OPSET", "Bits", "annotate", "attach_defaults", "census", "fuse_sums", "gate_rows", "opset", "quantize", "rounded",
+    "save", "share", "translate", "used", "write_adapter",
 ]  # fmt: skip

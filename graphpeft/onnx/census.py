@@ -57,9 +57,10 @@ def used(model: ir.Model, slots: Sequence[Place]) -> tuple[Place, ...]:
 
 
 def products(slot: Slot, value: ir.Value) -> list[ir.Node]:
-    """The MatMuls that read a slot's input; a weight with several call sites has several."""
+    """The MatMuls that read a slot's input, or for B a Gemm; a weight with several call sites has several."""
     readers = [use.node for use in value.uses()]
-    if strange := [node.op_type for node in readers if node.op_type != "MatMul"]:
+    known = {"MatMul"} if value.name == slot.a else {"MatMul", "Gemm"}
+    if strange := [node.op_type for node in readers if node.op_type not in known]:
         raise dead(slot, f"{value.name} goes into {strange[0]} instead of MatMul")
     if not readers:
         raise dead(slot, f"nothing reads {value.name}")

@@ -33,7 +33,8 @@ def quantize(model: ir.Model, slots: Sequence[Place], bits: Bits) -> ir.Model:
     """
     ir.external_data.load_to_model(model)
     defaults = _closed(model)
-    exclude = [str(node.name) for node in model.graph if any(value in model.graph.inputs for value in node.inputs)]
+    slotted = (node for node in model.graph if any(value in model.graph.inputs for value in node.inputs))
+    exclude = [node.name for node in slotted if node.name]
     with tempfile.TemporaryDirectory() as folder, _quiet():
         made = (_int4 if bits == "int4" else _int8)(ir.to_proto(model), exclude, Path(folder))
     graph = ir.from_proto(made)
