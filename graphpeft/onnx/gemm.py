@@ -14,6 +14,8 @@ import onnx_ir as ir
 from graphpeft.layout import Place, b_of, pair_slots
 from graphpeft.onnx.census import dims, products
 
+ELEMENTWISE = {"Mul", "Add", "Sub", "Sigmoid", "Tanh", "Relu", "Gelu", "Erf", "Swish", "HardSwish", "Softplus"}
+
 
 def fuse_sums(model: ir.Model, slots: Sequence[Place]) -> tuple[Place, ...]:
     """Rewrite every sum with a slot's product that is not broadcast. The slots stay as they are."""
@@ -23,6 +25,7 @@ def fuse_sums(model: ir.Model, slots: Sequence[Place]) -> tuple[Place, ...]:
     found = [node for slot in pair_slots(slots) for site in slot.sites for node in products(slot, inputs[b_of(site)])]
     for product in sorted(found, key=lambda node: place[id(node)]):
         work.fuse(product)
+    work.sink()
     work.clean()
     return tuple(slots)
 
@@ -34,6 +37,8 @@ class _Flat:
         self.graph = graph
         self.matrices: dict[ir.Value, ir.Value] = {}
         self.shapes: dict[tuple[object, ...], ir.Value] = {}
+        self.backs: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+        """What was made of a matrix again: the matrix, and the shape."""
 
     def fuse(self, product: ir.Node) -> None:
         (h, b), result = product.inputs, product.outputs[0]
@@ -53,6 +58,7 @@ class _Flat:
         if len(dims(y)) > 2 and not _only_reshaped(total):
             back = ir.node("Reshape", [fused, self.shape(y)])
             self.graph.insert_before(add, [back])
+            self.backs[back.outputs[0]] = fused, back.inputs[1]  # type: ignore[assignment]
             fused = back.outputs[0]
             fused.shape, fused.type = total.shape, total.type
         name, total.name = total.name, f"{total.name}_before"
@@ -96,6 +102,28 @@ class _Flat:
             self.graph.insert_after(size, [whole])
             self.shapes[leading] = whole.outputs[0]
         return self.shapes[leading]
+
+    def sink(self) -> None:
+        """Let element-wise work between two sites, as a gated MLP's, be done on matrices as well."""
+        for node in list(self.graph):
+            if node.op_type == "Flatten" and node.inputs[0] in self.backs:
+                node.outputs[0].replace_all_uses_with(self.backs[node.inputs[0]][0])  # type: ignore[index]
+            found = [self.backs.get(value) for value in node.inputs if value is not None]
+            result = node.outputs[0]
+            if node.op_type not in ELEMENTWISE or result.is_graph_output() or None in found or not found:
+                continue
+            if any(dims(value) != dims(result) for value in node.inputs if value is not None):
+                continue  # it broadcasts
+            _, shape = found[0]  # type: ignore[misc]
+            for index, (matrix, _) in enumerate(found):  # type: ignore[misc]
+                node.replace_input_with(index, matrix)
+            back = ir.node("Reshape", [result, shape])
+            back.outputs[0].shape, back.outputs[0].type = result.shape, result.type
+            result.replace_all_uses_with(back.outputs[0])
+            back.replace_input_with(0, result)
+            result.shape = None
+            self.graph.insert_after(node, [back])
+            self.backs[back.outputs[0]] = result, shape
 
     def clean(self) -> None:
         """Remove what nothing reads any more."""
