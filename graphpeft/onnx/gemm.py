@@ -107,7 +107,7 @@ class _Flat:
         """Let element-wise work between two sites, as a gated MLP's, be done on matrices as well."""
         for node in list(self.graph):
             if node.op_type == "Flatten" and node.inputs[0] in self.backs:
-                node.outputs[0].replace_all_uses_with(self.backs[node.inputs[0]][0])  # type: ignore[index]
+                node.outputs[0].replace_all_uses_with(self.backs[node.inputs[0]][0])
             found = [self.backs.get(value) for value in node.inputs if value is not None]
             result = node.outputs[0]
             if node.op_type not in ELEMENTWISE or result.is_graph_output() or None in found or not found:
