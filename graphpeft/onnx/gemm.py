@@ -43,12 +43,12 @@ class _Flat:
     def fuse(self, product: ir.Node) -> None:
         (h, b), result = product.inputs, product.outputs[0]
         uses = list(result.uses())
+        if len(uses) != 1 or uses[0].node.op_type != "Add" or h is None:
+            return
         add = uses[0].node
-        if len(uses) != 1 or add.op_type != "Add" or h is None:
-            return
         y, total = add.inputs[1 - uses[0].idx], add.outputs[0]
-        if y is None or not dims(y) or dims(y) != dims(total) or dims(y) != dims(result):
-            return
+        if y is None or not dims(y) or None in dims(y) or dims(y) != dims(total) or dims(y) != dims(result):
+            return  # it broadcasts, or may
         matrix = self.matrix(y) if len(dims(y)) > 2 else y
         gemm = ir.node("Gemm", [self.matrix(h) if len(dims(h)) > 2 else h, b, matrix])
         gemm.outputs[0].type = total.type

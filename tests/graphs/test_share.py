@@ -39,10 +39,10 @@ def shared() -> Path:
 
 
 def products(folder: Path) -> dict[str, list[ir.Node]]:
-    """The MatMuls that read each slot input."""
+    """The products that read each slot input; with B one that also adds."""
     inputs = ir.load(folder / "model.onnx").graph.inputs
     slots = [value for value in inputs if ".lora_" in value.name]
-    return {value.name: [use.node for use in value.uses() if use.node.op_type == "MatMul"] for value in slots}
+    return {value.name: [use.node for use in value.uses() if use.node.op_type in ("MatMul", "Gemm")] for value in slots}
 
 
 def test_sites_of_one_activation_share_a_product(apart: Path) -> None:
