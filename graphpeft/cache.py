@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past", "total"
 """Names of the dynamic axes; `total`, the length of the mask, is `past` + `sequence`."""
-SAMPLE_PAST = 3
-"""Of the example: unlike its batch and length, so that tracing tells all three apart."""
 KINDS = ("key", "value")
 
 
@@ -90,14 +88,16 @@ def continued(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Cache, di
     if not generates or "past_key_values" not in accepted or set(inputs) - known or "input_ids" not in inputs:
         return None
     ids = inputs["input_ids"]
-    first = model(input_ids=ids[:, :SAMPLE_PAST], use_cache=True, **encoder)
+    batch, length = ids.shape
+    taken = {batch, length, *(value.shape[1] for value in encoder.values())}
+    # Unlike every other size, so that tracing tells them apart.
+    past = next(n for n in range(2, 100) if n not in taken and n + length not in taken)
+    first = model(input_ids=ids.repeat(1, past)[:, :past], use_cache=True, **encoder)
     if (cache := Cache.of(first)) is None or cache.crossed != bool(encoder):
         return None
-    batch, length = ids.shape
     made = {"input_ids": ids} | encoder
     if "attention_mask" in accepted:
-        made["attention_mask"] = ids.new_ones(batch, SAMPLE_PAST + length)
+        made["attention_mask"] = ids.new_ones(batch, past + length)
     if "position_ids" in accepted:
-        made["position_ids"] = torch.arange(SAMPLE_PAST, SAMPLE_PAST + length, device=ids.device).repeat(batch, 1)
-    past = dict(zip(cache.inputs, _tensors(first["past_key_values"]), strict=True))
-    return cache, made | past
+        made["position_ids"] = torch.arange(past, past + length, device=ids.device).repeat(batch, 1)
+    return cache, made | dict(zip(cache.inputs, _tensors(first["past_key_values"]), strict=True))

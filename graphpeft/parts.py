@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from graphpeft.capture import Inputs, example_call
+from graphpeft.errors import ExportError
 from graphpeft.flat import Flat
 
 
@@ -17,7 +18,11 @@ def parts(model: nn.Module, inputs: Inputs = None, *, cached: bool = True) -> It
         yield "model", Flat.of(model, inputs, cached=cached)
         return
     _, given = example_call(model, inputs)
-    ids = given.pop("decoder_input_ids")
+    if (ids := given.pop("decoder_input_ids", None)) is None:
+        raise ExportError(
+            f"{type(model).__name__} has an encoder and a decoder, and the sample inputs have no decoder_input_ids. Add "
+            "them, of a length unlike the other's, or export one graph with cache=False."
+        )
     tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
     encoder = Flat.of(Encoder(model), tensors, prefix="model.")
     yield "encoder", encoder

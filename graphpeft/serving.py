@@ -85,12 +85,12 @@ class Graph:
     def use_rows(self, loaded: Loaded | None, weights: np.ndarray) -> None:
         """An adapter with segments, and how much of each every row gets."""
         self.use(loaded)
-        if loaded is not None:
+        if loaded is not None and self.slots:
             self.row_weights = weights.astype(NUMPY[self.open[ROW_WEIGHTS].type])
 
     def require_gates(self) -> None:
         """Raises `AdapterError` if the graph has no gates for rows."""
-        if ROW_WEIGHTS not in self.open:
+        if self.slots and ROW_WEIGHTS not in self.open:
             raise AdapterError(
                 f"{self.path}: this graph runs one adapter for all rows. Export it with rows=True, or run the rows apart."
             )

@@ -100,6 +100,10 @@ def export(
     with quiet(model), _restored(model), staged(Path(path)) as folder:
         limit = parity.tolerance(model)
         pieces = [Part(name, flat, folder, limit) for name, flat in parts(model, inputs, cached=cache)]
+        if cache and getattr(model, "can_generate", lambda: False)() and not pieces[-1].flat.cache:
+            pieces[-1].notes.append(
+                "no past among the inputs: the model keeps something else, or the sample has other inputs"
+            )
         work = _Export(model, pieces, folder, opset, verify, chosen, _passes(share and not compact, rows), rows,
                        as_trained if compact else as_pairs)  # fmt: skip
         work.merged() if merged else work.swappable()
@@ -183,10 +187,13 @@ class _Export:
             unmerge(self.model)
         self._finish()
         if self.verify != "off":
-            for (part, runner), step, before in zip(self._runners(), steps, base, strict=True):
+            moved = [len(self.parts) == 1 or _moves(s.want, before) for s, before in zip(steps, base, strict=True)]
+            for (part, runner), step, before, acts in zip(self._runners(), steps, base, moved, strict=True):
                 part.check_numbers(runner, [step])
-                if self.verify == "full" and _moves(step.want, before):
+                if self.verify == "full" and acts:
                     part.check_effect(runner, step, before)
+            if self.verify == "full" and not any(moved):
+                raise ExportError("The merged adapters move no graph's output. Train them, or activate others.")
 
     def quantize(self, bits: onnx.Bits, names: Sequence[str]) -> None:
         """Replace the graphs by quantized ones, and hold those against the same rounded weights in float."""

@@ -68,3 +68,16 @@ def test_a_model_of_two_halves_becomes_two_graphs() -> None:
     assert decoder.cache.crossed
     ((name, whole),) = parts(tiny("t5"), cached=False)
     assert (name, whole.cache) == ("model", None)
+
+
+@pytest.mark.parametrize(("batch", "length"), [(2, 7), (3, 7), (5, 2), (2, 3)])
+def test_no_two_sizes_of_a_cached_sample_are_equal(batch: int, length: int) -> None:
+    flat = Flat.of(tiny("llama"), ids(batch, length), cached=True)
+    past = flat.inputs["past_key_values.0.key"].shape[2]
+    assert flat.inputs["attention_mask"].shape[1] == past + length
+    assert len({batch, length, past, past + length}) == 4
+
+
+def test_an_encoder_and_a_decoder_need_tokens_of_both() -> None:
+    with pytest.raises(ExportError, match="no decoder_input_ids"):
+        list(parts(tiny("t5"), ids(2, 7)))

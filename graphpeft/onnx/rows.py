@@ -20,7 +20,8 @@ from graphpeft.onnx.census import attach, dims, products
 def gate_rows(model: ir.Model, slots: Sequence[Place], batch: str = "batch") -> tuple[Place, ...]:
     """Gate the ranks of every slot by row. The batch is an activation's first axis, or the outer part of it."""
     inputs = {value.name: value for value in model.graph.inputs}
-    pairs = pair_slots(slots)
+    if not (pairs := pair_slots(slots)):  # the other of two graphs has all the sites
+        return tuple(slots)
     dtype = inputs[pairs[0].a].dtype
     assert dtype is not None, "a graph input has a type"
     weights = _input(model, ROW_WEIGHTS, dtype, ("rows", "adapters"), np.ones((1, 1), dtype.numpy()))

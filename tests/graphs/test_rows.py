@@ -12,8 +12,10 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-from exports import CLOSE, FAR, HAND, SAMPLE, adapted, arrays, dense, deployed, ids, off, running, serving, silent
+from checks import randomize
+from exports import CLOSE, FAR, HAND, SAMPLE, adapted, arrays, dense, deployed, ids, off, running, serving, silent, tiny
 
+import graphpeft as gp
 from graphpeft import parity
 from graphpeft.cases import Case
 from graphpeft.errors import AdapterError, ExportError
@@ -147,3 +149,18 @@ def test_a_graph_that_gives_all_rows_one_adapter_is_found() -> None:
 
     with pytest.raises(ExportError, match=r"an adapter for each row, batch 4: output 'output' .* differs from PyTorch"):
         parity.check_rows(First(Session(gated().folder), "model"), steps, cases, 1e-4)
+
+
+def test_an_adapter_of_the_decoder_alone_leaves_the_encoder_without_gates(tmp_path: Path) -> None:
+    model = gp.apply(tiny("t5"), "q[cross]:lora(r=2)", name="a", verify="off")
+    randomize(model, "a", seed=0)
+    report = export(model, tmp_path / "deploy", rows=True, verify="full")
+    assert {check.test for check in report.checks} >= {"rows", "effect"}
+    session = Session(tmp_path / "deploy")
+    assert [len(graph.slots) for graph in session.graphs.values()] == [0, 1]
+    x = {"input_ids": np.array([[5, 6, 7]] * 2), "decoder_input_ids": np.array([[1, 2]] * 2)}
+    base = session.run(x)["logits"]
+    session.use(["a", None])
+    found = session.run(x)["logits"]
+    assert off(found[1], base[1]) < CLOSE * np.abs(base).max()
+    assert off(found[0], base[0]) > FAR

@@ -310,3 +310,10 @@ def described(model: ir.Model) -> list[Any]:
         return sorted(map(str, node.attributes.values()))
 
     return [(n.domain, n.op_type, names(n.inputs), names(n.outputs), attributes(n)) for n in model.graph]
+
+
+def test_a_merged_adapter_that_was_never_trained_is_refused(tmp_path: Path) -> None:
+    model = gp.apply(tiny("hand"), "qv:lora(r=2)", inputs=SAMPLE)
+    with pytest.raises(ExportError, match="it was never trained"):
+        export(model, tmp_path / "deploy", merged=True, inputs=SAMPLE)
+    assert not list(tmp_path.iterdir())
