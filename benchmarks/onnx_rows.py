@@ -127,8 +127,9 @@ def main() -> None:
             given = feeds(options.width, options.layers, batch, tokens, adapters, rank)
             each = ratios(made, given, options.rounds)
             found.append([f"{batch} × {tokens}", adapters, rank, f"{each['gate']:.2f}", f"{each['gather']:.2f}"])
-    head = ["rows × tokens", "adapters", "rank", "gate", "gather"]
-    print(table(head, found, f"{options.layers} layers of width {options.width}, time over that without", right=head[1:]))
+    head = ["rows × tokens", "adapters", "rank", "gates", "gathered"]
+    print(f"{options.layers} layers of width {options.width}, time over that without adapters")
+    print(table(head, found, right=head[1:]))
 
 
 if __name__ == "__main__":
