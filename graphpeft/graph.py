@@ -82,7 +82,7 @@ def insert_branch(
     readers = list(node.users)
     anchor, values, kind = node, [node, source], _Branch
     if getattr(branch, "relative", False):
-        product, gain = _product_and_gain(graph, node, site, path, cast(fx.Node, weight))
+        product, gain = _product_and_gain(graph, node, site, branch, path, cast(fx.Node, weight))
         anchor, values, kind = gain, [node, source, product, gain], _RelativeBranch
     inner = _BranchTracer().trace(kind(branch, dtype))
     env: dict[fx.Node, fx.Node] = {}
@@ -103,7 +103,7 @@ def insert_branch(
 
 
 def _product_and_gain(
-    graph: fx.Graph, node: fx.Node, site: Site, path: str, weight: fx.Node
+    graph: fx.Graph, node: fx.Node, site: Site, branch: nn.Module, path: str, weight: fx.Node
 ) -> tuple[fx.Node, fx.Node]:
     """Nodes after a projection: what the weight alone makes of the input, and the branch's gain of its rows."""
     addend = added_to(node)
@@ -113,7 +113,10 @@ def _product_and_gain(
     with graph.inserting_after(module):
         matrix = graph.call_function(oriented, (weight, *layout(site)))
     with graph.inserting_after(matrix):
-        return product, graph.call_method("gain", (module, matrix))
+        gain = graph.call_method("gain", (module, matrix))
+    for new in (module, matrix, gain, *((product,) if product is not node else ())):
+        _tag(new, node, site, branch, path)
+    return product, gain
 
 
 def insert_before(graph: fx.Graph, node: fx.Node, source: fx.Node, site: Site, transform: nn.Module, path: str) -> None:
@@ -129,9 +132,10 @@ def insert_before(graph: fx.Graph, node: fx.Node, source: fx.Node, site: Site, t
 def insert_lookup(graph: fx.Graph, found: Lookup, site: Site, branch: nn.Module, path: str) -> None:
     """Add the rows that a lookup in an embedding table picks from the branch's update."""
     readers = list(found.node.users)
-    arguments = (_module(graph, found.node, path), found.node, found.ids, found.padding_idx)
-    with graph.inserting_after(arguments[0]):
-        result = graph.call_method("add_rows", arguments)
+    module = _module(graph, found.node, path)
+    with graph.inserting_after(module):
+        result = graph.call_method("add_rows", (module, found.node, found.ids, found.padding_idx))
+    _tag(module, found.node, site, branch, path)
     _stand_in(result, found.node, readers, site, branch, path)
 
 
@@ -148,6 +152,8 @@ def insert_sum(graph: fx.Graph, weight: fx.Node, site: Site, branch: nn.Module, 
         delta = graph.call_method("delta", (module, *base))
     with graph.inserting_after(delta):
         result = graph.call_function(added, (weight, delta, site.transposed))
+    for new in dict.fromkeys((module, anchor, delta)):
+        _tag(new, weight, site, branch, path)
     _stand_in(result, weight, readers, site, branch, path)
 
 

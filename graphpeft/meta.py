@@ -52,20 +52,30 @@ def fill_shapes(graph: fx.Graph, owner: nn.Module) -> None:
         return
     mode = known.fake_mode
     for node in graph.nodes:
-        if "graphpeft" not in node.meta or "val" in node.meta:
-            continue
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
+        if "graphpeft" in node.meta and "val" not in node.meta:
+            value = _value(node, owner, mode)
+            if not isinstance(value, nn.Module):
+                node.meta["val"] = value
+
+
+def _value(node: fx.Node, owner: nn.Module, mode: FakeTensorMode) -> Any:
+    """What an inserted node returns: a fake tensor, or the branch itself, one of whose methods is called."""
+    if node.op == "get_attr":
+        path, _, leaf = str(node.target).rpartition(".")
+        held = getattr(owner.get_submodule(path), leaf)
+        return mode.from_tensor(held) if isinstance(held, torch.Tensor) else held
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"] if "val" in n.meta else _value(n, owner, mode))
+    if node.op == "call_module":  # dropout, the only module that a branch calls
+        return args[0]
+    call = getattr(args[0], str(node.target)) if node.op == "call_method" else node.target
+    given = args[1:] if node.op == "call_method" else args
+    strict, mode.allow_non_fake_inputs = mode.allow_non_fake_inputs, True  # a branch's method reads its own tensors
+    try:
         # Composite operators pass symbolic sizes on only when they are taken apart in Python.
         with mode, enable_python_dispatcher(), torch.no_grad():
-            if node.op == "get_attr":
-                path, _, leaf = str(node.target).rpartition(".")
-                node.meta["val"] = mode.from_tensor(getattr(owner.get_submodule(path), leaf))
-            elif node.op == "call_module":  # dropout, the only module that a branch calls
-                node.meta["val"] = args[0]
-            elif node.op == "call_method":
-                node.meta["val"] = getattr(args[0], node.target)(*args[1:], **kwargs)
-            else:
-                node.meta["val"] = node.target(*args, **kwargs)
+            return call(*given, **kwargs)
+    finally:
+        mode.allow_non_fake_inputs = strict
 
 
 def is_fake(tensor: torch.Tensor) -> bool:

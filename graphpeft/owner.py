@@ -21,7 +21,7 @@ from torch import fx, nn
 from graphpeft.adapters import HOME, Adapters, adapted_parameter, home
 from graphpeft.errors import AdapterError
 from graphpeft.graph import insert_before, insert_branch, insert_lookup, insert_sum, strip_checks
-from graphpeft.match.owners import forget_constants, lookups, projections, readers, trace
+from graphpeft.match.owners import Uses, forget_constants, lookups, projections, readers, trace
 from graphpeft.meta import fill_shapes
 from graphpeft.mode import set_mode
 from graphpeft.program import Site
@@ -209,13 +209,14 @@ def lower(owner: nn.Module, adapters: Adapters) -> fx.Graph:
     """The owner's base graph with every active branch put wherever the owner uses its weight."""
     base = adapters.base if adapters.base is not None else trace(owner, keep=True)
     graph = fx.Graph() if base is None else strip_checks(copy.deepcopy(base))
+    uses = Uses(owner, graph)
     served: set[tuple[nn.Module, nn.Parameter]] = set()  # places of a tied weight may share the owner
     for site, branch, path in adapters.running():
         parameter = adapted_parameter(owner, site)
         if (branch, parameter) in served or (site.form == "weight" and adapters.base is None):
             continue
         served.add((branch, parameter))
-        if not _adapt(owner, graph, site, branch, path, parameter):
+        if not adapt(owner, graph, uses, site, branch, path, parameter):
             raise AdapterError(
                 f"The code of {site.owner or type(owner).__name__} has no use of {site.weight}, so its adapter would be "
                 f"ignored. Usually the file was made for another version of the model, or `forward` was replaced on the "
@@ -225,18 +226,25 @@ def lower(owner: nn.Module, adapters: Adapters) -> fx.Graph:
     return graph
 
 
-def _adapt(
-    owner: nn.Module, graph: fx.Graph, site: Site, branch: nn.Module, path: str, parameter: nn.Parameter
+def adapt(
+    owner: nn.Module,
+    graph: fx.Graph,
+    uses: Uses,
+    site: Site,
+    branch: nn.Module,
+    path: str,
+    parameter: nn.Parameter,
 ) -> bool:
     """Put one branch at every use of its weight; whether there was any."""
+    nodes = uses.near(parameter)
     before = getattr(branch, "before", None)
     if before is not None:
-        for affine in projections(owner, graph, parameter):
+        for affine in projections(owner, nodes, parameter):
             insert_before(graph, affine.node, affine.input, site, before, f"{path}.before")
-    products, picks = projections(owner, graph, parameter), lookups(owner, graph, parameter)
+    products, picks = projections(owner, nodes, parameter), lookups(owner, nodes, parameter)
     relative = getattr(branch, "relative", False)
     if site.form == "weight" or (relative and (picks or not branch.beside)):
-        found = readers(owner, graph, parameter)
+        found = readers(owner, nodes, parameter)
         for node in found:
             insert_sum(graph, node, site, branch, path)
         return bool(found)

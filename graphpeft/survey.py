@@ -29,19 +29,21 @@ def survey(model: nn.Module, inputs: Inputs = None) -> Found:
     program, error = _attempt(model)
     found = find(program) if program is not None else Found((), {})
     sites, reached, unreached = list(found.sites), set(found.reached), {}
+    programs = dict(found.programs)
     for path, part in _parts(model, found.reached):
         inside, failure = _attempt(part)
         if inside is None:
             unreached[path] = str(failure)
         else:
             seen = find(inside)
+            programs[path] = inside
             sites += _named_from_root(seen.sites, path)
             reached |= {f"{path}.{name}" for name in seen.reached}
     if error is not None:
         if not sites:
             raise error
         unreached = {"": str(error), **unreached}
-    return Found(tuple(sites), found.misses, frozenset(reached), unreached)
+    return Found(tuple(sites), found.misses, frozenset(reached), unreached, programs)
 
 
 def _attempt(model: nn.Module) -> tuple[Program | None, CaptureError | None]:

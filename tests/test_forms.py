@@ -975,7 +975,7 @@ def test_lookups_are_read_off_the_graph(call: Any, expected: list[int | None]) -
     owner = Table()
     graph = trace(owner)
     assert graph is not None
-    found = lookups(owner, graph, owner.weight)
+    found = lookups(owner, graph.nodes, owner.weight)
     assert [f.padding_idx for f in found] == expected
     assert all(f.ids.op == "placeholder" for f in found)
-    assert lookups(owner, graph, nn.Parameter(owner.weight.detach())) == []
+    assert lookups(owner, graph.nodes, nn.Parameter(owner.weight.detach())) == []

@@ -20,6 +20,7 @@ from graphpeft.match.pattern import Bound, Match, Miss
 from graphpeft.match.products import Affine
 from graphpeft.match.registry import Declaration, declarations
 from graphpeft.program import Program, Rows, Site, stored
+from graphpeft.steps import named
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,11 @@ class Found:
     """Weights that the captured graph uses."""
     unreached: Mapping[str, str] = field(default_factory=dict)
     """Parts of the model that no example call ran, and why."""
+    programs: Mapping[str, Program] = field(default_factory=dict, repr=False, compare=False)
+    """What was captured and searched, by the path of the module: the root, and parts that it did not run."""
 
 
+@named("find")
 def find(program: Program) -> Found:
     """All sites of a program. Seconds grow linearly with the graph."""
     flow = Dataflow(program)
@@ -57,7 +61,7 @@ def find(program: Program) -> Found:
             key = (flow.program.weights[use.weight], role)
             sites[key] = _merge(sites[key], site) if key in sites else site
     reached = frozenset(name for node, name in program.weights.items() if node in flow.useful)
-    return Found(_one_per_weight(sites), misses, reached)
+    return Found(_one_per_weight(sites), misses, reached, programs={"": program})
 
 
 def _roles(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import fx, nn
 
-from graphpeft.match.products import Affine, behind_transposes, op, read_affine
+from graphpeft.match.products import PICKS, SAME, TRANSPOSES, Affine, behind_transposes, op, read_affine
 from graphpeft.program import Program, stored
 
 
@@ -40,7 +40,7 @@ def _traceable(owner: nn.Module, parameter: nn.Parameter) -> bool:
     if type(owner) is nn.Linear and "forward" not in owner.__dict__:
         return True
     graph = trace(owner)
-    return graph is not None and bool(projections(owner, graph, parameter) or lookups(owner, graph, parameter))
+    return graph is not None and bool(projections(owner, graph.nodes, parameter) or lookups(owner, graph.nodes, parameter))
 
 
 def _bypassed(model: nn.Module, path: str) -> bool:
@@ -88,10 +88,37 @@ def forget_constants(module: nn.Module, known: Collection[str] = ()) -> None:
         del module.__dict__[name]
 
 
-def projections(owner: nn.Module, graph: fx.Graph, parameter: nn.Parameter) -> list[Affine]:
-    """The projections of `graph` by `parameter`; none if one of them is not plain."""
+BEHIND = TRANSPOSES | SAME | PICKS | {"getattr", "mul", "div", "slice", "split", "split_with_sizes", "chunk", "tensor_split"}
+"""Operators through which `read_affine` sees a parameter."""
+
+
+class Uses:
+    """Where a graph uses its owner's parameters, found in one pass: searched for each, a deep graph would take squares."""
+
+    def __init__(self, owner: nn.Module, graph: fx.Graph) -> None:
+        self.reads: dict[int, list[fx.Node]] = {}
+        self.place = {node: number for number, node in enumerate(graph.nodes)}
+        for node in graph.nodes:
+            if node.op == "get_attr":
+                self.reads.setdefault(id(_attribute(owner, str(node.target))), []).append(node)
+
+    def near(self, parameter: nn.Parameter) -> list[fx.Node]:
+        """In graph order, the nodes that read a parameter, and all that may be a product or a lookup with it."""
+        found = dict.fromkeys(self.reads.get(id(parameter), ()))
+        waiting = list(found)
+        while waiting:
+            node = waiting.pop()
+            if node.op == "get_attr" or op(node) in BEHIND:
+                fresh = [user for user in node.users if user not in found]
+                found |= dict.fromkeys(fresh)
+                waiting += fresh
+        return sorted(found, key=lambda node: self.place.get(node, len(self.place)))
+
+
+def projections(owner: nn.Module, nodes: Iterable[fx.Node], parameter: nn.Parameter) -> list[Affine]:
+    """The projections by `parameter` among some nodes; none if one of them is not plain."""
     is_weight = _reads(owner, parameter)
-    read = (read_affine(n, is_weight) for n in graph.nodes if n.op in {"call_function", "call_method"})
+    read = (read_affine(n, is_weight) for n in nodes if n.op in {"call_function", "call_method"})
     found = [a for a in read if a]
     return found if parameter.dim() == 2 and all(a.plain for a in found) else []
 
@@ -105,10 +132,10 @@ class Lookup:
     padding_idx: int | None
 
 
-def lookups(owner: nn.Module, graph: fx.Graph, parameter: nn.Parameter) -> list[Lookup]:
-    """The nodes of `graph` that pick rows of `parameter`."""
+def lookups(owner: nn.Module, nodes: Iterable[fx.Node], parameter: nn.Parameter) -> list[Lookup]:
+    """Those of the nodes that pick rows of `parameter`."""
     is_weight = _reads(owner, parameter)
-    return [found for n in graph.nodes if (found := read_lookup(n, is_weight))]
+    return [found for n in nodes if (found := read_lookup(n, is_weight))]
 
 
 def read_lookup(node: fx.Node, is_weight: Callable[[fx.Node], bool]) -> Lookup | None:
@@ -132,9 +159,9 @@ def read_lookup(node: fx.Node, is_weight: Callable[[fx.Node], bool]) -> Lookup |
     return Lookup(node, ids, padding if isinstance(padding, int) and (functional or padding != -1) else None)
 
 
-def readers(owner: nn.Module, graph: fx.Graph, parameter: nn.Parameter) -> list[fx.Node]:
-    """The nodes that hand `parameter` to the rest of `graph`."""
-    return list(filter(_reads(owner, parameter), graph.nodes))
+def readers(owner: nn.Module, nodes: Iterable[fx.Node], parameter: nn.Parameter) -> list[fx.Node]:
+    """Those of the nodes that hand `parameter` to the rest of their graph."""
+    return list(filter(_reads(owner, parameter), nodes))
 
 
 def _reads(owner: nn.Module, parameter: nn.Parameter) -> Callable[[fx.Node], bool]:

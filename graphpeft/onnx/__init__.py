@@ -6,9 +6,10 @@ from graphpeft.onnx.gemm import fuse_sums
 from graphpeft.onnx.quantize import Bits, quantize, rounded
 from graphpeft.onnx.rows import gate_rows
 from graphpeft.onnx.share import share
+from graphpeft.onnx.tags import tag
 from graphpeft.onnx.translate import LOWEST_OPSET, translate
 
 __all__ = [
     "LOWEST_OPSET", "Bits", "annotate", "attach_defaults", "census", "fuse_sums", "gate_rows", "opset", "quantize", "rounded",
-    "save", "share", "translate", "used", "write_adapter",
+    "save", "share", "tag", "translate", "used", "write_adapter",
 ]  # fmt: skip

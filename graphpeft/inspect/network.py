@@ -1,0 +1,236 @@
+"""Graphs as networkx knows them: one form for what is drawn, compared, written to files, and asked questions.
+
+A node carries plain strings and numbers only, so that every format takes it; an edge carries the port that it enters, for
+`sub(a, b)` is not `sub(b, a)`. Nodes stand in the order in which they run. What the attributes mean is in `Node`.
+"""
+
+from __future__ import annotations
+
+import linecache
+import os
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from graphpeft.capture import Inputs
+from graphpeft.inspect.rewrite import Branch, Rewrite, rewrite
+from graphpeft.match.fused import concrete
+from graphpeft.match.products import op
+from graphpeft.meta import is_fake
+from graphpeft.state import find_state
+
+if TYPE_CHECKING:
+    from networkx import MultiDiGraph
+
+
+class Node(TypedDict, total=False):
+    """Attributes of a node. What does not apply is left out, but for `kind` and `op`."""
+
+    kind: str
+    """`input`, `weight`, `constant`, `op` or `output`."""
+    op: str
+    """The operator's plain name."""
+    arguments: str
+    """Its arguments as text, with `%` for each edge that enters: `%, [%, %], dim=1`."""
+    path: str
+    """The module that ran it, from the root; of an inserted node the adapter's branch below that module."""
+    type: str
+    """The class of that module."""
+    layer: int
+    """The number of the repeated block that it is in."""
+    shape: str
+    dtype: str
+    source: str
+    """`file.py:line` of the model's code."""
+    code: str
+    """That line."""
+    weight: str
+    """Of a node that reads a parameter: its name in `state_dict()`. Of a projection: the parameter's."""
+    values: int
+    """A checksum of a weight's values."""
+    numbers: int
+    """How many numbers a weight holds."""
+    role: str
+    adapter: str
+    """Of an inserted node: the adapter's name."""
+    rule: str
+    method: str
+
+
+def to_networkx(
+    model: Any, inputs: Inputs = None, *, adapted: bool = True, values: bool = False
+) -> MultiDiGraph[str]:
+    """A model's graph as a `networkx.MultiDiGraph`, its active adapters in it unless `adapted` is false.
+
+    Args:
+        model: a module or an exported program; what `graphpeft.export` wrote, as a folder, an `.onnx` file or an
+            `onnx_ir.Model`; a `.json` file that `write_graph` wrote; or a graph of networkx, which is returned.
+        inputs: an example call, if none can be made from the model's config.
+        values: also note checksums of the weights, so that a comparison sees which have changed.
+
+    Raises: `CaptureError`, `FileError`.
+    """
+    import networkx
+
+    from graphpeft.inspect import files, onnx_network
+
+    if isinstance(model, networkx.MultiDiGraph):
+        return model
+    if isinstance(model, (str, os.PathLike)):
+        path = Path(model)
+        return files.read_graph(path) if path.suffix == ".json" else onnx_network.read(path, values)
+    if not isinstance(model, (nn.Module, ExportedProgram)):
+        return onnx_network.network(onnx_network.as_ir(model), values)
+    return network(rewrite(model, inputs), adapted, values)
+
+
+def network(rewritten: Rewrite, adapted: bool = True, values: bool = False) -> MultiDiGraph[str]:
+    """The graph of a rewrite, after it or (`adapted=False`) before. Parts that were captured apart stand side by side."""
+    import networkx
+
+    graph: MultiDiGraph[str] = networkx.MultiDiGraph(name=type(rewritten.model).__name__)
+    work = _Builder(rewritten, values and adapted, values)
+    for part in rewritten.parts:
+        nodes = part.after if adapted else part.before
+        for node in nodes.nodes:
+            work.add(graph, node, part.path)
+    return graph
+
+
+class _Builder:
+    def __init__(self, rewritten: Rewrite, merged: bool, values: bool) -> None:
+        self.model, self.values = rewritten.model, values
+        self.branches = {branch.path: branch for branch in rewritten.branches}
+        self.roles: dict[str, list[str]] = {}
+        for site in rewritten.found.sites:
+            for place in (site, *site.tied):
+                if place.role != "other":
+                    self.roles.setdefault(place.weight, []).append(place.role)
+        state = find_state(rewritten.model)
+        self.originals: Mapping[str, torch.Tensor] = {} if state is None or merged else state.originals
+        self.parameters = dict(rewritten.model.named_parameters(remove_duplicate=False))
+
+    def add(self, graph: MultiDiGraph[str], node: fx.Node, part: str) -> None:
+        if node.op == "placeholder" and not node.users:
+            return
+        prefix = f"{part}." if part else ""
+        text, edges = _arguments(node)
+        about: Node = {"kind": _kind(node), "op": _op(node), "arguments": text}
+        about |= {**_value(node), **_place(node, prefix)}  # type: ignore[typeddict-item]
+        if node.op == "get_attr":
+            about |= self._weight(f"{prefix}{node.target}")
+            about.setdefault("path", f"{prefix}{node.target}".rpartition(".")[0])
+        if (layer := layer_of(about.get("path", ""))) is not None:
+            about["layer"] = layer
+        if "graphpeft" in node.meta:
+            about |= _inserted(self.branches[prefix + node.meta["graphpeft"]])
+        name = prefix + node.name
+        graph.add_node(name, **about)
+        for port, source in edges:
+            graph.add_edge(prefix + source.name, name, key=port, port=port)
+            read = graph.nodes[prefix + source.name]
+            if "adapter" not in about and read["kind"] == "weight" and (roles := self.roles.get(read["weight"])):
+                graph.nodes[name].update(role="+".join(dict.fromkeys(roles)), weight=read["weight"])
+
+    def _weight(self, name: str) -> Node:
+        tensor = self.parameters.get(name)
+        if tensor is None:
+            return {}
+        about: Node = {"kind": "weight", "weight": name, "numbers": tensor.numel()}
+        if self.values and not tensor.is_meta and not is_fake(tensor):
+            about["values"] = checksum(self.originals.get(name, tensor))
+        return about
+
+
+def checksum(tensor: torch.Tensor) -> int:
+    """The same for equal values; CRC-32 of the bytes."""
+    return zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def _inserted(branch: Branch) -> Node:
+    entry = branch.entry
+    return {
+        "adapter": branch.adapter,
+        "role": branch.place.role,
+        "rule": entry.rule,
+        "method": str(entry.method),
+        "source": branch.place.source,
+    }
+
+
+def _kind(node: fx.Node) -> str:
+    return {"placeholder": "input", "get_attr": "constant", "output": "output"}.get(node.op, "op")
+
+
+def _op(node: fx.Node) -> str:
+    if node.op == "call_module":
+        return str(node.target).rpartition(".")[2]
+    if node.op in {"placeholder", "get_attr"}:
+        return str(node.target).rpartition(".")[2]
+    return op(node)
+
+
+def _arguments(node: fx.Node) -> tuple[str, list[tuple[str, fx.Node]]]:
+    """The arguments' text, and the nodes among them by port: `1`, `0.2` within a list, or a name."""
+    edges: list[tuple[str, fx.Node]] = []
+
+    def show(value: Any, port: str) -> str:
+        if isinstance(value, fx.Node):
+            edges.append((port, value))
+            return "%"
+        if isinstance(value, (list, tuple)):
+            return "[" + ", ".join(show(each, f"{port}.{i}") for i, each in enumerate(value)) + "]"
+        if isinstance(value, slice):
+            bounds = (value.start, value.stop, *(() if value.step is None else (value.step,)))
+            return ":".join("" if each is None else show(each, f"{port}.{i}") for i, each in enumerate(bounds))
+        return str(value)
+
+    given = [show(value, str(i)) for i, value in enumerate(node.args)]
+    given += [f"{name}={show(value, name)}" for name, value in node.kwargs.items()]
+    return ", ".join(given), edges
+
+
+def _value(node: fx.Node) -> Node:
+    value = node.meta.get("val")
+    if isinstance(value, (list, tuple)) and len(value) == 1:
+        (value,) = value
+    if not isinstance(value, torch.Tensor):
+        return {}
+    return {"shape": " × ".join(map(str, concrete(value.shape))), "dtype": str(value.dtype).removeprefix("torch.")}
+
+
+def _place(node: fx.Node, prefix: str) -> Node:
+    about: Node = {}
+    if stack := list((node.meta.get("nn_module_stack") or {}).values()):
+        path, kind = stack[-1]
+        about["path"] = (prefix + str(path).partition("@")[0]).removesuffix(".")
+        about["type"] = (kind if isinstance(kind, str) else kind.__qualname__).rpartition(".")[2]
+    if frames := list(_frames(node)):
+        file, line = frames[-1]
+        about["source"] = f"{PurePath(file).name}:{line}"
+        about["code"] = linecache.getline(file, int(line)).strip()
+    return about
+
+
+def _frames(node: fx.Node) -> Iterator[tuple[str, str]]:
+    """Files and lines of the model's own code that led to a node, the innermost last."""
+    found = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    yield from (frame for frame in found if "torch" not in PurePath(frame[0]).parts)
+
+
+def layer_of(path: str) -> int | None:
+    """The number of the repeated block that a module's path goes through."""
+    found = re.search(r"\.(\d+)(\.|$)", path)
+    return int(found[1]) if found else None
+
+
+def block_of(path: str) -> str:
+    """The path of the repeated block that a module is in, its number as `*`; empty outside of blocks."""
+    found = re.match(r"(.*?)\.\d+(\.|$)", path)
+    return f"{found[1]}.*" if found else ""

@@ -1,0 +1,140 @@
+"""An ONNX graph as networkx knows it, with the attributes of `network.Node`."""
+
+from __future__ import annotations
+
+import ast
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx
+import onnx_ir as ir
+
+from graphpeft.errors import FileError
+from graphpeft.inspect.network import Node, layer_of
+from graphpeft.onnx.tags import ADAPTER, SCOPES, SITE
+
+if TYPE_CHECKING:
+    from networkx import MultiDiGraph
+
+FEW = 64
+"""An initializer of so many numbers or fewer is a constant of the graph's own, such as a shape."""
+
+
+def read(path: Path, values: bool = False) -> MultiDiGraph[str]:
+    """The graph of an `.onnx` file, or of each in a folder, side by side. Raises `FileError`."""
+    import networkx
+
+    paths = sorted(path.glob("*.onnx")) if path.is_dir() else [path]
+    if not paths:
+        raise FileError(f"{path} holds no .onnx file. Pass a folder that gp.export wrote, or an .onnx file.")
+    graph: MultiDiGraph[str] = networkx.MultiDiGraph(name=path.name)
+    for each in paths:
+        try:
+            model = ir.load(each)
+        except Exception as error:  # a parser's errors, and the system's
+            raise FileError(f"{each} cannot be read as an ONNX graph: {error}. Is it whole, and an .onnx file?") from error
+        _add(graph, model, f"{each.stem}/" if len(paths) > 1 else "", values)
+    return graph
+
+
+def network(model: ir.Model, values: bool = False) -> MultiDiGraph[str]:
+    import networkx
+
+    graph: MultiDiGraph[str] = networkx.MultiDiGraph(name=model.graph.name or "")
+    _add(graph, model, "", values)
+    return graph
+
+
+def as_ir(model: Any) -> ir.Model:
+    """A graph of ONNX in any of its forms. Raises `FileError` for anything else."""
+    if isinstance(model, ir.Model):
+        return model
+    if isinstance(model, onnx.ModelProto):
+        return ir.serde.deserialize_model(model)
+    raise FileError(
+        f"A {type(model).__name__} has no graph to look at. Pass a module, an exported program, an .onnx file, a folder that "
+        f"gp.export wrote, a .json graph, or a graph of networkx."
+    )
+
+
+def _add(graph: MultiDiGraph[str], model: ir.Model, prefix: str, values: bool) -> None:
+    inside = model.graph
+    for value in [*inside.inputs, *inside.initializers.values()]:
+        if value.uses() and prefix + str(value.name) not in graph:
+            graph.add_node(prefix + str(value.name), **_outside(value, value in inside.inputs, values))
+    names: dict[ir.Value, str] = {}
+    for number, node in enumerate(inside):
+        name = prefix + (node.name or f"{node.op_type}_{number}")
+        names |= dict.fromkeys(node.outputs, name)
+        graph.add_node(name, **_node(node))
+        for port, value in enumerate(node.inputs):
+            if value is not None:
+                source = names.get(value, prefix + str(value.name))
+                graph.add_edge(source, name, key=str(port), port=str(port))
+    for value in inside.outputs:
+        name = f"{prefix}output {value.name}"
+        graph.add_node(name, kind="output", op=str(value.name), arguments="%", **_shape(value))
+        graph.add_edge(names.get(value, prefix + str(value.name)), name, key="0", port="0")
+
+
+def _outside(value: ir.Value, given: bool, values: bool) -> Node:
+    """What a graph is given, or holds."""
+    about: Node = {"kind": "input", "op": str(value.name), "arguments": "", **_shape(value)}
+    if ".lora_" in str(value.name) and given:
+        about["adapter"] = "slot"
+        about["path"] = str(value.name).partition(".lora_")[0]
+    elif value.const_value is not None and not given:
+        about["numbers"] = value.const_value.size
+        weight = about["numbers"] > FEW
+        about["kind"] = "weight" if weight else "constant"
+        if weight:
+            about["weight"] = str(value.name)
+        if values:
+            about["values"] = zlib.crc32(value.const_value.tobytes())
+    path = about.get("path", about.get("weight", "").rpartition(".")[0])
+    if (layer := layer_of(path)) is not None:
+        about |= {"path": path, "layer": layer}
+    return about
+
+
+def _node(node: ir.Node) -> Node:
+    arguments = ["" if value is None else "%" for value in node.inputs]
+    arguments += [f"{name}={_attribute(each)}" for name, each in sorted(node.attributes.items())]
+    about: Node = {"kind": "op", "op": node.op_type, "arguments": ", ".join(arguments), **_shape(node.outputs[0])}
+    props = node.metadata_props
+    path = next(_scopes(props.get(SCOPES, "[]")), "")
+    if SITE in props:
+        path, about["weight"] = props[SITE], props[SITE]
+        about["adapter"] = props[ADAPTER]
+    if path:
+        about["path"] = path
+        if (layer := layer_of(path)) is not None:
+            about["layer"] = layer
+    return about
+
+
+def _scopes(text: str) -> Iterator[str]:
+    """The path of the module that a node was translated from, below the wrapper that was exported."""
+    try:
+        scopes = ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return
+    if len(scopes) > 2:
+        yield str(scopes[-2]).removeprefix("model.")
+
+
+def _attribute(given: ir.Attr) -> str:
+    value = given.value
+    return str(value.numpy().tolist()) if isinstance(value, ir.Tensor) else str(value)
+
+
+def _shape(value: ir.Value) -> Node:
+    about: Node = {}
+    if value.shape is not None:
+        dims = [str(dim if isinstance(dim, int) else dim.value or "?") for dim in value.shape]
+        about["shape"] = " × ".join(dims)
+    if value.dtype is not None:
+        about["dtype"] = value.dtype.name.lower()
+    return about

@@ -1,0 +1,124 @@
+"""A model's whole graph before and after its adapters, by the passes that rewrite it: what there is to look at.
+
+The base is captured; the branches of active adapters are then put into a copy of its graph by the same surgery that puts
+them into owners (`owner.adapt`). So both graphs name their common nodes alike, and every inserted node says where it
+belongs, which no second capture could.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import cast
+
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from graphpeft.adapters import HOME, home, places, slot
+from graphpeft.capture import Inputs, as_module
+from graphpeft.chain import Chain
+from graphpeft.match.find import Found
+from graphpeft.match.owners import Uses
+from graphpeft.meta import fill_shapes
+from graphpeft.owner import adapt
+from graphpeft.plan import Entry
+from graphpeft.program import Program, Site, stored
+from graphpeft.samples import settled
+from graphpeft.state import chains, find_state, hidden, inactive
+from graphpeft.survey import survey
+
+
+@dataclass(frozen=True)
+class Part:
+    """One captured graph of a model; most models have just one, that of the root."""
+
+    path: str
+    model: nn.Module
+    before: fx.Graph
+    after: fx.Graph
+
+
+@dataclass(frozen=True)
+class Branch:
+    """An adapter's branch at one place of its site."""
+
+    adapter: str
+    entry: Entry
+    place: Site
+    path: str
+    """Below the root."""
+    chain: Chain
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """The graphs of a model with and without its active adapters, and all that the search through the base found."""
+
+    model: nn.Module
+    found: Found
+    parts: tuple[Part, ...]
+    branches: tuple[Branch, ...]
+
+
+def rewrite(model: nn.Module | ExportedProgram, inputs: Inputs = None) -> Rewrite:
+    """Capture a model's base, and put its active adapters into the graph. The model is not changed.
+
+    While adapters are merged the graph stays the base's: the weights alone are others. Raises `CaptureError`.
+    """
+    module = as_module(model) if isinstance(model, ExportedProgram) else model
+    with inactive(module), hidden(module), settled(module):
+        found = survey(_base(module), inputs)
+    branches = tuple(_branches(module))
+    parts = tuple(_part(path, program, module, branches) for path, program in found.programs.items())
+    return Rewrite(module, found, parts, branches)
+
+
+def _base(module: nn.Module) -> nn.Module:
+    """A graph module has its base graph at hand; other modules are captured with their adapters at rest."""
+    adapters = home(module)
+    if isinstance(module, fx.GraphModule) and adapters is not None and adapters.base is not None:
+        return fx.GraphModule(module, copy.deepcopy(adapters.base))
+    return module
+
+
+def _branches(module: nn.Module) -> Iterator[Branch]:
+    state = find_state(module)
+    if state is None or state.merged:
+        return
+    for name in state.active:
+        by_site = chains(module, name)
+        for entry in state.adapters[name].entries:
+            for place in places(entry.site):
+                path = ".".join(filter(None, (place.owner, HOME, name, slot(place))))
+                yield Branch(name, entry, place, path, by_site[entry.site])
+
+
+def _part(path: str, program: Program, root: nn.Module, branches: tuple[Branch, ...]) -> Part:
+    before = copy.deepcopy(program.graph)
+    _read_weights(before, program)
+    after = copy.deepcopy(before)
+    model = root.get_submodule(path)
+    uses, prefix = Uses(model, after), f"{path}." if path else ""
+    served: set[tuple[nn.Module, nn.Parameter]] = set()
+    for branch in branches:
+        parameter = stored(root, branch.place.weight)
+        if (branch.chain, parameter) in served or not branch.path.startswith(prefix):
+            continue
+        served.add((branch.chain, parameter))  # places of a tied weight share the parameter
+        site = replace(branch.place, owner="")  # here the whole graph is what is rewritten
+        adapt(model, after, uses, site, branch.chain, branch.path.removeprefix(prefix), parameter)
+    fill_shapes(after, model)
+    return Part(path, model, before, after)
+
+
+def _read_weights(graph: fx.Graph, program: Program) -> None:
+    """Let a graph read its parameters by their names in the model, where a capture has made them inputs."""
+    names = {node.name: name for node, name in program.weights.items() if node.op == "placeholder"}
+    for node in list(graph.nodes):
+        if node.op == "placeholder" and node.name in names:
+            with graph.inserting_before(node):
+                read = cast(fx.Node, graph.create_node("get_attr", names[node.name]))
+            read.meta = dict(node.meta)
+            node.replace_all_uses_with(read)
+            graph.erase_node(node)
