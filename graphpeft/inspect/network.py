@@ -57,6 +57,8 @@ class Node(TypedDict, total=False):
     numbers: int
     """How many numbers a weight holds."""
     role: str
+    site: str
+    """Of an inserted node: the weight that it adapts."""
     adapter: str
     """Of an inserted node: the adapter's name."""
     rule: str
@@ -158,6 +160,7 @@ def _inserted(branch: Branch) -> Node:
     return {
         "adapter": branch.adapter,
         "role": branch.place.role,
+        "site": branch.place.weight,
         "rule": entry.rule,
         "method": str(entry.method),
         "source": branch.place.source,
