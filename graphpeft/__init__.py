@@ -7,6 +7,7 @@ from graphpeft.capture import capture
 from graphpeft.inspect.bops import bops
 from graphpeft.inspect.diff import diff
 from graphpeft.inspect.explain import explain
+from graphpeft.inspect.watch import watch
 from graphpeft.passes.activate import activate, disabled, remove
 from graphpeft.passes.compact import compact
 from graphpeft.passes.export import export
@@ -48,6 +49,7 @@ __all__ = [
     "trainable",
     "unmerge",
     "verify",
+    "watch",
 ]
 
 

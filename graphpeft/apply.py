@@ -23,11 +23,13 @@ from graphpeft.program import Site
 from graphpeft.rules import Rule, coerce, to_text
 from graphpeft.samples import settled
 from graphpeft.state import hidden, inactive, set_active
+from graphpeft.steps import named, step
 from graphpeft.survey import survey
 
 Rules = str | Rule | Iterable[Rule | str] | Mapping[str, Method | str]
 
 
+@named("apply")
 def apply(
     model: nn.Module | ExportedProgram,
     rules: Rules,
@@ -61,7 +63,8 @@ def apply(
     before = state.active
     try:
         initialize(module, name)
-        set_active(module, (name,))
+        with step("activate", module):
+            set_active(module, (name,))
         checks.verify(module, inputs, verify, identity=True)
     except BaseException:
         remove(module, name)

@@ -27,6 +27,7 @@ from graphpeft.owner import evaluating
 from graphpeft.passes.functional import functional
 from graphpeft.program import Program, stored
 from graphpeft.samples import sample_inputs, without_cache
+from graphpeft.steps import named
 from graphpeft.unfold import unfold
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ Inputs = torch.Tensor | Sequence[Any] | Mapping[str, Any] | None
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
+@named("capture")
 def capture(model: nn.Module | ExportedProgram, inputs: Inputs = None, *, blocks: bool = True) -> Program:
     """Capture a model as a graph of ATen operators, with no change to the model.
 

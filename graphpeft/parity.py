@@ -19,6 +19,7 @@ from graphpeft.deploy import Check
 from graphpeft.errors import ExportError
 from graphpeft.layout import Arrays
 from graphpeft.runtime import Session, Use
+from graphpeft.steps import counted, named
 
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 5e-3}
 """Largest difference, relative to the largest value where that exceeds 1. Sums in another order cost up to 3e-6 in
@@ -80,6 +81,7 @@ class Step:
     want: Sequence[Outputs]
 
 
+@named("check-numbers")
 def check_numbers(
     session: Runner, steps: Sequence[Step], cases: Sequence[Case], limit: float, test: str = "numbers"
 ) -> list[Check]:
@@ -89,7 +91,7 @@ def check_numbers(
         ExportError: a difference exceeds the limit.
     """
     found: dict[str, float] = {}
-    for number, case in enumerate(cases):
+    for number, case in counted(list(enumerate(cases))):
         for step in steps:
             session.use(step.use)
             value, output = distance(_run(session, step, case), step.want[number])
@@ -99,6 +101,7 @@ def check_numbers(
     return [Check(test, subject, value, limit) for subject, value in found.items()]
 
 
+@named("check-swaps")
 def check_swaps(session: Runner, steps: Sequence[Step], cases: Sequence[Case], limit: float) -> Check:
     """Go through `steps` on one session, as `check_numbers` does, to show that no adapter outlives its use."""
     sequence = " > ".join(step.use or "base" for step in steps)
@@ -106,6 +109,7 @@ def check_swaps(session: Runner, steps: Sequence[Step], cases: Sequence[Case], l
     return Check("swap", sequence, max(check.value for check in found), limit)
 
 
+@named("check-effect")
 def check_effect(session: Runner, step: Step, base: Sequence[Outputs], cases: Sequence[Case]) -> Check:
     """Check that the step moves PyTorch's output off the base, by far more than ONNX Runtime is off PyTorch.
 
@@ -130,6 +134,7 @@ def _seen(outputs: Outputs) -> Outputs:
     return {name: value for name, value in outputs.items() if not name.startswith("present.")}
 
 
+@named("check-slots")
 def check_slots(
     session: Runner,
     reference: Callable[[Tensors, Arrays], Outputs],
@@ -152,7 +157,7 @@ def check_slots(
         raise _off("base model (slots)", case, output, worst, limit)
     visible = VISIBLE * max(worst, ROUNDING)
     unmoved = []
-    for site, values, fed in probes:
+    for site, values, fed in counted(probes):
         want = reference(case.inputs, values)
         moves = distance(want, base)[0]
         value, output = _gap(session, case, fed, want)
@@ -168,6 +173,7 @@ def check_slots(
     return Check("slots", f"{len(probes)} sites, one at a time", worst, limit), unmoved
 
 
+@named("check-rows")
 def check_rows(session: Runner, steps: Sequence[Step], cases: Sequence[Case], limit: float) -> Check:
     """Give every row of a batch another adapter, or none, and compare each with PyTorch's row under that adapter.
 
@@ -188,6 +194,7 @@ def check_rows(session: Runner, steps: Sequence[Step], cases: Sequence[Case], li
     return Check("rows", ", ".join(step.use or "base" for step in steps), worst, limit)
 
 
+@named("check-quantized")
 def check_quantized(
     session: Runner, reference: Runner, uses: Sequence[str | None], cases: Sequence[Case], limit: float | None
 ) -> list[Check]:

@@ -16,9 +16,12 @@ from graphpeft.flat import Flat
 from graphpeft.layout import Arrays, Place
 from graphpeft.opening import absent, probes
 from graphpeft.parity import Runner, Step
+from graphpeft.steps import named
 
 Pass = Callable[[ir.Model, Sequence[Place]], tuple[Place, ...]]
 """A pass over the graph; returns the slots that there are after it."""
+_graph = named(lambda part: part.name)
+"""A step that bears the graph's name, around those of its passes."""
 
 
 @dataclass
@@ -41,10 +44,13 @@ class Part:
     def path(self) -> Path:
         return self.folder / f"{self.name}.onnx"
 
+    @_graph
+    @named("reference")
     def outputs(self) -> list[Outputs]:
         """PyTorch's, in every case, with the adapters that are active."""
         return [self.flat(case.inputs) for case in self.cases]
 
+    @_graph
     def write(
         self, slots: Sequence[Place], fed: Tensors, passes: Sequence[Pass], facts: Mapping[str, str], opset: int | None,
         whole: bool = True,
@@ -62,9 +68,11 @@ class Part:
         for one in passes:
             self.slots = one(graph, self.slots)
             onnx.census(graph, self.slots)
+        onnx.tag(graph, self.slots)
         onnx.attach_defaults(graph, self.slots)
         onnx.save(graph, self.path, self.slots, facts)
 
+    @_graph
     def quantize(self, bits: onnx.Bits, reference: Path) -> None:
         """Write the graph anew with quantized weights, and to `reference` in float with the same rounded weights."""
         graph = ir.load(self.path)
@@ -73,10 +81,12 @@ class Part:
         onnx.save(onnx.rounded(graph, quantized), reference / self.path.name, self.slots, facts)
         onnx.save(quantized, self.path, self.slots, facts)
 
+    @_graph
     def check_quantized(self, runner: Runner, reference: Runner, uses: Sequence[str | None], bits: onnx.Bits) -> None:
         limit = self.limit if bits == "int4" else None
         self.checks += parity.check_quantized(runner, reference, uses, self.cases, limit)
 
+    @_graph
     def check_slots(self, runner: Runner, fed: Tensors) -> None:
         """Every slot by itself. Call it while the slots are in the model."""
         module = self.flat.module(self._paths(fed))
@@ -92,15 +102,19 @@ class Part:
         self.checks.append(check)
         self.notes += [f"{site}: moves the output too little to prove that its slot works" for site in unmoved]
 
+    @_graph
     def check_numbers(self, runner: Runner, steps: Sequence[Step]) -> None:
         self.checks += parity.check_numbers(runner, steps, self.cases, self.limit)
 
+    @_graph
     def check_swaps(self, runner: Runner, steps: Sequence[Step]) -> None:
         self.checks.append(parity.check_swaps(runner, steps, self.cases, self.limit))
 
+    @_graph
     def check_rows(self, runner: Runner, steps: Sequence[Step]) -> None:
         self.checks.append(parity.check_rows(runner, steps, self.cases, self.limit))
 
+    @_graph
     def check_effect(self, runner: Runner, step: Step, base: Sequence[Outputs]) -> None:
         self.checks.append(parity.check_effect(runner, step, base, self.cases))
 

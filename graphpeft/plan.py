@@ -17,6 +17,7 @@ from graphpeft.match.find import Found
 from graphpeft.methods import Method
 from graphpeft.program import Site
 from graphpeft.rules import Rule, to_text
+from graphpeft.steps import named
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ def _factors(chain: Chain) -> list[Scatter]:
     return list(chain.factors)  # type: ignore[arg-type]
 
 
+@named("plan")
 def make_plan(model: nn.Module, found: Found, rules: Sequence[Rule], expect: int | None = None) -> Plan:
     """Give every site to the one rule that selects it.
 

@@ -12,8 +12,10 @@ from graphpeft.owner import STATE, vacate
 from graphpeft.passes.merge import unmerge
 from graphpeft.program import stored
 from graphpeft.state import get_state, inactive, names, owners, refuse_merged, set_active
+from graphpeft.steps import named
 
 
+@named("activate")
 def activate(model: nn.Module, name: str | Sequence[str] | None) -> None:
     """Make one adapter, several (their updates add up), or, with `None`, none run and train.
 
@@ -33,6 +35,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
         yield
 
 
+@named("remove")
 def remove(model: nn.Module, name: str | None = None) -> None:
     """Take an adapter off for good (all of them without a name), after un-merging if it is merged.
 

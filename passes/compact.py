@@ -11,10 +11,12 @@ from graphpeft.passes.replace import replace_branches
 from graphpeft.plan import Entry
 from graphpeft.program import Site
 from graphpeft.state import chains, get_state, names, refuse_merged
+from graphpeft.steps import named
 
 Made = tuple[Entry, Chain]
 
 
+@named("compact")
 def compact(model: nn.Module, name: str | None = None) -> nn.Module:
     """Replace learned ranks and precisions by smaller tensors (of all adapters without a name); returns the model.
 

@@ -34,10 +34,12 @@ from graphpeft.passes.merge import merge, unmerge
 from graphpeft.runtime import Session
 from graphpeft.slots import fingerprint
 from graphpeft.state import get_state, names, set_active
+from graphpeft.steps import named
 
 Verify = Literal["off", "fast", "full"]
 
 
+@named("export")
 def export(
     model: nn.Module,
     path: str | Path,

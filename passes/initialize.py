@@ -6,8 +6,10 @@ from torch import nn
 
 from graphpeft.program import matrix
 from graphpeft.state import chains, get_state
+from graphpeft.steps import named
 
 
+@named("initialize")
 def initialize(model: nn.Module, name: str) -> None:
     """Give every branch of the adapter its initial values; on the meta device there are none to give."""
     seed = get_state(model).adapters[name].seed

@@ -15,6 +15,7 @@ from graphpeft.owner import STATE, vacate
 from graphpeft.plan import Entry
 from graphpeft.program import stored
 from graphpeft.state import Adapter, State, find_state, refuse_merged
+from graphpeft.steps import named
 
 
 def check_name(model: nn.Module, name: str) -> None:
@@ -33,6 +34,7 @@ def check_name(model: nn.Module, name: str) -> None:
     refuse_merged(model, "add an adapter")
 
 
+@named("insert")
 def insert(model: nn.Module, name: str, rules: str, seed: int, entries: tuple[Entry, ...]) -> State:
     """Attach empty branches, freeze the base, and record the adapter. The adapter is not yet active."""
     check_name(model, name)

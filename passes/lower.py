@@ -11,8 +11,10 @@ from graphpeft.methods import LoRA
 from graphpeft.passes.replace import replace_branches
 from graphpeft.plan import Entry
 from graphpeft.state import chains, get_state, names, refuse_merged
+from graphpeft.steps import named
 
 
+@named("lower")
 def lower(model: nn.Module, name: str | None = None) -> nn.Module:
     """Make an adapter (all of them without a name) plain LoRA with the same update ΔW; returns the model.
 

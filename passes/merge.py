@@ -12,9 +12,11 @@ from graphpeft.errors import AdapterError
 from graphpeft.owner import reoccupy, vacate
 from graphpeft.program import Site, stored
 from graphpeft.state import chains, get_state, names, owners, refuse_merged, set_active
+from graphpeft.steps import named
 from graphpeft.weight_form import fold, update
 
 
+@named("merge")
 def merge(model: nn.Module, name: str | Sequence[str] | None = None) -> None:
     """Fold adapters (the active ones without a name) into the weights, in place.
 
@@ -51,6 +53,7 @@ def merge(model: nn.Module, name: str | Sequence[str] | None = None) -> None:
     state.merged, state.active = folded, active
 
 
+@named("unmerge")
 def unmerge(model: nn.Module) -> None:
     """Give every weight back as it was before `merge`, bit for bit, and the adapters that were active then."""
     state = get_state(model)

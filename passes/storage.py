@@ -17,6 +17,7 @@ from graphpeft.passes.insert import check_name, insert
 from graphpeft.plan import Entry
 from graphpeft.program import Site, stored
 from graphpeft.state import chains, find_state, get_state, names, saved, set_active
+from graphpeft.steps import step
 from graphpeft.store.native import AdapterFile, fingerprint, read_adapter, write_adapter
 
 
@@ -65,7 +66,8 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, any_b
     try:
         initialize(model, chosen)
         _fill(model, chosen, content, Path(folder))
-        set_active(model, (chosen,))
+        with step("activate", model):
+            set_active(model, (chosen,))
     except BaseException:
         remove(model, chosen)
         if before:

@@ -19,6 +19,7 @@ from graphpeft.owner import Adapted, relower
 from graphpeft.passes.merge import merge, unmerge
 from graphpeft.program import Site, stored
 from graphpeft.state import chains, get_state, inactive, owners
+from graphpeft.steps import named
 from graphpeft.weight_form import update
 
 Level = Literal["off", "fast", "full"]
@@ -41,6 +42,7 @@ class Report:
         return "\n".join(f"{'ok  ' if passed else 'FAIL'} {name}: {detail}" for name, passed, detail in self.checks)
 
 
+@named("verify")
 def verify(model: nn.Module, inputs: Inputs = None, level: Level = "full", identity: bool = False) -> Report:
     """Check an adapted model; raises `VerifyError` with the whole report if a check fails.
 

@@ -13,8 +13,10 @@ import onnx_ir as ir
 
 from graphpeft.errors import ExportError
 from graphpeft.layout import Held, Place, Slot, b_of
+from graphpeft.steps import named
 
 
+@named("census")
 def census(model: ir.Model, slots: Sequence[Place]) -> None:
     """Check that every slot is a live input: A, then each B, read by MatMuls, with the rank left open.
 
@@ -67,6 +69,7 @@ def products(slot: Slot, value: ir.Value) -> list[ir.Node]:
     return readers
 
 
+@named("defaults")
 def attach_defaults(model: ir.Model, slots: Sequence[Place]) -> None:
     """Give every slot a default of rank 0, or zeros, which adds nothing: without an adapter the graph is the base model."""
     inputs = {value.name: value for value in model.graph.inputs}

@@ -13,8 +13,10 @@ import onnx_ir as ir
 from graphpeft.adapter_file import SCHEMA, SUFFIX, write
 from graphpeft.errors import ExportError
 from graphpeft.layout import Arrays, Place
+from graphpeft.steps import named
 
 
+@named("write")
 def save(model: ir.Model, path: Path, slots: Sequence[Place], properties: Mapping[str, str]) -> None:
     """Write the graph to `path`, and tensors of 1 KiB or more next to it: shape constants and slots must stay inline.
 

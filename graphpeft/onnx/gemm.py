@@ -13,10 +13,12 @@ import onnx_ir as ir
 
 from graphpeft.layout import Place, b_of, pair_slots
 from graphpeft.onnx.census import dims, products
+from graphpeft.steps import named
 
 ELEMENTWISE = {"Mul", "Add", "Sub", "Sigmoid", "Tanh", "Relu", "Gelu", "Erf", "Swish", "HardSwish", "Softplus"}
 
 
+@named("gemm")
 def fuse_sums(model: ir.Model, slots: Sequence[Place]) -> tuple[Place, ...]:
     """Rewrite every sum with a slot's product that is not broadcast. The slots stay as they are."""
     work = _Flat(model.graph)

@@ -19,12 +19,14 @@ import onnx_ir as ir
 from graphpeft.errors import ExportError
 from graphpeft.layout import Place
 from graphpeft.onnx.census import attach, census
+from graphpeft.steps import named
 
 Bits = Literal["int4", "int8"]
 BLOCK = 32
 """Inputs that share a scale in 4 bits."""
 
 
+@named("quantize")
 def quantize(model: ir.Model, slots: Sequence[Place], bits: Bits) -> ir.Model:
     """The graph with its constant matrices in `int4` (`MatMulNBits`, weights alone) or `int8` (activations too, as they come).
 

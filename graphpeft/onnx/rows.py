@@ -15,8 +15,10 @@ import onnx_ir as ir
 
 from graphpeft.layout import ROW_WEIGHTS, Place, pair_slots
 from graphpeft.onnx.census import attach, dims, products
+from graphpeft.steps import named
 
 
+@named("rows")
 def gate_rows(model: ir.Model, slots: Sequence[Place], batch: str = "batch") -> tuple[Place, ...]:
     """Gate the ranks of every slot by row. The batch is an activation's first axis, or the outer part of it."""
     inputs = {value.name: value for value in model.graph.inputs}

@@ -14,8 +14,10 @@ import onnx_ir as ir
 
 from graphpeft.layout import Place, Slot, b_of, pair_slots
 from graphpeft.onnx.census import products
+from graphpeft.steps import named
 
 
+@named("share")
 def share(model: ir.Model, slots: Sequence[Place]) -> tuple[Place, ...]:
     """Rewrite the graph, and return the slots that it has then, in order. A slot with several call sites stays alone."""
     inputs = {value.name: value for value in model.graph.inputs}

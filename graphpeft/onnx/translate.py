@@ -13,12 +13,14 @@ from torch import nn
 
 from graphpeft import hf
 from graphpeft.errors import ExportError
+from graphpeft.steps import named
 
 LOWEST_OPSET = 18
 PREFIX = "model."
 """Name that the translated wrapper gives the model; taken off every initializer's name."""
 
 
+@named("translate")
 def translate(
     module: nn.Module,
     inputs: Mapping[str, torch.Tensor],
