@@ -7,6 +7,7 @@ from graphpeft.capture import capture
 from graphpeft.inspect.bops import bops
 from graphpeft.inspect.diff import diff
 from graphpeft.inspect.explain import explain
+from graphpeft.inspect.network import to_networkx
 from graphpeft.inspect.watch import watch
 from graphpeft.passes.activate import activate, disabled, remove
 from graphpeft.passes.compact import compact
@@ -46,6 +47,7 @@ __all__ = [
     "remove",
     "save",
     "sites",
+    "to_networkx",
     "trainable",
     "unmerge",
     "verify",

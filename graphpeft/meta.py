@@ -67,7 +67,7 @@ def _value(node: fx.Node, owner: nn.Module, mode: FakeTensorMode) -> Any:
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"] if "val" in n.meta else _value(n, owner, mode))
     if node.op == "call_module":  # dropout, the only module that a branch calls
         return args[0]
-    call = getattr(args[0], str(node.target)) if node.op == "call_method" else node.target
+    call: Any = getattr(args[0], str(node.target)) if node.op == "call_method" else node.target
     given = args[1:] if node.op == "call_method" else args
     strict, mode.allow_non_fake_inputs = mode.allow_non_fake_inputs, True  # a branch's method reads its own tensors
     try:

@@ -1,98 +1,176 @@
-"""A text diff of the graphs before and after, equal layers folded into one."""
+"""What changed between two graphs: operators, parameters, and the lines themselves, equal layers folded into one."""
 
 from __future__ import annotations
 
-import copy
 import difflib
 import re
-from dataclasses import dataclass
-from typing import Any, cast
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
-from torch import fx, nn
+from torch import nn
+from torch.export import ExportedProgram
 
-from graphpeft.adapters import HOME, home
-from graphpeft.graph import strip_checks
+from graphpeft.capture import Inputs
+from graphpeft.inspect.align import Aligned
+from graphpeft.inspect.lines import lines as lines
+from graphpeft.inspect.network import general, layer_of, network, to_networkx
+from graphpeft.inspect.rewrite import rewrite
 from graphpeft.inspect.table import folded, layers_text
-from graphpeft.match.owners import trace
-from graphpeft.match.products import op
-from graphpeft.owner import relower, restore
-from graphpeft.state import get_state, owners
+from graphpeft.inspect.view import Grid, View
+from graphpeft.state import get_state
+
+if TYPE_CHECKING:
+    from networkx import MultiDiGraph
 
 
 @dataclass(frozen=True)
-class Diff:
-    """What rewriting changed, one hunk per kind of place; prints itself. Empty if nothing was."""
+class Parameter:
+    """Parameters of equal layers that came, went, or have other values or another shape."""
 
-    text: str
-    hunks: int
+    change: str
+    """`added`, `removed` or `changed`."""
+    name: str
+    """The layer's number as `*`."""
+    shape: str
+    layers: tuple[int | None, ...]
+    numbers: int
+    """How many numbers all of them hold."""
 
-    def __str__(self) -> str:
-        return self.text
+
+@dataclass(frozen=True)
+class Hunk:
+    """A stretch of lines that changed, in every one of these layers alike."""
+
+    path: str
+    lines: tuple[str, ...]
+    layers: tuple[int | None, ...]
 
 
-def diff(model: nn.Module, context: int = 2) -> Diff:
-    """The owners' graphs of an adapted model against their base graphs, as a unified diff.
+@dataclass(frozen=True)
+class Diff(View):
+    """What changed. Prints itself; empty if nothing did."""
 
-    Layers with the same change are shown once, with their number. Raises `AdapterError` for a model without adapters.
+    names: tuple[str, str]
+    operators: Mapping[str, tuple[int, int]]
+    """By name, how many were added and how many removed."""
+    parameters: tuple[Parameter, ...]
+    hunks: tuple[Hunk, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.operators or self.parameters or self.hunks)
+
+    def blocks(self) -> Iterator[Grid | str]:
+        if not self:
+            return
+        yield self._summary()
+        if self.parameters:
+            rows = [(p.change, p.name, p.shape, f"{p.numbers:,}", layers_text(p.layers)) for p in self.parameters]
+            yield ""
+            yield Grid.of(("parameters", "name", "shape", "numbers", ""), rows, right=["numbers"])
+        for hunk in self.hunks:
+            folds = f"\n  {layers_text(hunk.layers)}" if len(hunk.layers) > 1 else ""
+            yield "\n" + "\n".join([hunk.path or "(whole graph)", *hunk.lines]) + folds
+
+    def _summary(self) -> str:
+        added, removed = (sum(counts) for counts in zip((0, 0), *self.operators.values(), strict=True))
+        numbers = Counter[str]()
+        for each in self.parameters:
+            numbers[each.change] += each.numbers
+        told = [f"{change} {count:,} numbers" for change, count in numbers.items()]
+        operators = [f"{name} {_signed(*counts)}" for name, counts in self.operators.items()]
+        head = f"{self.names[0]} → {self.names[1]}: {_signed(added, removed)} operators"
+        return "\n".join([", ".join([head, *told]), *(["  " + ", ".join(operators)] if operators else [])])
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain values, for `json.dumps`."""
+        return asdict(self)
+
+
+def diff(before: Any, after: Any = None, *, inputs: Inputs = None, context: int = 2) -> Diff:
+    """What was added, removed and changed from one graph to the other, down to operators and parameters.
+
+    Args:
+        before: whatever `to_networkx` takes: a module, an exported program, an ONNX file or export, a graph. Modules are
+            adapted in place, so to see what a pass does, keep `gp.to_networkx(model, values=True)` from before it.
+        after: the same; without it, an adapted model's base is compared with the model.
+        inputs: an example call, if none can be made from the model's config.
+        context: how many lines around a change are shown.
+
+    Raises: `AdapterError` for a single model without adapters; `CaptureError`, `FileError`.
     """
-    state = get_state(model)
-    pieces: list[tuple[str, int | None]] = []
-    for path, owner in owners(model, tuple(state.adapters)).items():
-        before, after = _before_and_after(owner)
-        pieces += [_general(path, hunk) for hunk in _hunks(before, after, context)]
-    blocks = [f"{text}\n  {layers_text(layers)}" if len(layers) > 1 else text for text, layers in folded(pieces)]
-    return Diff("\n\n".join(blocks), len(blocks))
+    if after is not None:
+        one, other = (to_networkx(each, inputs, values=True) for each in (before, after))
+        return compare(one, other, context=context)
+    if isinstance(before, (nn.Module, ExportedProgram)):
+        get_state(before)  # type: ignore[arg-type]
+    rewritten = rewrite(before, inputs)
+    one, other = (network(rewritten, adapted, values=True) for adapted in (False, True))
+    name = one.graph["name"]
+    return compare(one, other, named=True, names=(name, f"{name} with adapters"), context=context)
 
 
-def _before_and_after(owner: nn.Module) -> tuple[list[str], list[str]]:
-    """The owner's base and rewritten code as text; for the weight form, what its weights are read as."""
-    adapters = home(owner)
-    if adapters is None or not adapters.running():
-        return [], []
-    if adapters.base is not None:
-        return lines(strip_checks(copy.deepcopy(adapters.base))), lines(cast(fx.Graph, owner.graph))
-    names = {path: s.weight.rpartition(".")[2] for s, _, path in adapters.running() if s.form == "weight"}
-    before = sorted(set(names.values()))
-    after = [f"{weight} + delta({path.removeprefix(HOME + '.')})" for path, weight in names.items()]
-    if owner.graph is None:
-        return before, after
-    after += lines(cast(fx.Graph, owner.graph))
-    restore(owner)
-    try:
-        base = trace(owner)
-    finally:
-        relower(owner)
-    assert base is not None
-    return before + lines(base), after
+def compare(
+    before: MultiDiGraph[str],
+    after: MultiDiGraph[str],
+    *,
+    named: bool = False,
+    names: tuple[str, str] | None = None,
+    context: int = 2,
+) -> Diff:
+    """Compare graphs that `to_networkx` made. With `named`, nodes of one name are known to be the same."""
+    aligned = Aligned(before, after, named)
+    pieces = []
+    for path in aligned.paths:
+        for hunk in _hunks(*aligned.lines(path), context):
+            pieces.append((_general(path, hunk, aligned), layer_of(path)))
+    hunks = tuple(Hunk(path, shown, tuple(layers)) for (path, shown), layers in folded(pieces))
+    told = names or (str(before.graph.get("name", "before")), str(after.graph.get("name", "after")))
+    return Diff(told, _operators(before, after), tuple(_parameters(before, after)), hunks)
 
 
-def lines(graph: fx.Graph) -> list[str]:
-    """A graph as text, one operator a line; inputs and parameters appear where they are used."""
-    return [_line(n) for n in graph.nodes if n.op not in {"placeholder", "get_attr"}]
+def _operators(before: MultiDiGraph[str], after: MultiDiGraph[str]) -> dict[str, tuple[int, int]]:
+    counts = [Counter(a["op"] for _, a in g.nodes(data=True) if a["kind"] == "op") for g in (before, after)]
+    change = {name: counts[1][name] - counts[0][name] for name in sorted({*counts[0], *counts[1]})}
+    return {name: (max(n, 0), max(-n, 0)) for name, n in change.items() if n}
 
 
-def _line(node: fx.Node) -> str:
-    def show(value: Any) -> str:
-        if isinstance(value, fx.Node):
-            return _tensor(str(value.target)) if value.op == "get_attr" else f"%{value.name}"
-        if isinstance(value, (list, tuple)):
-            return "[" + ", ".join(map(show, value)) + "]"
-        return str(value)
+def _parameters(before: MultiDiGraph[str], after: MultiDiGraph[str]) -> Iterator[Parameter]:
+    one, other = _weights(before), _weights(after)
+    found: list[tuple[tuple[str, str, str], int | None]] = []
+    numbers = Counter[tuple[str, str, str]]()
+    for name in dict.fromkeys([*one, *other]):
+        change = _change(one.get(name), other.get(name))
+        if change:
+            about = other.get(name) or one[name]
+            key = change, general(name), about.get("shape", "")
+            found.append((key, layer_of(name)))
+            numbers[key] += about.get("numbers", 0)
+    for key, layers in folded(found):
+        yield Parameter(*key, tuple(layers), numbers[key])
 
-    arguments = ", ".join([*map(show, node.args), *(f"{k}={show(v)}" for k, v in node.kwargs.items())])
-    if node.op == "output":
-        return f"return {arguments}"
-    return f"%{node.name} = {node.target if node.op == 'call_module' else op(node)}({arguments})"
+
+def _weights(graph: MultiDiGraph[str]) -> dict[str, Mapping[str, Any]]:
+    return {about["weight"]: about for _, about in graph.nodes(data=True) if about["kind"] == "weight"}
 
 
-def _tensor(path: str) -> str:
-    """A tensor's path; one of an adapter as `default.q[1].weight`, the tensor of the chain's factor 1."""
-    return re.sub(r"^(.+)\.factors\.(\d+)\.", r"\1[\2].", path.removeprefix(f"{HOME}."))
+def _change(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> str:
+    if one is None or other is None:
+        return "added" if one is None else "removed"
+    known = [key for key in ("shape", "dtype", "values") if key in one and key in other]
+    return "changed" if any(one[key] != other[key] for key in known) else ""
+
+
+def _signed(added: int, removed: int) -> str:
+    return " ".join([*([f"+{added}"] if added or not removed else []), *([f"-{removed}"] if removed else [])])
 
 
 def _hunks(before: list[str], after: list[str], context: int) -> list[list[str]]:
     """The changed stretches of a unified diff, without its headers."""
     hunks: list[list[str]] = []
+    if before == after:
+        return hunks
     for line in difflib.unified_diff(before, after, lineterm="", n=context):
         if line.startswith("@@"):
             hunks.append([])
@@ -101,15 +179,14 @@ def _hunks(before: list[str], after: list[str], context: int) -> list[list[str]]
     return hunks
 
 
-def _general(path: str, hunk: list[str]) -> tuple[str, int | None]:
+def _general(path: str, hunk: Iterable[str], aligned: Aligned) -> tuple[str, tuple[str, ...]]:
     """A hunk with its layer's number taken out and its values numbered from 1, so that equal layers look equal."""
-    text = "\n".join([path or "(whole graph)", *hunk])
-    numbers = re.findall(r"\.(\d+)\.", path or text)
-    layer = int(numbers[0]) if numbers else None
+    layer, names = layer_of(path), dict[str, str]()
+
+    def renamed(found: re.Match[str]) -> str:
+        return names.setdefault(found[1], f"%{aligned.stem(found[1], path)}_{len(names) + 1}")
+
+    shown = [re.sub(r"%([\w./ ]+?)(?=[,)\]:]| = |$)", renamed, line) for line in hunk]
     if layer is not None:
-        # The first number of a dotted path; in the name of a whole graph's adapter its dots are underscores.
-        text = re.sub(rf"(?<![\w.])((?:[A-Za-z_]\w*\.)+){layer}(?=\.)", r"\1*", text)
-        text = re.sub(rf"(?<=\.)([A-Za-z_]+_){layer}(?=_)", r"\1*", text)
-    names: dict[str, str] = {}
-    text = re.sub(r"%(\w+?)(?:_\d+)?\b", lambda m: names.setdefault(m[0], f"%{m[1]}_{len(names) + 1}"), text)
-    return text, layer
+        shown = [re.sub(rf"(?<![\w.])((?:[A-Za-z_]\w*\.)+){layer}(?=\.)", r"\1*", line) for line in shown]
+    return general(path), tuple(shown)

@@ -49,7 +49,9 @@ def read_graph(path: Path) -> MultiDiGraph[str]:
         given = json.loads(path.read_text(encoding="utf-8"))
         graph = networkx.node_link_graph(given, edges="edges", directed=True, multigraph=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, networkx.NetworkXError) as error:
-        raise FileError(f"{path} holds no graph: {error}. Write one with `graphpeft graph MODEL {path.name}`.") from error
+        raise FileError(
+            f"{path} holds no graph: {error}. Write one with `graphpeft graph MODEL {path.name}`."
+        ) from error
     if any("kind" not in about or "op" not in about for _, about in graph.nodes(data=True)):
         raise FileError(f"{path} holds a graph of something else: nodes without `kind` and `op`.")
     return graph
@@ -89,4 +91,3 @@ def _cluster(clusters: dict[str, Any], path: str) -> Any:
 def _quoted(text: str) -> str:
     escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
     return f'"{escaped}"'
-

@@ -20,6 +20,7 @@ from torch.export import ExportedProgram
 
 from graphpeft.capture import Inputs
 from graphpeft.inspect.rewrite import Branch, Rewrite, rewrite
+from graphpeft.inspect.suggest import any_layer
 from graphpeft.match.fused import concrete
 from graphpeft.match.products import op
 from graphpeft.meta import is_fake
@@ -65,9 +66,7 @@ class Node(TypedDict, total=False):
     method: str
 
 
-def to_networkx(
-    model: Any, inputs: Inputs = None, *, adapted: bool = True, values: bool = False
-) -> MultiDiGraph[str]:
+def to_networkx(model: Any, inputs: Inputs = None, *, adapted: bool = True, values: bool = False) -> MultiDiGraph[str]:
     """A model's graph as a `networkx.MultiDiGraph`, its active adapters in it unless `adapted` is false.
 
     Args:
@@ -124,7 +123,7 @@ class _Builder:
         prefix = f"{part}." if part else ""
         text, edges = _arguments(node)
         about: Node = {"kind": _kind(node), "op": _op(node), "arguments": text}
-        about |= {**_value(node), **_place(node, prefix)}  # type: ignore[typeddict-item]
+        about |= {**_value(node), **_place(node, prefix)}
         if node.op == "get_attr":
             about |= self._weight(f"{prefix}{node.target}")
             about.setdefault("path", f"{prefix}{node.target}".rpartition(".")[0])
@@ -152,7 +151,7 @@ class _Builder:
 
 def checksum(tensor: torch.Tensor) -> int:
     """The same for equal values; CRC-32 of the bytes."""
-    return zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def _inserted(branch: Branch) -> Node:
@@ -214,17 +213,28 @@ def _place(node: fx.Node, prefix: str) -> Node:
         path, kind = stack[-1]
         about["path"] = (prefix + str(path).partition("@")[0]).removesuffix(".")
         about["type"] = (kind if isinstance(kind, str) else kind.__qualname__).rpartition(".")[2]
-    if frames := list(_frames(node)):
-        file, line = frames[-1]
-        about["source"] = f"{PurePath(file).name}:{line}"
-        about["code"] = linecache.getline(file, int(line)).strip()
+    if source := location(node):
+        about |= {"source": source, "code": code_of(node)}
     return about
+
+
+def location(node: fx.Node) -> str:
+    """`file.py:line` of the model's own code behind a node; empty where the capture knows none."""
+    frames = list(_frames(node))
+    return f"{PurePath(frames[-1][0]).name}:{frames[-1][1]}" if frames else ""
+
+
+def code_of(node: fx.Node) -> str:
+    """That line."""
+    frames = list(_frames(node))
+    return linecache.getline(frames[-1][0], int(frames[-1][1])).strip() if frames else ""
 
 
 def _frames(node: fx.Node) -> Iterator[tuple[str, str]]:
     """Files and lines of the model's own code that led to a node, the innermost last."""
     found = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    yield from (frame for frame in found if "torch" not in PurePath(frame[0]).parts)
+    # GPT-2's Conv1D is in a file of its own: its caller says more.
+    yield from (f for f in found if "torch" not in PurePath(f[0]).parts and PurePath(f[0]).name != "pytorch_utils.py")
 
 
 def layer_of(path: str) -> int | None:
@@ -237,3 +247,8 @@ def block_of(path: str) -> str:
     """The path of the repeated block that a module is in, its number as `*`; empty outside of blocks."""
     found = re.match(r"(.*?)\.\d+(\.|$)", path)
     return f"{found[1]}.*" if found else ""
+
+
+def general(path: str) -> str:
+    """A module's or a weight's path, the block's number as `*`."""
+    return any_layer(f"{path}.").removesuffix(".")

@@ -34,7 +34,9 @@ def read(path: Path, values: bool = False) -> MultiDiGraph[str]:
         try:
             model = ir.load(each)
         except Exception as error:  # a parser's errors, and the system's
-            raise FileError(f"{each} cannot be read as an ONNX graph: {error}. Is it whole, and an .onnx file?") from error
+            raise FileError(
+                f"{each} cannot be read as an ONNX graph: {error}. Is it whole, and an .onnx file?"
+            ) from error
         _add(graph, model, f"{each.stem}/" if len(paths) > 1 else "", values)
     return graph
 
@@ -69,9 +71,9 @@ def _add(graph: MultiDiGraph[str], model: ir.Model, prefix: str, values: bool) -
         name = prefix + (node.name or f"{node.op_type}_{number}")
         names |= dict.fromkeys(node.outputs, name)
         graph.add_node(name, **_node(node))
-        for port, value in enumerate(node.inputs):
-            if value is not None:
-                source = names.get(value, prefix + str(value.name))
+        for port, read in enumerate(node.inputs):
+            if read is not None:
+                source = names.get(read, prefix + str(read.name))
                 graph.add_edge(source, name, key=str(port), port=str(port))
     for value in inside.outputs:
         name = f"{prefix}output {value.name}"

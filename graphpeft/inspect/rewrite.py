@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import cast
 
 from torch import fx, nn
 from torch.export import ExportedProgram
@@ -118,7 +117,7 @@ def _read_weights(graph: fx.Graph, program: Program) -> None:
     for node in list(graph.nodes):
         if node.op == "placeholder" and node.name in names:
             with graph.inserting_before(node):
-                read = cast(fx.Node, graph.create_node("get_attr", names[node.name]))
+                read = graph.create_node("get_attr", names[node.name])
             read.meta = dict(node.meta)
             node.replace_all_uses_with(read)
             graph.erase_node(node)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from typing import TypeVar
 
 from rich.console import Console
 from rich.table import Table
 
 from graphpeft.program import Rows, Site
+
+T = TypeVar("T", bound=Hashable)
 
 
 def table(
@@ -21,6 +24,11 @@ def table(
         made.add_column(name, justify="right" if name in aligned else "left", no_wrap=True)
     for row in rows:
         made.add_row(*map(str, row))
+    return as_text(made)
+
+
+def as_text(made: Table) -> str:
+    """A rich table as plain lines."""
     # As wide as its contents: a table that is cut to the terminal would lose the ends of the weights' names.
     console = Console(file=io.StringIO(), width=400, color_system=None)
     console.print(made)
@@ -53,9 +61,9 @@ def names_text(site: Site) -> str:
     return " = ".join((site.weight, *(place.weight for place in site.tied)))
 
 
-def folded(items: Iterable[tuple[str, int | None]]) -> list[tuple[str, list[int | None]]]:
-    """Group equal texts: each text once, with the layers it stands for, in order of first appearance."""
-    groups: dict[str, list[int | None]] = {}
+def folded(items: Iterable[tuple[T, int | None]]) -> list[tuple[T, list[int | None]]]:
+    """Group what is equal: each thing once, with the layers it stands for, in order of first appearance."""
+    groups: dict[T, list[int | None]] = {}
     for text, layer in items:
         groups.setdefault(text, []).append(layer)
     return list(groups.items())

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from graphpeft.inspect.network import block_of
-from graphpeft.inspect.suggest import any_layer
+from graphpeft.inspect.network import block_of, general
 from graphpeft.inspect.table import layers_text
 
 if TYPE_CHECKING:
@@ -35,7 +34,9 @@ class Block:
     def node(self, weight: str, role: str, adapter: str) -> str | None:
         """The node that stands for a site: the last that its adapter inserted, or the projection itself."""
         found = [node for node in self.after["nodes"] if node["kind"] == "op"]
-        inserted = [n for n in found if n["adapter"] and n["site"] == weight and n["role"] == role and n["of"] == adapter]
+        inserted = [
+            n for n in found if n["adapter"] and n["site"] == weight and n["role"] == role and n["of"] == adapter
+        ]
         plain = [node for node in found if not node["adapter"] and node["weight"] == weight]
         return (inserted or plain or [{"id": None}])[-1]["id"]
 
@@ -47,15 +48,15 @@ class Block:
 def blocks(before: MultiDiGraph[str], after: MultiDiGraph[str]) -> list[Block]:
     """The blocks of two graphs of a model, in the order in which they run."""
     groups = {"before": _grouped(before), "after": _grouped(after)}
-    folded: dict[tuple[str, object, object], list[Key]] = {}
+    folded: dict[tuple[object, ...], list[Key]] = {}
     for key in dict.fromkeys([*groups["after"], *groups["before"]]):
         looks = [_signature(graph, groups[side].get(key, [])) for side, graph in (("before", before), ("after", after))]
         folded.setdefault((key[0], *looks), []).append(key)
     made = []
-    for (name, *_), keys in folded.items():
+    for keys in folded.values():
         first = keys[0]
         drawn = [_drawn(graph, groups[side].get(first, [])) for side, graph in (("before", before), ("after", after))]
-        made.append(Block(name, tuple(layer for _, layer in keys), *drawn))
+        made.append(Block(first[0], tuple(layer for _, layer in keys), *drawn))
     return sorted(made, key=lambda block: not block.name)
 
 
@@ -89,11 +90,6 @@ def _signature(graph: MultiDiGraph[str], names: list[str]) -> object:
 
 
 SEEN = frozenset({"kind", "op", "arguments", "path", "shape", "dtype", "weight", "adapter", "role", "rule", "method"})
-
-
-def general(path: str) -> str:
-    """A module's or a weight's path, the block's number as `*`."""
-    return any_layer(f"{path}.").removesuffix(".")
 
 
 def _drawn(graph: MultiDiGraph[str], names: Iterable[str]) -> Drawn:

@@ -18,7 +18,7 @@ from graphpeft.inspect.report.blocks import Block, blocks
 from graphpeft.inspect.rewrite import Rewrite, rewrite
 from graphpeft.inspect.suggest import any_layer
 from graphpeft.inspect.table import names_text, role_text, rows_text, size_text
-from graphpeft.inspect.tally import tally
+from graphpeft.inspect.tally import Tally, tally
 from graphpeft.passes.verify import Level, verify
 from graphpeft.plan import Entry
 from graphpeft.program import Site, stored
@@ -52,10 +52,13 @@ def _overview(rewritten: Rewrite, state: State | None, inputs: Inputs, check: Le
     facts += [("trainable", f"{sum(n for n, required in sizes.values() if required):,}")]
     facts += [("sites found", f"{len(found.sites):,}")]
     facts += [("operators", f"{sum(n.op == 'call_function' for part in rewritten.parts for n in part.before.nodes):,}")]
-    adapters, told = [], {}
+    adapters: list[Data] = []
+    told: dict[str, Tally] = {}
     for name, adapter in state.adapters.items() if state is not None else ():
         status = "merged" if name in state.merged else "active" if name in state.active else "resting"  # type: ignore
-        count = sum(p.numel() for p in {id(p): p for c in chains(model, name).values() for p in c.parameters()}.values())
+        count = sum(
+            p.numel() for p in {id(p): p for c in chains(model, name).values() for p in c.parameters()}.values()
+        )
         adapters.append(
             {"name": name, "status": status, "rules": adapter.rules, "sites": len(adapter.entries), "parameters": count}
         )
@@ -155,4 +158,3 @@ def _heat(sites: list[Data]) -> list[Data]:
             values = [[known.get((role, layer)) for layer in columns] for role in rows]
             found.append({"measure": title, "rows": rows, "columns": columns, "values": values})
     return found
-
