@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import MambaConfig
@@ -12,8 +17,13 @@ from typer.testing import CliRunner
 from zoo import llama
 
 import graphpeft as gp
+from graphpeft import cli_complete, methods
 from graphpeft.cli import app
+from graphpeft.errors import RuleError
+from graphpeft.match import registry
+from graphpeft.rules import coerce
 from graphpeft.skeleton import skeleton
+from graphpeft.steps import PASSES
 
 run = CliRunner()
 
@@ -121,3 +131,211 @@ def test_what_names_no_model(given: str, tmp_path: Path) -> None:
     assert "CaptureError" in result.output
     assert UNREADABLE[given] in " ".join(result.output.split())
     assert "Traceback" not in result.output
+
+
+def told(*arguments: str) -> Any:
+    """What a command prints as JSON."""
+    result = run.invoke(app, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_help_shows_every_command_in_its_panel() -> None:
+    text = run.invoke(app, ["--help"], terminal_width=100).output
+    panels = re.split(r"╭─ ([\w ]+?) ─+╮", text)
+    listed = {name: re.findall(r"^│ (\w+) ", body, re.M) for name, body in zip(panels[1::2], panels[2::2], strict=True)}
+    assert {name: found for name, found in listed.items() if name != "Options"} == {
+        "Start": ["demo"],
+        "Look at a model": ["plan", "sites", "roles", "methods", "why"],
+        "Look at what was done": ["diff", "report", "graph"],
+        "Ship": ["export", "doctor", "run"],
+    }
+
+
+def test_version() -> None:
+    assert run.invoke(app, ["--version"]).stdout == f"graphpeft {version('graphpeft')}\n"
+
+
+def test_plan_as_json_is_the_plan(folder: str) -> None:
+    found, plan = told("plan", folder, "qv:lora(r=4)"), gp.plan(skeleton(folder), "qv:lora(r=4)")
+    assert (found["trainable"], found["total"], found["rules"]) == (plan.trainable, plan.total, "qv:lora(r=4)")
+    assert [site["weight"] for site in found["sites"]] == [e.site.weight for e in plan.entries]
+    assert sum(site["parameters"] for site in found["sites"]) == plan.trainable
+    assert {site["reason"] for site in found["skipped"]} == {reason for _, reason in plan.skipped}
+
+
+def test_sites_as_json(folder: str) -> None:
+    found = told("sites", folder)["sites"]
+    assert [(site["weight"], site["role"]) for site in found] == [
+        (s.weight, s.role) for s in gp.sites(skeleton(folder))
+    ]
+
+
+def test_methods_as_json(folder: str) -> None:
+    found = {each["method"]: each for each in told("methods", folder, "--target", "q")}
+    assert found["lora"]["trained"] == gp.plan(skeleton(folder), "q:lora").trainable
+    assert found["lora"]["options"][0] == {"name": "r", "default": 8, "accepts": "int >= 1"}
+    assert "trained" not in told("methods")[0]
+
+
+def test_passes_are_printed_and_dumped(folder: str, tmp_path: Path) -> None:
+    result = run.invoke(app, ["plan", folder, "q:lora", "--print-after", "find", "--dump", str(tmp_path / "dump")])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("LlamaForCausalLM: q:lora"), "what is watched goes to standard error"
+    assert result.stderr.startswith("-- after find\n")
+    assert {p.name for p in (tmp_path / "dump").iterdir()} >= {"steps.txt", "02-normalize.diff", "04-plan.after.txt"}
+    wrong = run.invoke(app, ["plan", folder, "q:lora", "--print-after", "fnd"])
+    assert wrong.exit_code == 1
+    assert wrong.stderr.startswith("error WatchError: There is no pass 'fnd'. Did you mean 'find'?")
+    again = run.invoke(app, ["plan", folder, "q:lora", "--dump", folder])
+    assert again.exit_code == 1
+    assert "is no earlier dump" in again.stderr
+
+
+def test_wrong_usage_and_wrong_paths_have_codes_of_their_own(folder: str, tmp_path: Path) -> None:
+    assert run.invoke(app, ["plan", folder]).exit_code == 2
+    assert run.invoke(app, ["diff", folder]).exit_code == 2
+    (tmp_path / "file").touch()
+    found = run.invoke(app, ["graph", folder, str(tmp_path / "none" / "out.json")])
+    assert found.exit_code == 1
+    assert re.match(r"error FileNotFoundError: \S+none\S+: No such file or directory. Check the path", found.stderr)
+    assert len(found.stderr.splitlines()) == 1
+
+
+def test_debug_shows_the_trace(folder: str) -> None:
+    assert isinstance(run.invoke(app, ["plan", folder, "qz:lora", "--debug"]).exception, RuleError)
+
+
+def to_come(name: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(not hasattr(gp, name), reason=f"gp.{name} is to come")
+
+
+on_skeletons = pytest.mark.xfail(
+    reason="to_networkx of an adapted skeleton: cpu and meta tensors meet in fill_shapes", strict=False
+)
+
+
+# -- what was done -------------------------------------------------------------------------------------------------
+
+
+@to_come("why")
+def test_why(folder: str) -> None:
+    path = "model.layers.0.mlp.up_proj"
+    result = run.invoke(app, ["why", folder, path, "--rules", "qv:lora"])
+    assert result.exit_code == 0, result.output
+    assert path in result.stdout
+    assert result.stdout.strip() == str(gp.why(skeleton(folder), path, "qv:lora")).strip()
+    assert told("why", folder, path) == json.loads(json.dumps(gp.why(skeleton(folder), path).as_dict()))
+
+
+@on_skeletons
+def test_diff_of_a_model_with_itself_adapted(folder: str) -> None:
+    result = run.invoke(app, ["diff", folder, "--rules", "v:lora"])
+    assert result.exit_code == 0, result.output
+    assert "v_proj" in result.stdout
+    assert "q_proj" not in result.stdout
+    model = gp.apply(skeleton(folder), "v:lora")
+    assert told("diff", folder, "-r", "v:lora") == json.loads(json.dumps(gp.diff(model).as_dict()))
+
+
+@on_skeletons
+def test_graph_and_diff_of_files(folder: str, tmp_path: Path) -> None:
+    one, other = tmp_path / "one.json", tmp_path / "other.json"
+    for out, rules in ((one, []), (other, ["-r", "q:lora"])):
+        result = run.invoke(app, ["graph", folder, str(out), *rules])
+        assert result.exit_code == 0, result.output
+        nodes = len(json.loads(out.read_text())["nodes"])
+        assert result.stdout.startswith(f"{out}: {nodes} nodes, ")
+    same = run.invoke(app, ["diff", str(one), folder])
+    assert same.exit_code == 0, same.output
+    assert told("diff", str(one), str(one)) == told("diff", folder, folder)
+    assert told("diff", str(one), str(other)) != told("diff", str(one), str(one))
+    wrong = run.invoke(app, ["graph", folder, str(tmp_path / "out.png")])
+    assert wrong.exit_code == 1
+    assert ".graphml" in wrong.stderr
+
+
+@to_come("report")
+def test_report(folder: str, tmp_path: Path) -> None:
+    result = run.invoke(app, ["report", folder, str(tmp_path / "out.html"), "--rules", "qv:lora"])
+    assert result.exit_code == 0, result.output
+    assert "<html" in (tmp_path / "out.html").read_text()
+
+
+@to_come("report")
+def test_report_of_a_saved_adapter(tmp_path: Path) -> None:
+    model = llama()
+    model.save_pretrained(tmp_path / "model")
+    gp.apply(model, "q:lora", name="mine")
+    gp.save(model, tmp_path / "adapter")
+    result = run.invoke(
+        app, ["report", str(tmp_path / "model"), str(tmp_path / "out.html"), "-a", str(tmp_path / "adapter")]
+    )
+    assert result.exit_code == 0, result.output
+    assert "mine" in (tmp_path / "out.html").read_text()
+
+
+# -- completion ----------------------------------------------------------------------------------------------------
+
+
+def test_lists_that_completion_offers_are_current() -> None:
+    assert tuple(sorted(methods.names())) == cli_complete.METHODS
+    assert set(registry.roles()) | set(registry.ALIASES) <= set(cli_complete.TARGETS)
+    for target in cli_complete.TARGETS[:-1]:
+        assert coerce(f"{target}:lora")
+    from transformers import CONFIG_MAPPING
+
+    assert set(cli_complete._types()) == set(CONFIG_MAPPING)
+
+
+def test_what_completion_offers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "llama-of-mine").mkdir()
+    assert {"llama", "llama4", "llama-of-mine/"} <= set(cli_complete.models("llam"))
+    assert cli_complete.rules("qk") == ["qkv", "qkvo"]
+    assert cli_complete.rules("qv:lora; mlp:l") == ["qv:lora; mlp:lora"]
+    assert cli_complete.passes("mer") == [("merge", PASSES["merge"])]
+    assert [name for name, _ in cli_complete.passes("a")] == ["apply", "activate", "all"]
+
+
+def completed(*words: str) -> list[str]:
+    """What bash is told."""
+    given = {"COMP_WORDS": " ".join(["graphpeft", *words]), "COMP_CWORD": str(len(words))}
+    found = subprocess.run(
+        [sys.executable, "-c", "from graphpeft.cli import app; app(prog_name='graphpeft')"],
+        env=os.environ | given | {"_GRAPHPEFT_COMPLETE": "complete_bash"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return found.stdout.split()
+
+
+def test_completion_as_a_shell_asks_for_it(tmp_path: Path) -> None:
+    for name in ("polite.onnx_adapter", "short.encoder.onnx_adapter", "short.decoder.onnx_adapter"):
+        (tmp_path / name).touch()
+    assert completed("d") == ["demo", "diff", "doctor"]
+    assert completed("plan", "llama", "qv:lo") == ["qv:lora"]
+    assert completed("plan", "llama", "q:lora", "--print-after", "norm") == ["normalize"]
+    assert completed("run", str(tmp_path), "text", "-a", "") == ["polite", "short"]
+
+
+IMPORTED = """
+import sys, graphpeft
+before = set(sys.modules)
+from typer.testing import CliRunner
+from graphpeft.cli import app
+assert "Ship" in CliRunner().invoke(app, ["--help"]).output
+print(*(name for name in sys.modules if name.partition(".")[0] in {"torch", "transformers", "onnx"} and name not in before))
+"""
+
+
+def test_commands_import_nothing_heavy_before_they_run() -> None:
+    found = subprocess.run([sys.executable, "-c", IMPORTED], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == []
+
+
+@pytest.mark.xfail(reason="`import graphpeft` itself imports torch; see __init__", strict=False)
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys, graphpeft.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from graphpeft.adapters import HOME, Adapters, home
-from graphpeft.inspect.diff import lines
+from graphpeft.inspect.lines import lines
 from graphpeft.inspect.table import names_text, role_text, rows_text, size_text, table
 from graphpeft.match.find import Found
 from graphpeft.match.products import op

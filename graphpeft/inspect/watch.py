@@ -235,7 +235,7 @@ class _Bar:
 
     def __init__(self, shown: Progress) -> None:
         self.shown = shown
-        self.task = shown.add_task("", total=None, of="")
+        self.task = shown.add_task("loading", total=None, of="")
 
     def begin(self, step: Step) -> None:
         self.advance(step)

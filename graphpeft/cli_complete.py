@@ -1,0 +1,70 @@
+"""What a shell offers after a tab. It is asked at every tab, so nothing here imports torch; tests hold the lists current."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from glob import escape, glob
+from importlib.util import find_spec
+from pathlib import Path
+
+import typer
+
+from graphpeft.steps import PASSES
+
+TARGETS = (
+    "q", "k", "v", "o", "qv", "qkv", "qkvo", "attn", "latent", "gate", "up", "down", "mlp", "linear", "experts", "experts.gate",
+    "experts.up", "experts.down", "router", "mixer", "mixer.in", "mixer.out", "conv", "embed", "head", "path(",
+)  # fmt: skip
+METHODS = ("blora", "dora", "lora", "melora", "olora", "pissa", "rlora", "vera")
+
+
+def models(incomplete: str) -> list[str]:
+    """Model types of transformers, and folders."""
+    return [*_starting(_types(), incomplete), *paths(incomplete)]
+
+
+def paths(incomplete: str) -> list[str]:
+    found = (Path(name) for name in sorted(glob(f"{escape(incomplete)}*")))
+    return [f"{path}/" if path.is_dir() else str(path) for path in found]
+
+
+def rules(incomplete: str) -> list[str]:
+    """The target, and after a colon the method, of the rule that is being written."""
+    before, target, colon, method = _split(incomplete)
+    if colon:
+        return [f"{before}{target}:{name}" for name in _starting(METHODS, method)]
+    return [f"{before}{name}" for name in _starting(TARGETS, target)]
+
+
+def _split(text: str) -> tuple[str, str, str, str]:
+    place = text.rfind(";") + 1
+    place += len(text[place:]) - len(text[place:].lstrip())
+    return text[:place], *text[place:].partition(":")
+
+
+def passes(incomplete: str) -> list[tuple[str, str]]:
+    """Passes, and what each does."""
+    return [(name, PASSES[name]) for name in _starting(PASSES, incomplete)] + [("all", "every pass")] * (
+        "all".startswith(incomplete)
+    )
+
+
+def adapters(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Adapters of the exported folder that was named before."""
+    # An option that still lacks its value stops the parser; what stood before it is left in `args`.
+    folder = Path(str(ctx.params.get("folder") or next(iter(ctx.args), ".")))
+    return _starting(sorted({file.name.partition(".")[0] for file in folder.glob("*.onnx_adapter")}), incomplete)
+
+
+def _types() -> list[str]:
+    """Read off transformers' own table as text: to import it would import torch."""
+    package = find_spec("transformers")
+    folder = Path(next(iter(package.submodule_search_locations or ()), "")) if package else Path()
+    tables = [folder / "models" / "auto" / name for name in ("auto_mappings.py", "configuration_auto.py")]
+    text = "\n".join(table.read_text(encoding="utf-8") for table in tables if table.is_file())
+    return sorted(set(re.findall(r'(?:[({]|^ *)"([\w.-]+)"[,:] "\w+Config"', text, re.M)))
+
+
+def _starting(names: Iterable[str], incomplete: str) -> list[str]:
+    return [name for name in names if name.startswith(incomplete)]

@@ -1,0 +1,118 @@
+"""Commands that look at a model, without its weights: plan, sites, roles, methods, why."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from graphpeft.cli_shared import AsJson, Debug, Dump, Model, PrintAfter, Rules, SomeRules, at_work, say
+
+
+def plan(
+    model: Model,
+    rules: Rules,
+    as_json: AsJson = False,
+    print_after: PrintAfter = None,
+    dump: Dump = None,
+    debug: Debug = False,
+) -> None:
+    """Show what the rules would adapt: sites, methods, parameter counts."""
+    with at_work(debug, print_after, dump):
+        import graphpeft as gp
+        from graphpeft.skeleton import skeleton
+
+        made = gp.plan(skeleton(model), rules)
+    say(made, as_json)
+
+
+def sites(
+    model: Model, as_json: AsJson = False, print_after: PrintAfter = None, dump: Dump = None, debug: Debug = False
+) -> None:
+    """List every projection of a model and the role that its graph gives it."""
+    with at_work(debug, print_after, dump):
+        import graphpeft as gp
+        from graphpeft.skeleton import skeleton
+
+        found = gp.sites(skeleton(model))
+    say(found, as_json)
+
+
+def roles(
+    model: Model, as_json: AsJson = False, print_after: PrintAfter = None, dump: Dump = None, debug: Debug = False
+) -> None:
+    """Show what a model has of each role, why it lacks the others, and what no example call reaches."""
+    with at_work(debug, print_after, dump):
+        from graphpeft.inspect.roles import overview
+        from graphpeft.samples import settled
+        from graphpeft.skeleton import skeleton
+        from graphpeft.survey import survey
+
+        built = skeleton(model)
+        with settled(built):
+            found = overview(built, survey(built))
+    say(found, as_json)
+
+
+def methods(
+    model: Annotated[str | None, typer.Argument(help="Count what each method would train on this model.")] = None,
+    target: Annotated[str, typer.Option(help="Where, as in a rule.")] = "qv",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """List the adapter methods: chain, trained numbers, whether they lower to LoRA, paper, options."""
+    with at_work(debug):
+        from graphpeft.apply import found_in
+        from graphpeft.inspect.methods import methods_text
+        from graphpeft.skeleton import skeleton
+
+        built = skeleton(model) if model else None
+        found = (built, found_in(built)) if built is not None else None
+        told = _methods(found, target) if as_json else methods_text(found, target)
+    say(told, as_json)
+
+
+def why(
+    model: Model,
+    path: Annotated[str, typer.Argument(help="A module or weight, such as model.layers.0.mlp.up_proj.")],
+    rules: SomeRules = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Say why a layer has an adapter, or has none: its role, the rules, the pattern that came nearest."""
+    with at_work(debug):
+        import graphpeft as gp
+        from graphpeft.skeleton import skeleton
+
+        answer = gp.why(skeleton(model), path, rules)
+    say(answer, as_json)
+
+
+def _methods(found: Any, target: str) -> list[dict[str, Any]]:
+    from dataclasses import fields
+
+    import torch
+
+    from graphpeft.errors import AdapterError
+    from graphpeft.inspect.methods import SAMPLE, chain_text, lowers_text
+    from graphpeft.methods import get, names, options
+    from graphpeft.plan import make_plan
+    from graphpeft.rules import coerce
+
+    told: list[dict[str, Any]] = []
+    for name in names():
+        cls = get(name)
+        with torch.device("meta"):
+            chain = cls().chain(SAMPLE)
+            lowers = lowers_text(chain)
+        defaults = {field.name: field.default for field in fields(cls)}
+        accepted = [{"name": o.name, "default": defaults[o.name], "accepts": o.accepts} for o in options(cls)]
+        about = {"method": name, "chain": chain_text(chain), "merges": chain.before is None, "as_plain_lora": lowers}
+        if found is not None:
+            built, sites = found
+            try:
+                about["trained"] = make_plan(built, sites, coerce(f"{target}:{name}")).trainable
+            except AdapterError:  # such as a divisor that a width of this model does not have
+                about["trained"] = None
+        told.append(about | {"paper": cls.paper, "options": accepted})
+    return told

@@ -1,0 +1,108 @@
+"""What the commands share: options, errors on one line, passes that are watched, results as text or JSON.
+
+Commands import what they run when they run: help and completion do not wait for torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from graphpeft import cli_complete as complete
+from graphpeft.errors import GraphPeftError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A local model folder, a config.json, or a model type of transformers such as llama.",
+        autocompletion=complete.models,
+    ),
+]
+Rules = Annotated[
+    str, typer.Argument(help="Such as 'qv:rlora; mlp:lora(r=4)'.", autocompletion=complete.rules, show_default=False)
+]
+SomeRules = Annotated[
+    str | None,
+    typer.Option("--rules", "-r", help="Adapt the model first, as in 'qv:lora'.", autocompletion=complete.rules),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the Python trace of an error.")]
+PrintAfter = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--print-after",
+        metavar="PASS",
+        help="Print the graph after this pass, or after all, to standard error; repeatable.",
+        autocompletion=complete.passes,
+    ),
+]
+Dump = Annotated[
+    Path | None,
+    typer.Option("--dump", metavar="DIR", help="Write every pass's graph before and after, and a table, to a folder."),
+]
+
+
+@contextlib.contextmanager
+def one_line(debug: bool) -> Iterator[None]:
+    """Errors of ours, and files that cannot be read, on standard error without a trace unless it is asked for."""
+    try:
+        yield
+    except BrokenPipeError:  # as of `| head`
+        raise
+    except (GraphPeftError, OSError) as error:
+        if debug:
+            raise
+        from rich.console import Console
+
+        Console(stderr=True, soft_wrap=True).print(f"[red]error[/red] {type(error).__name__}:", end=" ")
+        typer.echo(_file_text(error) if isinstance(error, OSError) else str(error), err=True)
+        raise typer.Exit(1) from error
+
+
+def _file_text(error: OSError) -> str:
+    if error.filename is None:
+        return str(error)
+    return f"{error.filename}: {error.strerror}. Check the path, and whether it may be read or written."
+
+
+@contextlib.contextmanager
+def at_work(debug: bool, print_after: Sequence[str] | None = None, dump: Path | None = None) -> Iterator[None]:
+    """Around passes: errors on one line, progress on standard error, and what was asked to be seen of them."""
+    with one_line(debug):
+        from graphpeft.inspect.watch import watch
+
+        with watch(dump, print_after or (), progress=True):
+            yield
+
+
+def say(result: Any, as_json: bool = False) -> None:
+    """Print what a function returned, in color on a terminal; as JSON by its `as_dict`, or as the plain values that it is."""
+    if as_json:
+        plain = result.as_dict() if hasattr(result, "as_dict") else result
+        typer.echo(json.dumps(plain, indent=2, ensure_ascii=False))
+    elif hasattr(result, "__rich_console__") and sys.stdout.isatty():
+        from rich.console import Console
+
+        Console(width=400).print(result)  # a table that is cut to the terminal would lose the ends of names
+    else:
+        typer.echo(result)
+
+
+def adapted(model: str, rules: str | None = None, adapters: Sequence[Path] = ()) -> nn.Module:
+    """A model, by rules or with saved adapters, which need its weights; without them as shapes alone."""
+    import graphpeft as gp
+    from graphpeft.skeleton import pretrained, skeleton
+
+    built = pretrained(model) if adapters else skeleton(model)
+    for folder in adapters:
+        gp.load(built, folder)
+    return gp.apply(built, rules) if rules else built

@@ -1,0 +1,75 @@
+"""Commands that ship a model: export, doctor, run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from graphpeft import cli_complete as complete
+from graphpeft.cli_shared import AsJson, Debug, Dump, PrintAfter, at_work, one_line, say
+
+Folder = Annotated[Path, typer.Argument(help="What export wrote.")]
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="A local folder of a transformers model, with weights.")],
+    out: Annotated[Path, typer.Argument(help="A new folder.")],
+    adapter: Annotated[list[Path], typer.Option("--adapter", "-a", help="A folder that gp.save wrote; repeatable.")],
+    merged: Annotated[bool, typer.Option("--merged", help="Fold the adapters into the weights.")] = False,
+    rows: Annotated[bool, typer.Option("--rows", help="Allow another adapter for each row of a batch.")] = False,
+    compact: Annotated[bool, typer.Option("--compact", help="Keep what the method trains in its own shapes.")] = False,
+    quantize: Annotated[str | None, typer.Option(help="int4 or int8, for the base's weights.")] = None,
+    opset: Annotated[int | None, typer.Option(help="Of ONNX; default: that of torch.onnx.")] = None,
+    verify: Annotated[str, typer.Option(help="off, fast or full.")] = "full",
+    as_json: AsJson = False,
+    print_after: PrintAfter = None,
+    dump: Dump = None,
+    debug: Debug = False,
+) -> None:
+    """Write a model with adapters for ONNX Runtime, and check it against PyTorch."""
+    options = dict(merged=merged, rows=rows, compact=compact, quantize=quantize, opset=opset, verify=verify)
+    with at_work(debug, print_after, dump):
+        from graphpeft.shipping import ship
+
+        report = ship(model, adapter, out, **options)
+    say(asdict(report) if as_json else report, as_json)
+
+
+def doctor(
+    folder: Folder,
+    adapter: Annotated[Path | None, typer.Argument(help="An .onnx_adapter file; default: all in the folder.")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Say whether an exported folder is whole and an adapter fits it; if not, where and why."""
+    with one_line(debug):
+        from graphpeft.doctor import doctor as look
+
+        findings = look(folder, adapter)
+    lines = [f"{'ok   ' if one.good else 'WRONG'} {one.about}: {one.text}" for one in findings]
+    say([asdict(one) for one in findings] if as_json else "\n".join(lines), as_json)
+    if not all(one.good for one in findings):
+        raise typer.Exit(1)
+
+
+def run(
+    folder: Folder,
+    text: Annotated[str, typer.Argument(help="A prompt, or a text to encode or classify.")],
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", "-a", help="NAME, or NAME=STRENGTH; repeatable.", autocompletion=complete.adapters),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="At most this many new tokens.")] = 40,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Of the tokens that are drawn.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Run an exported folder on a text, with no, one or several adapters."""
+    with one_line(debug):
+        from graphpeft.shipping import answer
+
+        told = answer(folder, text, adapter or [], tokens, temperature=temperature, seed=seed)
+    say(told)
