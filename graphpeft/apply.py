@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import overload
+from typing import Any, overload
 
 from torch import nn
 from torch.export import ExportedProgram
 
 from graphpeft.capture import Inputs, as_module
-from graphpeft.inspect.table import names_text, role_text, rows_text, size_text, table
+from graphpeft.inspect.table import names_text, role_text, rows_text, site_dict, size_text
+from graphpeft.inspect.view import Grid, View
 from graphpeft.match.find import Found
 from graphpeft.methods import Method
 from graphpeft.passes import verify as checks
@@ -80,14 +81,24 @@ def found_in(module: nn.Module, inputs: Inputs = None) -> Found:
         return survey(module, inputs)
 
 
-def plan(model: nn.Module | ExportedProgram, rules: Rules, *, inputs: Inputs = None, expect: int | None = None) -> Plan:
-    """What `apply` would do: a table of sites, methods and parameter counts. Changes nothing; raises as `apply` does."""
+def plan(
+    model: nn.Module | ExportedProgram,
+    rules: Rules,
+    *,
+    inputs: Inputs = None,
+    expect: int | None = None,
+    fold: bool = True,
+) -> Plan:
+    """What `apply` would do: a table of sites, methods and parameter counts, and what became of each rule.
+
+    Equal layers print as one line unless `fold` is false. Changes nothing; raises as `apply` does.
+    """
     module = as_module(model) if isinstance(model, ExportedProgram) else model
-    return make_plan(module, found_in(module, inputs), coerce(rules), expect)
+    return make_plan(module, found_in(module, inputs), coerce(rules), expect, fold)
 
 
 @dataclass(frozen=True)
-class Sites(Sequence[Site]):
+class Sites(View, Sequence[Site]):
     """Sites in graph order; prints as a table."""
 
     items: tuple[Site, ...]
@@ -107,16 +118,18 @@ class Sites(Sequence[Site]):
     def __iter__(self) -> Iterator[Site]:
         return iter(self.items)
 
-    def __str__(self) -> str:
+    def blocks(self) -> Iterator[Grid | str]:
         rows = [
             (role_text(s), names_text(s), rows_text(s.rows), size_text(s),
              "" if s.layer is None else s.layer, s.form, s.source)
             for s in self.items
         ]  # fmt: skip
-        found = table(("role", "weight", "rows", "out × in", "layer", "form", "source"), rows)
-        return "\n".join(
-            [found, *(f"not reached: {path or 'the whole'}: {why}" for path, why in self.unreached.items())]
-        )
+        yield Grid.of(("role", "weight", "rows", "out × in", "layer", "form", "source"), rows)
+        yield from (f"not reached: {path or 'the whole'}: {why}" for path, why in self.unreached.items())
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain values, for `json.dumps`."""
+        return {"sites": [site_dict(site) for site in self.items], "unreached": dict(self.unreached)}
 
 
 def sites(model: nn.Module | ExportedProgram, inputs: Inputs = None) -> Sites:

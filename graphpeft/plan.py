@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +14,20 @@ from torch import nn
 from graphpeft.chain import Chain, Scatter, Stack
 from graphpeft.errors import MatchError, RuleError
 from graphpeft.inspect.misses import nothing
-from graphpeft.inspect.table import names_text, role_text, rows_text, size_text, table
+from graphpeft.inspect.suggest import any_layer
+from graphpeft.inspect.table import (
+    any_outside,
+    folded,
+    layers_text,
+    names_text,
+    outside_text,
+    role_text,
+    rows_text,
+    site_dict,
+    size_text,
+)
+from graphpeft.inspect.tally import Tally, tally
+from graphpeft.inspect.view import Grid, View
 from graphpeft.match.find import Found
 from graphpeft.methods import Method
 from graphpeft.program import Site
@@ -47,7 +62,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(View):
     """A table of sites with their methods. Prints itself; nothing has been changed by making it."""
 
     model: str
@@ -57,6 +72,10 @@ class Plan:
     """Every other site and the reason why no rule took it."""
     base: int = field(repr=False)
     """Parameters of the base model."""
+    tallies: tuple[Tally, ...] = field(repr=False)
+    """What became of each rule."""
+    fold: bool = field(default=True, repr=False)
+    """Whether equal layers are printed in one line."""
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -79,25 +98,55 @@ class Plan:
         """Parameters of the adapted model."""
         return self.base + self.trainable
 
-    def __str__(self) -> str:
-        rows = [
-            (role_text(e.site), names_text(e.site), rows_text(e.site.rows),
-             size_text(e.site), e.method, e.form(), f"{e.parameters():,}", e.site.source)
-            for e in self.entries
-        ]  # fmt: skip
-        columns = ("role", "weight", "rows", "out × in", "method", "form", "parameters", "source")
-        return "\n".join(
-            [
-                table(columns, rows, f"{self.model}: {to_text(self.rules)}", right=["parameters"]),
-                f"{len(self)} sites, {self.trainable:,} trainable of {self.total:,} parameters "
-                f"({100 * self.trainable / max(self.total, 1):.3f} %)",
-                *self._skipped_lines(),
-            ]
-        )
+    def blocks(self) -> Iterator[Grid | str]:
+        cells = [(self._cells(e), e.site.layer if self.fold else None) for e in self.entries]
+        lines = folded(cells) if self.fold else [(one, [layer]) for one, layer in cells]
+        rows = [(*one, layers_text(layers) if len(layers) > 1 else "") for one, layers in lines]
+        columns = ("role", "weight", "rows", "out × in", "method", "form", "parameters", "source", "")
+        yield Grid.of(columns, rows, f"{self.model}: {to_text(self.rules)}", right=["parameters"])
+        share = 100 * self.trainable / max(self.total, 1)
+        yield f"{len(self)} sites, {self.trainable:,} trainable of {self.total:,} parameters ({share:.3f} %)"
+        yield Grid.of(COUNTS, [(each.rule, *each.counts) for each in self.tallies], right=COUNTS[1:])
+        yield from (f"rejected `{each.rule}`, {miss}" for each in self.tallies for miss in each.rejected)
+        yield from self._skipped_lines()
+
+    def _cells(self, entry: Entry) -> tuple[str, ...]:
+        site = entry.site
+        name = names_text(site)
+        shown = any_layer(name) if self.fold and self._repeated[any_layer(name), site.role] > 1 else name
+        about = (role_text(site), shown, rows_text(site.rows), size_text(site), str(entry.method), entry.form())
+        return (*about, f"{entry.parameters():,}", site.source)
+
+    @cached_property
+    def _repeated(self) -> Counter[tuple[str, str]]:
+        return Counter((any_layer(names_text(e.site)), e.site.role) for e in self.entries)
 
     def _skipped_lines(self) -> list[str]:
-        counted = Counter((role_text(site), reason) for site, reason in self.skipped)
-        return [f"skipped {n} × {role}: {reason}" for (role, reason), n in counted.items()]
+        found = folded(((role_text(site), any_outside(reason)), site.layer) for site, reason in self.skipped)
+        return [f"skipped {len(n)} × {role}: {outside_text(reason, n)}" for (role, reason), n in found]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain values, for `json.dumps`."""
+        sites = [
+            {
+                **site_dict(e.site),
+                "method": str(e.method),
+                "rule": e.rule,
+                "form": e.form(),
+                "parameters": e.parameters(),
+            }
+            for e in self.entries
+        ]
+        skipped = [{**site_dict(site), "reason": reason} for site, reason in self.skipped]
+        counts = [
+            dict(zip(COUNTS, (each.rule, *each.counts), strict=True)) | {"notes": each.notes} for each in self.tallies
+        ]
+        told = {"model": self.model, "rules": to_text(self.rules), "trainable": self.trainable, "total": self.total}
+        return {**told, "by_rule": counts, "sites": sites, "skipped": skipped}
+
+
+COUNTS = ("rule", "matched", "skipped", "rejected")
+"""Of each rule: sites that it takes, sites that it names but leaves out, and roles that a search only came near."""
 
 
 def _factors(chain: Chain) -> list[Scatter]:
@@ -105,7 +154,9 @@ def _factors(chain: Chain) -> list[Scatter]:
 
 
 @named("plan")
-def make_plan(model: nn.Module, found: Found, rules: Sequence[Rule], expect: int | None = None) -> Plan:
+def make_plan(
+    model: nn.Module, found: Found, rules: Sequence[Rule], expect: int | None = None, fold: bool = True
+) -> Plan:
     """Give every site to the one rule that selects it.
 
     Raises `MatchError` when a rule selects nothing (with the nearest miss and what to try) or when the number of
@@ -135,7 +186,9 @@ def make_plan(model: nn.Module, found: Found, rules: Sequence[Rule], expect: int
             f"Print gp.plan(model, rules) to see them, and adjust the rule or the number."
         )
     base = sum(p.numel() for p in model.parameters())
-    return Plan(type(model).__name__, tuple(rules), tuple(entries), tuple(skipped), base)
+    return Plan(
+        type(model).__name__, tuple(rules), tuple(entries), tuple(skipped), base, tally(model, found, rules), fold
+    )
 
 
 def _reason(site: Site, rules: Sequence[Rule]) -> str:

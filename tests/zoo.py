@@ -39,6 +39,10 @@ def llama(attn: str = "sdpa", layers: int = 2, **extra: Any) -> nn.Module:
     return _decoder("Llama", **(dict(num_hidden_layers=layers, num_key_value_heads=2) | extra))(attn)
 
 
+def mixtral(attn: str = "sdpa") -> nn.Module:
+    return _decoder("Mixtral", num_key_value_heads=2, num_local_experts=4)(attn)
+
+
 def t5(attn: str = "sdpa", **extra: Any) -> nn.Module:
     sizes = dict(vocab_size=VOCAB, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, decoder_start_token_id=0)
     return tf.T5ForConditionalGeneration(tf.T5Config(attn_implementation=attn, **(sizes | extra)))

@@ -6,7 +6,7 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -57,20 +57,23 @@ class Diff(View):
     """By name, how many were added and how many removed."""
     parameters: tuple[Parameter, ...]
     hunks: tuple[Hunk, ...]
+    absent: tuple[str, ...] = ()
+    """Adapted weights that the captured graph does not use: another call might (`inputs=`)."""
 
     def __bool__(self) -> bool:
-        return bool(self.operators or self.parameters or self.hunks)
+        return bool(self.operators or self.parameters or self.hunks or self.absent)
 
     def blocks(self) -> Iterator[Grid | str]:
         if not self:
             return
         yield self._summary()
+        yield from (f"not in this graph, whose call does not use it: {name}" for name in self.absent)
         if self.parameters:
             rows = [(p.change, p.name, p.shape, f"{p.numbers:,}", layers_text(p.layers)) for p in self.parameters]
             yield ""
             yield Grid.of(("parameters", "name", "shape", "numbers", ""), rows, right=["numbers"])
         for hunk in self.hunks:
-            folds = f"\n  {layers_text(hunk.layers)}" if len(hunk.layers) > 1 else ""
+            folds = f"\n  {layers_text(hunk.layers)}" if layers_text(hunk.layers) else ""
             yield "\n" + "\n".join([hunk.path or "(whole graph)", *hunk.lines]) + folds
 
     def _summary(self) -> str:
@@ -108,7 +111,8 @@ def diff(before: Any, after: Any = None, *, inputs: Inputs = None, context: int 
     rewritten = rewrite(before, inputs)
     one, other = (network(rewritten, adapted, values=True) for adapted in (False, True))
     name = one.graph["name"]
-    return compare(one, other, named=True, names=(name, f"{name} with adapters"), context=context)
+    found = compare(one, other, named=True, names=(name, f"{name} with adapters"), context=context)
+    return replace(found, absent=rewritten.absent)
 
 
 def compare(

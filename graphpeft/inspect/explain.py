@@ -1,70 +1,119 @@
-"""What is on a model now: its adapters, their sites, and how far they have moved."""
+"""What is on a model now: its adapters, their sites, how far they have moved, and what their gates have chosen."""
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
 
-import torch
 from torch import nn
 
-from graphpeft.inspect.table import folded, layers_text, names_text, role_text, rows_text, size_text, table
-from graphpeft.program import stored
+from graphpeft.inspect.network import general
+from graphpeft.inspect.numbers import Numbers, numbers
+from graphpeft.inspect.table import folded, layers_text, names_text, role_text, rows_text, site_dict, size_text
+from graphpeft.inspect.view import Grid, View
+from graphpeft.program import Site, stored
 from graphpeft.state import chains, get_state
-from graphpeft.weight_form import update
 
 
 @dataclass(frozen=True)
-class Explanation:
-    """A table of sites and adapters; prints itself."""
+class Adapted:
+    """A site of an adapter, as it is now."""
 
-    text: str
+    site: Site
+    method: str
+    form: str
+    rank: int
+    parameters: int
+    now: Numbers
 
-    def __str__(self) -> str:
-        return self.text
+
+@dataclass(frozen=True)
+class Adapter:
+    name: str
+    status: str
+    """`active`, `resting` or `merged`."""
+    rules: str
+    parameters: int
+    """Of all its sites; a tensor that they share counts once."""
+    sites: tuple[Adapted, ...]
+
+
+@dataclass(frozen=True)
+class Explanation(View):
+    """A table for each adapter; prints itself."""
+
+    adapters: tuple[Adapter, ...]
+    fold: bool = True
+
+    def blocks(self) -> Iterator[Grid | str]:
+        for number, adapter in enumerate(self.adapters):
+            title = f"{adapter.name} ({adapter.status}): {adapter.rules}  —  {len(adapter.sites)} sites, "
+            if number:
+                yield ""
+            yield _grid(adapter, f"{title}{adapter.parameters:,} parameters", self.fold)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain values, for `json.dumps`."""
+        told = []
+        for adapter in self.adapters:
+            sites = [asdict(one) | {"site": site_dict(one.site)} for one in adapter.sites]
+            told.append(asdict(adapter) | {"sites": sites})
+        return {"adapters": told}
 
 
 def explain(model: nn.Module, fold: bool = True) -> Explanation:
     """The sites and adapters of an adapted model, equal layers in one line unless `fold` is false.
 
     `‖ΔW‖/‖W‖` is the Frobenius norm of the update relative to the adapted rows of the weight, largest over the layers
-    that share a line: 0 before training. Raises `AdapterError` for a model without adapters.
+    that share a line: 0 before training. Beside it stand the effective rank of the update, and what gates have chosen.
+    Raises `AdapterError` for a model without adapters.
     """
     state = get_state(model)
-    blocks = []
+    made = []
     for name, adapter in state.adapters.items():
         status = "merged" if name in state.merged else "active" if name in state.active else "resting"
-        lines: dict[str, list[float]] = {}
-        items: list[tuple[str, int | None]] = []
+        sites, tensors = [], dict[int, int]()
         for entry, (site, chain) in zip(adapter.entries, chains(model, name).items(), strict=True):
-            where = names_text(site)
-            where = re.sub(r"\.\d+\.", ".*.", where, count=1) if fold and site.layer is not None else where
-            role = role_text(site)
-            cells = (
-                role,
-                where,
-                rows_text(site.rows),
-                size_text(site),
-                entry.method,
-                site.form if chain.beside else "weight",
-                chain.rank,
-            )
-            key = "\t".join([*map(str, cells), f"{sum(p.numel() for p in chain.parameters()):,}"])
-            items.append((key, site.layer))
-            original = state.originals.get(site.weight, stored(model, site.weight))
-            lines.setdefault(key, []).append(_moved(update(chain, original, site), original))
-        columns = ("role", "weight", "rows", "out × in", "method", "form", "rank", "parameters", "‖ΔW‖/‖W‖", "")
-        rows = [(*key.split("\t"), f"{max(lines[key]):.2g}", layers_text(layers)) for key, layers in folded(items)]
-        count = sum(
-            p.numel() for p in {id(p): p for c in chains(model, name).values() for p in c.parameters()}.values()
-        )
-        title = f"{name} ({status}): {adapter.rules}  —  {len(adapter.entries)} sites, {count:,} parameters"
-        blocks.append(table(columns, rows, title, right=["rank", "parameters", "‖ΔW‖/‖W‖"]))
-    return Explanation("\n\n".join(blocks))
+            tensors |= {id(p): p.numel() for p in chain.parameters()}
+            weight = state.originals.get(site.weight, stored(model, site.weight))
+            form, count = site.form if chain.beside else "weight", sum(p.numel() for p in chain.parameters())
+            sites.append(Adapted(site, str(entry.method), form, chain.rank, count, numbers(chain, weight, site)))
+        made.append(Adapter(name, status, adapter.rules, sum(tensors.values()), tuple(sites)))
+    return Explanation(tuple(made), fold)
 
 
-@torch.no_grad()
-def _moved(delta: torch.Tensor, weight: torch.Tensor) -> float:
-    if delta.is_meta:
-        return float("nan")
-    return float(delta.norm() / weight.float().norm().clamp_min(1e-30))
+def _grid(adapter: Adapter, title: str, fold: bool) -> Grid:
+    """A line for each site, or for each kind of site; columns of numbers that no site has are left out."""
+    grouped: dict[tuple[str, ...], list[Numbers]] = {}
+    items = []
+    for one in adapter.sites:
+        name = names_text(one.site)
+        shown = general(name) if fold and one.site.layer is not None else name
+        about = (role_text(one.site), shown, rows_text(one.site.rows), size_text(one.site), one.method, one.form)
+        cells = (*about, str(one.rank), f"{one.parameters:,}")
+        grouped.setdefault(cells, []).append(one.now)
+        items.append((cells, one.site.layer))
+    columns = ["role", "weight", "rows", "out × in", "method", "form", "rank", "parameters"]
+    measured = {
+        "‖ΔW‖/‖W‖": [_largest(now.update for now in each) for each in grouped.values()],
+        "eff. rank": [_largest(now.effective_rank for now in each) for each in grouped.values()],
+        "kept": [_span(now.kept for now in each) for each in grouped.values()],
+        "bits": [" / ".join(dict.fromkeys(",".join(map(str, now.bits)) for now in each)) for each in grouped.values()],
+    }
+    given = {title: cells for title, cells in measured.items() if any(cells)}
+    rows = [
+        (*cells, *(column[number] for column in given.values()), layers_text(layers))
+        for number, (cells, layers) in enumerate(folded(items))
+    ]
+    return Grid.of([*columns, *given, ""], rows, title, right=["rank", "parameters", *given])
+
+
+def _largest(values: Iterator[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{max(known):.2g}" if known else ""
+
+
+def _span(values: Iterator[int | None]) -> str:
+    known = sorted({value for value in values if value is not None})
+    return "-".join(map(str, dict.fromkeys((known[0], known[-1])))) if known else ""

@@ -19,7 +19,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from graphpeft.capture import Inputs
-from graphpeft.inspect.rewrite import Branch, Rewrite, rewrite
+from graphpeft.inspect.rewrite import Branch, Part, Rewrite, rewrite
 from graphpeft.inspect.suggest import any_layer
 from graphpeft.match.fused import concrete
 from graphpeft.match.products import op
@@ -98,9 +98,12 @@ def network(rewritten: Rewrite, adapted: bool = True, values: bool = False) -> M
     graph: MultiDiGraph[str] = networkx.MultiDiGraph(name=type(rewritten.model).__name__)
     work = _Builder(rewritten, values and adapted, values)
     for part in rewritten.parts:
-        nodes = part.after if adapted else part.before
-        for node in nodes.nodes:
+        nodes = list((part.after if adapted else part.before).nodes)
+        read = {str(node.target) for node in nodes if node.op == "get_attr"}
+        for node in nodes:
             work.add(graph, node, part.path)
+            if node.op == "get_attr":
+                work.hold(graph, node, part, read)
     return graph
 
 
@@ -138,6 +141,17 @@ class _Builder:
             read = graph.nodes[prefix + source.name]
             if "adapter" not in about and read["kind"] == "weight" and (roles := self.roles.get(read["weight"])):
                 graph.nodes[name].update(role="+".join(dict.fromkeys(roles)), weight=read["weight"])
+
+    def hold(self, graph: MultiDiGraph[str], node: fx.Node, part: Part, read: set[str]) -> None:
+        """The parameters of a branch that is called as a whole, but for those that the graph reads by themselves."""
+        branch = part.model.get_submodule(node.target) if "val" not in node.meta else None  # type: ignore[arg-type]
+        prefix = f"{part.path}." if part.path else ""
+        for name, parameter in branch.named_parameters() if branch is not None else ():
+            if (target := f"{node.target}.{name}") not in read:
+                inner = f"{prefix}{node.name}.{name}"
+                about = dict(graph.nodes[prefix + node.name]) | {"op": name, **_looks(parameter)}
+                graph.add_node(inner, **about | self._weight(prefix + target))
+                graph.add_edge(inner, prefix + node.name, key=name, port=name)
 
     def _weight(self, name: str) -> Node:
         tensor = self.parameters.get(name)
@@ -202,8 +216,10 @@ def _value(node: fx.Node) -> Node:
     value = node.meta.get("val")
     if isinstance(value, (list, tuple)) and len(value) == 1:
         (value,) = value
-    if not isinstance(value, torch.Tensor):
-        return {}
+    return _looks(value) if isinstance(value, torch.Tensor) else {}
+
+
+def _looks(value: torch.Tensor) -> Node:
     return {"shape": " × ".join(map(str, concrete(value.shape))), "dtype": str(value.dtype).removeprefix("torch.")}
 
 

@@ -58,6 +58,8 @@ class Rewrite:
     found: Found
     parts: tuple[Part, ...]
     branches: tuple[Branch, ...]
+    absent: tuple[str, ...]
+    """Adapted weights that none of the graphs uses, as an example call with other inputs might."""
 
 
 def rewrite(model: nn.Module | ExportedProgram, inputs: Inputs = None) -> Rewrite:
@@ -69,8 +71,11 @@ def rewrite(model: nn.Module | ExportedProgram, inputs: Inputs = None) -> Rewrit
     with inactive(module), hidden(module), settled(module):
         found = survey(_base(module), inputs)
     branches = tuple(_branches(module))
-    parts = tuple(_part(path, program, module, branches) for path, program in found.programs.items())
-    return Rewrite(module, found, parts, branches)
+    served: set[tuple[nn.Module, nn.Parameter]] = set()
+    with inactive(module):  # an owner may show an adapted weight under the weight's own name
+        parts = tuple(_part(path, program, module, branches, served) for path, program in found.programs.items())
+    absent = [b.place.weight for b in branches if (b.chain, stored(module, b.place.weight)) not in served]
+    return Rewrite(module, found, parts, branches, tuple(absent))
 
 
 def _base(module: nn.Module) -> nn.Module:
@@ -93,20 +98,25 @@ def _branches(module: nn.Module) -> Iterator[Branch]:
                 yield Branch(name, entry, place, path, by_site[entry.site])
 
 
-def _part(path: str, program: Program, root: nn.Module, branches: tuple[Branch, ...]) -> Part:
+def _part(
+    path: str,
+    program: Program,
+    root: nn.Module,
+    branches: tuple[Branch, ...],
+    served: set[tuple[nn.Module, nn.Parameter]],
+) -> Part:
     before = copy.deepcopy(program.graph)
     _read_weights(before, program)
     after = copy.deepcopy(before)
     model = root.get_submodule(path)
     uses, prefix = Uses(model, after), f"{path}." if path else ""
-    served: set[tuple[nn.Module, nn.Parameter]] = set()
     for branch in branches:
         parameter = stored(root, branch.place.weight)
         if (branch.chain, parameter) in served or not branch.path.startswith(prefix):
             continue
-        served.add((branch.chain, parameter))  # places of a tied weight share the parameter
         site = replace(branch.place, owner="")  # here the whole graph is what is rewritten
-        adapt(model, after, uses, site, branch.chain, branch.path.removeprefix(prefix), parameter)
+        if adapt(model, after, uses, site, branch.chain, branch.path.removeprefix(prefix), parameter):
+            served.add((branch.chain, parameter))  # places of a tied weight share the parameter
     fill_shapes(after, model)
     return Part(path, model, before, after)
 

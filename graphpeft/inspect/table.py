@@ -3,28 +3,65 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Hashable, Iterable, Sequence
-from typing import TypeVar
+from dataclasses import dataclass
+from html import escape
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from graphpeft.program import Rows, Site
 
 T = TypeVar("T", bound=Hashable)
 
 
+@dataclass(frozen=True)
+class Grid:
+    """A table. Columns named in `right` are right-aligned."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    title: str | None = None
+    right: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(
+        cls,
+        columns: Sequence[str],
+        rows: Iterable[Sequence[object]],
+        title: str | None = None,
+        right: Iterable[str] = (),
+    ) -> Grid:
+        return cls(columns, [tuple(map(str, row)) for row in rows], title, frozenset(right))
+
+    def rich(self) -> Table:
+        title = Text(self.title, "bold") if self.title else None  # as a string, `[...]` would be markup
+        made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+        for name in self.columns:
+            made.add_column(name, justify="right" if name in self.right else "left", no_wrap=True)
+        for row in self.rows:
+            made.add_row(*map(Text, row))
+        return made
+
+    def html(self) -> str:
+        align = [
+            ' style="text-align:right"' if name in self.right else ' style="text-align:left"' for name in self.columns
+        ]
+        head = "".join(f"<th{a}>{escape(name)}</th>" for a, name in zip(align, self.columns, strict=True))
+        rows = (zip(align, row, strict=True) for row in self.rows)
+        body = "".join("<tr>" + "".join(f"<td{a}>{escape(cell)}</td>" for a, cell in row) + "</tr>" for row in rows)
+        title = f"<caption>{escape(self.title)}</caption>" if self.title else ""
+        return f"<table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
 def table(
     columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None, right: Iterable[str] = ()
 ) -> str:
     """A plain table; columns named in `right` are right-aligned."""
-    aligned = set(right)
-    made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for name in columns:
-        made.add_column(name, justify="right" if name in aligned else "left", no_wrap=True)
-    for row in rows:
-        made.add_row(*map(str, row))
-    return as_text(made)
+    return as_text(Grid.of(columns, rows, title, right).rich())
 
 
 def as_text(made: Table) -> str:
@@ -35,6 +72,12 @@ def as_text(made: Table) -> str:
     output = console.file
     assert isinstance(output, io.StringIO)
     return "\n".join(line.rstrip() for line in output.getvalue().rstrip().splitlines())
+
+
+def site_dict(site: Site) -> dict[str, Any]:
+    """What is known of a site, as plain values."""
+    names = ("weight", "rows", "shape", "stack", "form", "layer", "cross", "source")
+    return {"role": role_text(site), "tied": [s.weight for s in site.tied]} | {n: getattr(site, n) for n in names}
 
 
 def rows_text(rows: Rows | None) -> str:
@@ -67,6 +110,17 @@ def folded(items: Iterable[tuple[T, int | None]]) -> list[tuple[T, list[int | No
     for text, layer in items:
         groups.setdefault(text, []).append(layer)
     return list(groups.items())
+
+
+def any_outside(reason: str) -> str:
+    """A rule's reason with the number of a layer that it leaves out taken out, so that equal ones fold."""
+    return re.sub(r"^layer \d+ outside", "its layer is outside", reason)
+
+
+def outside_text(reason: str, layers: Sequence[int | None]) -> str:
+    """Such a reason with the layers that it stands for."""
+    known = layers_text(layers).rpartition(", ")[2]
+    return reason.replace("its layer is outside", f"{known} outside") if known else reason
 
 
 def layers_text(layers: Sequence[int | None]) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from graphpeft.inspect.misses import Absence, absences
+from graphpeft.inspect.table import any_outside
 from graphpeft.match.find import Found
 from graphpeft.rules import Rule
 
@@ -40,7 +41,7 @@ def tally(model: nn.Module, found: Found, rules: Sequence[Rule]) -> tuple[Tally,
     for rule in rules:
         named = [site for site in found.sites if any(rule.names(place) for place in (site, *site.tied))]
         reasons = [rule.selects(site) for site in named]
-        skipped = Counter(reason for reason in reasons if reason is not None)
+        skipped = Counter(any_outside(reason) for reason in reasons if reason is not None)
         near = [each for each in absences(model, found, rule.roles) if each.near is not None]
         made.append(Tally(str(rule), reasons.count(None), tuple(skipped.items()), tuple(near)))
     return tuple(made)

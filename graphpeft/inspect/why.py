@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
@@ -15,7 +14,7 @@ from graphpeft.capture import Inputs, as_module
 from graphpeft.errors import MatchError
 from graphpeft.inspect.misses import absences
 from graphpeft.inspect.network import code_of, general, layer_of, location
-from graphpeft.inspect.table import folded, layers_text, role_text, rows_text
+from graphpeft.inspect.table import any_outside, folded, layers_text, role_text, rows_text
 from graphpeft.inspect.view import Grid, View
 from graphpeft.match.find import Found
 from graphpeft.match.products import op
@@ -96,17 +95,13 @@ def why(model: nn.Module | ExportedProgram, path: str, rules: Any = None, *, inp
             found = survey(module, inputs)
         work = _Reasons(module, found, asked)
         items = [(one, layer_of(name)) for name in meant for one in work.of(name, on)]
-    grouped = folded((Reason(general(one.weight), *_rest(one)), layer) for one, layer in items)
+    grouped = folded((replace(one, weight=general(one.weight)), layer) for one, layer in items)
     return Why(tuple(_named(one, layers) for one, layers in grouped))
-
-
-def _rest(one: Reason) -> tuple[Any, ...]:
-    return one.shape, one.role, one.place, one.adapters, one.because, one.remedy
 
 
 def _named(one: Reason, layers: Sequence[int | None]) -> Reason:
     name = one.weight.replace("*", str(layers[0]), 1) if len(layers) == 1 and layers[0] is not None else one.weight
-    return Reason(name, *_rest(one), tuple(layers))
+    return replace(one, weight=name, layers=tuple(layers))
 
 
 class _Reasons:
@@ -146,7 +141,7 @@ class _Reasons:
         if reason is None:
             return f"`{rule}` takes it"
         if any(rule.names(place) for place in (site, *site.tied)):
-            return f"`{rule}` leaves it out: " + re.sub(r"^layer \d+ outside", "its layer is outside", reason)
+            return f"`{rule}` leaves it out: " + any_outside(reason)
         if site.role == "other" and rule.glob is None:
             missing = absences(self.model, self.found, rule.roles)
             return "\n".join([f"`{rule}` asks for roles, and it has none", *(f"  {each}" for each in missing)])

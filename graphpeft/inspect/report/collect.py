@@ -73,7 +73,10 @@ def _overview(rewritten: Rewrite, state: State | None, inputs: Inputs, check: Le
         "rules": rules,
         "verification": _verification(model, state, inputs, check),
         "environment": [("python", platform.python_version()), *((name, version(name)) for name in PACKAGES)],
-        "unreached": [{"path": path or "the whole", "reason": why} for path, why in found.unreached.items()],
+        "unreached": [
+            *({"path": path or "the whole", "reason": why} for path, why in found.unreached.items()),
+            *({"path": name, "reason": "adapted, but this call does not use it"} for name in rewritten.absent),
+        ],
     }
 
 
