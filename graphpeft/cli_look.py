@@ -79,12 +79,12 @@ def why(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Say why a layer has an adapter, or has none: its role, the rules, the pattern that came nearest."""
+    """Say why a layer has an adapter, or would have none: its role, the rules, the pattern that came nearest."""
     with at_work(debug):
-        import graphpeft as gp
+        from graphpeft.inspect.why import why as ask
         from graphpeft.skeleton import skeleton
 
-        answer = gp.why(skeleton(model), path, rules)
+        answer = ask(skeleton(model), path, rules)
     say(answer, as_json)
 
 

@@ -20,6 +20,7 @@ import graphpeft as gp
 from graphpeft import cli_complete, methods
 from graphpeft.cli import app
 from graphpeft.errors import RuleError
+from graphpeft.inspect.why import why
 from graphpeft.match import registry
 from graphpeft.rules import coerce
 from graphpeft.skeleton import skeleton
@@ -218,14 +219,13 @@ on_skeletons = pytest.mark.xfail(
 # -- what was done -------------------------------------------------------------------------------------------------
 
 
-@to_come("why")
 def test_why(folder: str) -> None:
     path = "model.layers.0.mlp.up_proj"
     result = run.invoke(app, ["why", folder, path, "--rules", "qv:lora"])
     assert result.exit_code == 0, result.output
     assert path in result.stdout
-    assert result.stdout.strip() == str(gp.why(skeleton(folder), path, "qv:lora")).strip()
-    assert told("why", folder, path) == json.loads(json.dumps(gp.why(skeleton(folder), path).as_dict()))
+    assert result.stdout.strip() == str(why(skeleton(folder), path, "qv:lora")).strip()
+    assert told("why", folder, path) == json.loads(json.dumps(why(skeleton(folder), path).as_dict()))
 
 
 @on_skeletons

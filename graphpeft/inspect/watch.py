@@ -88,7 +88,8 @@ def watch(
         print_after: names of passes, or "all": print the graph after each to standard error.
         progress: show what is at work on standard error, if that is a terminal.
 
-    Yields what was seen, which prints as a table of seconds and changes in operators.
+    Yields what was seen, which prints as a table of seconds and changes in operators. An outer pass's seconds include what
+    watching its inner ones costs.
 
     Raises:
         WatchError: there is no such pass, or the folder holds something else. After the passes: nothing could be written.
