@@ -9,6 +9,7 @@ from graphpeft.inspect.diff import diff
 from graphpeft.inspect.explain import explain
 from graphpeft.inspect.network import to_networkx
 from graphpeft.inspect.watch import watch
+from graphpeft.inspect.why import why
 from graphpeft.passes.activate import activate, disabled, remove
 from graphpeft.passes.compact import compact
 from graphpeft.passes.export import export
@@ -52,6 +53,7 @@ __all__ = [
     "unmerge",
     "verify",
     "watch",
+    "why",
 ]
 
 

@@ -64,7 +64,9 @@ def _value(node: fx.Node, owner: nn.Module, mode: FakeTensorMode) -> Any:
         path, _, leaf = str(node.target).rpartition(".")
         held = getattr(owner.get_submodule(path), leaf)
         return mode.from_tensor(held) if isinstance(held, torch.Tensor) else held
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"] if "val" in n.meta else _value(n, owner, mode))
+    args, kwargs = fx.map_arg(
+        (node.args, node.kwargs), lambda n: n.meta["val"] if "val" in n.meta else _value(n, owner, mode)
+    )
     if node.op == "call_module":  # dropout, the only module that a branch calls
         return args[0]
     call: Any = getattr(args[0], str(node.target)) if node.op == "call_method" else node.target

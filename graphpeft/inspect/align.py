@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from graphpeft.adapters import HOME
 from graphpeft.inspect.lines import tensor
-from graphpeft.inspect.network import block_of, layer_of
+from graphpeft.inspect.network import block_of, layer_of, shown
 
 if TYPE_CHECKING:
     from networkx import MultiDiGraph
@@ -98,8 +98,8 @@ def _held(graph: MultiDiGraph[str], name: str) -> tuple[str, str] | None:
 
 def _line(graph: MultiDiGraph[str], name: str, path: str, called: dict[str, str]) -> str:
     about = graph.nodes[name]
-    shown = iter([_operand(graph, source, path, called) for source in operands(graph, name)])
-    arguments = re.sub("%", lambda _: next(shown, "%"), about.get("arguments", ""))
+    operand = iter([_operand(graph, source, path, called) for source in operands(graph, name)])
+    arguments = re.sub("%", lambda _: next(operand, "%"), about.get("arguments", ""))
     if about["kind"] == "output":
         return f"return {arguments}"
     return f"%{called.get(name, name)} = {about['op']}({arguments})"
@@ -108,7 +108,7 @@ def _line(graph: MultiDiGraph[str], name: str, path: str, called: dict[str, str]
 def _operand(graph: MultiDiGraph[str], name: str, path: str, called: dict[str, str]) -> str:
     about = graph.nodes[name]
     if about["kind"] == "weight":
-        return tensor(about["weight"].removeprefix(f"{path}."))
+        return tensor(shown(about).removeprefix(f"{path}."))
     named = about.get("adapter") and about["kind"] in {"constant", "input"}  # an adapter's constant, or a slot for one
     return str(about["op"]).removeprefix(f"{path}.") if named else f"%{called.get(name, name)}"
 
@@ -122,4 +122,9 @@ def operands(graph: MultiDiGraph[str], name: str) -> list[str]:
         numbers = [int(part) for part in rest]
         return (0, [int(first), *numbers]) if first.isdigit() else (1 + text.find(f"{first}="), numbers)
 
-    return [source for source, _, _ in sorted(graph.in_edges(name, data="port"), key=place)]
+    edges = [
+        edge
+        for edge in graph.in_edges(name, data="port")
+        if edge[2][0].isdigit() or f"{edge[2].partition('.')[0]}=" in text
+    ]
+    return [source for source, _, _ in sorted(edges, key=place)]

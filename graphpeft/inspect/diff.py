@@ -14,8 +14,7 @@ from torch.export import ExportedProgram
 
 from graphpeft.capture import Inputs
 from graphpeft.inspect.align import Aligned
-from graphpeft.inspect.lines import lines as lines
-from graphpeft.inspect.network import general, layer_of, network, to_networkx
+from graphpeft.inspect.network import general, layer_of, network, shown, to_networkx
 from graphpeft.inspect.rewrite import rewrite
 from graphpeft.inspect.table import folded, layers_text
 from graphpeft.inspect.view import Grid, View
@@ -129,7 +128,7 @@ def compare(
     for path in aligned.paths:
         for hunk in _hunks(*aligned.lines(path), context):
             pieces.append((_general(path, hunk, aligned), layer_of(path)))
-    hunks = tuple(Hunk(path, shown, tuple(layers)) for (path, shown), layers in folded(pieces))
+    hunks = tuple(Hunk(path, text, tuple(layers)) for (path, text), layers in folded(pieces))
     told = names or (str(before.graph.get("name", "before")), str(after.graph.get("name", "after")))
     return Diff(told, _operators(before, after), tuple(_parameters(before, after)), hunks)
 
@@ -156,7 +155,7 @@ def _parameters(before: MultiDiGraph[str], after: MultiDiGraph[str]) -> Iterator
 
 
 def _weights(graph: MultiDiGraph[str]) -> dict[str, Mapping[str, Any]]:
-    return {about["weight"]: about for _, about in graph.nodes(data=True) if about["kind"] == "weight"}
+    return {shown(about): about for _, about in graph.nodes(data=True) if about["kind"] == "weight"}
 
 
 def _change(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> str:
@@ -190,7 +189,7 @@ def _general(path: str, hunk: Iterable[str], aligned: Aligned) -> tuple[str, tup
     def renamed(found: re.Match[str]) -> str:
         return names.setdefault(found[1], f"%{aligned.stem(found[1], path)}_{len(names) + 1}")
 
-    shown = [re.sub(r"%([\w./ ]+?)(?=[,)\]:]| = |$)", renamed, line) for line in hunk]
+    lines = [re.sub(r"%([\w./ ]+?)(?=[,)\]:]| = |$)", renamed, line) for line in hunk]
     if layer is not None:
-        shown = [re.sub(rf"(?<![\w.])((?:[A-Za-z_]\w*\.)+){layer}(?=\.)", r"\1*", line) for line in shown]
-    return general(path), tuple(shown)
+        lines = [re.sub(rf"(?<![\w.])((?:[A-Za-z_]\w*\.)+){layer}(?=\.)", r"\1*", line) for line in lines]
+    return general(path), tuple(lines)

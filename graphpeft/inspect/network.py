@@ -18,6 +18,7 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from graphpeft.adapters import HOME
 from graphpeft.capture import Inputs
 from graphpeft.inspect.rewrite import Branch, Part, Rewrite, rewrite
 from graphpeft.inspect.suggest import any_layer
@@ -95,14 +96,14 @@ def network(rewritten: Rewrite, adapted: bool = True, values: bool = False) -> M
     """The graph of a rewrite, after it or (`adapted=False`) before. Parts that were captured apart stand side by side."""
     import networkx
 
-    graph: MultiDiGraph[str] = networkx.MultiDiGraph(name=type(rewritten.model).__name__)
+    graph: MultiDiGraph[str] = networkx.MultiDiGraph(name=rewritten.name)
     work = _Builder(rewritten, values and adapted, values)
     for part in rewritten.parts:
         nodes = list((part.after if adapted else part.before).nodes)
         read = {str(node.target) for node in nodes if node.op == "get_attr"}
         for node in nodes:
-            work.add(graph, node, part.path)
-            if node.op == "get_attr":
+            work.add(graph, node, part)
+            if node.op in {"get_attr", "call_module"}:
                 work.hold(graph, node, part, read)
     return graph
 
@@ -111,40 +112,45 @@ class _Builder:
     def __init__(self, rewritten: Rewrite, merged: bool, values: bool) -> None:
         self.model, self.values = rewritten.model, values
         self.branches = {branch.path: branch for branch in rewritten.branches}
-        self.roles: dict[str, list[str]] = {}
+        self.parameters = dict(rewritten.model.named_parameters(remove_duplicate=False))
+        self.roles: dict[int, list[str]] = {}  # by the parameter: a tied one has several names
         for site in rewritten.found.sites:
             for place in (site, *site.tied):
                 if place.role != "other":
-                    self.roles.setdefault(place.weight, []).append(place.role)
+                    self.roles.setdefault(id(self.parameters[place.weight]), []).append(place.role)
         state = find_state(rewritten.model)
         self.originals: Mapping[str, torch.Tensor] = {} if state is None or merged else state.originals
-        self.parameters = dict(rewritten.model.named_parameters(remove_duplicate=False))
 
-    def add(self, graph: MultiDiGraph[str], node: fx.Node, part: str) -> None:
+    def add(self, graph: MultiDiGraph[str], node: fx.Node, part: Part) -> None:
         if node.op == "placeholder" and not node.users:
             return
-        prefix = f"{part}." if part else ""
+        prefix = f"{part.path}." if part.path else ""
         text, edges = _arguments(node)
-        about: Node = {"kind": _kind(node), "op": _op(node), "arguments": text}
+        about: Node = {"kind": _kind(node), "op": _op(node, part.model), "arguments": text}
+        if node.name in part.constants:
+            about["kind"] = "constant"
         about |= {**_value(node), **_place(node, prefix)}
         if node.op == "get_attr":
             about |= self._weight(f"{prefix}{node.target}")
             about.setdefault("path", f"{prefix}{node.target}".rpartition(".")[0])
-        if (layer := layer_of(about.get("path", ""))) is not None:
-            about["layer"] = layer
         if "graphpeft" in node.meta:
             about |= _inserted(self.branches[prefix + node.meta["graphpeft"]])
+        if (layer := layer_of(about.get("path", ""))) is not None:
+            about["layer"] = layer
         name = prefix + node.name
         graph.add_node(name, **about)
         for port, source in edges:
             graph.add_edge(prefix + source.name, name, key=port, port=port)
             read = graph.nodes[prefix + source.name]
-            if "adapter" not in about and read["kind"] == "weight" and (roles := self.roles.get(read["weight"])):
+            if "adapter" in about or read["kind"] != "weight":
+                continue
+            if roles := self.roles.get(id(self.parameters[read["weight"]])):
                 graph.nodes[name].update(role="+".join(dict.fromkeys(roles)), weight=read["weight"])
 
     def hold(self, graph: MultiDiGraph[str], node: fx.Node, part: Part, read: set[str]) -> None:
-        """The parameters of a branch that is called as a whole, but for those that the graph reads by themselves."""
-        branch = part.model.get_submodule(node.target) if "val" not in node.meta else None  # type: ignore[arg-type]
+        """The parameters of what is called as a whole, but for those that the graph reads by themselves."""
+        whole = node.op == "call_module" or "val" not in node.meta
+        branch = part.model.get_submodule(str(node.target)) if whole else None
         prefix = f"{part.path}." if part.path else ""
         for name, parameter in branch.named_parameters() if branch is not None else ():
             if (target := f"{node.target}.{name}") not in read:
@@ -170,7 +176,11 @@ def checksum(tensor: torch.Tensor) -> int:
 
 def _inserted(branch: Branch) -> Node:
     entry = branch.entry
+    path = branch.path
+    if not branch.place.owner:  # all adapters of a whole graph are in its root, whatever they adapt
+        path = f"{branch.place.weight.rpartition('.')[0]}.{HOME}.{branch.adapter}.{branch.place.role}"
     return {
+        "path": path,
         "adapter": branch.adapter,
         "role": branch.place.role,
         "site": branch.place.weight,
@@ -184,9 +194,9 @@ def _kind(node: fx.Node) -> str:
     return {"placeholder": "input", "get_attr": "constant", "output": "output"}.get(node.op, "op")
 
 
-def _op(node: fx.Node) -> str:
+def _op(node: fx.Node, model: nn.Module) -> str:
     if node.op == "call_module":
-        return str(node.target).rpartition(".")[2]
+        return type(model.get_submodule(str(node.target))).__name__
     if node.op in {"placeholder", "get_attr"}:
         return str(node.target).rpartition(".")[2]
     return op(node)
@@ -251,6 +261,12 @@ def _frames(node: fx.Node) -> Iterator[tuple[str, str]]:
     found = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
     # GPT-2's Conv1D is in a file of its own: its caller says more.
     yield from (f for f in found if "torch" not in PurePath(f[0]).parts and PurePath(f[0]).name != "pytorch_utils.py")
+
+
+def shown(about: Mapping[str, Any]) -> str:
+    """A parameter's name; an adapter's below the module that it adapts, wherever it is kept."""
+    weight, adapter = about["weight"], about.get("adapter")
+    return f"{about['path']}.{weight.partition(f'{HOME}.{adapter}.')[2].partition('.')[2]}" if adapter else str(weight)
 
 
 def layer_of(path: str) -> int | None:

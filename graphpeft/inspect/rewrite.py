@@ -36,6 +36,8 @@ class Part:
     model: nn.Module
     before: fx.Graph
     after: fx.Graph
+    constants: frozenset[str]
+    """Nodes of buffers and lifted constants."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,12 @@ class Rewrite:
     branches: tuple[Branch, ...]
     absent: tuple[str, ...]
     """Adapted weights that none of the graphs uses, as an example call with other inputs might."""
+
+    @property
+    def name(self) -> str:
+        """The model's class, also where the root itself is adapted."""
+        kind = type(self.model)
+        return str(getattr(kind, "base_class", kind).__name__)
 
 
 def rewrite(model: nn.Module | ExportedProgram, inputs: Inputs = None) -> Rewrite:
@@ -118,7 +126,7 @@ def _part(
         if adapt(model, after, uses, site, branch.chain, branch.path.removeprefix(prefix), parameter):
             served.add((branch.chain, parameter))  # places of a tied weight share the parameter
     fill_shapes(after, model)
-    return Part(path, model, before, after)
+    return Part(path, model, before, after, frozenset(node.name for node in program.constants))
 
 
 def _read_weights(graph: fx.Graph, program: Program) -> None:

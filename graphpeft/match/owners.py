@@ -40,7 +40,9 @@ def _traceable(owner: nn.Module, parameter: nn.Parameter) -> bool:
     if type(owner) is nn.Linear and "forward" not in owner.__dict__:
         return True
     graph = trace(owner)
-    return graph is not None and bool(projections(owner, graph.nodes, parameter) or lookups(owner, graph.nodes, parameter))
+    return graph is not None and bool(
+        projections(owner, graph.nodes, parameter) or lookups(owner, graph.nodes, parameter)
+    )
 
 
 def _bypassed(model: nn.Module, path: str) -> bool:
@@ -88,7 +90,9 @@ def forget_constants(module: nn.Module, known: Collection[str] = ()) -> None:
         del module.__dict__[name]
 
 
-BEHIND = TRANSPOSES | SAME | PICKS | {"getattr", "mul", "div", "slice", "split", "split_with_sizes", "chunk", "tensor_split"}
+BEHIND = (
+    TRANSPOSES | SAME | PICKS | {"getattr", "mul", "div", "slice", "split", "split_with_sizes", "chunk", "tensor_split"}
+)
 """Operators through which `read_affine` sees a parameter."""
 
 

@@ -1,69 +1,20 @@
-"""What users see: plan, sites, explain, diff. Compared as text, for text is what they are for."""
+"""What users see: plan, sites, explain. Compared as text, for text is what they are for; `test_diff.py` has diff."""
 
 from __future__ import annotations
+
+import io
+import json
+import re
 
 import pytest
 import torch
 from checks import build
-from zoo import gpt2, llama, t5, torch_encoder
+from rich.console import Console
+from zoo import gpt2, llama, t5
 
 import graphpeft as gp
 from graphpeft.errors import AdapterError
 from graphpeft.inspect.table import layers_text, rows_text
-
-GPT2_DIFF = """\
-transformer.h.*.attn.c_attn
- %view_1 = view(%x_2, -1, %size_3)
- %addmm_4 = addmm(bias, %view_1, weight)
--%view_5 = view(%addmm_4, %add_6)
-+%linear_7 = linear(%view_1, default.v[2].weight)
-+%pad_8 = pad(default.v[1].weight, [0, 0, 128, 0], mode=constant, value=None)
-+%reshape_9 = reshape(%addmm_4, -1, 192)
-+%reshape_10 = reshape(%linear_7, -1, 8)
-+%t_11 = t(%pad_8)
-+%addmm_12 = addmm(%reshape_9, %reshape_10, %t_11, alpha=1.0)
-+%view_as_13 = view_as(%addmm_12, %addmm_4)
-+%view_5 = view(%view_as_13, %add_6)
- return %view_5
-  × 2, layers 0-1"""
-
-ENCODER_DIFF = """\
-layers.*.self_attn
--in_proj_weight
-+in_proj_weight + delta(default.in_proj_weight_q)
-  × 2, layers 0-1"""
-
-
-def test_diff_shows_a_fused_projection_once_for_all_layers() -> None:
-    model = gpt2()
-    gp.apply(model, "v:lora")
-    assert str(gp.diff(model)) == GPT2_DIFF
-
-
-def test_diff_of_a_whole_graph_is_folded_too() -> None:
-    model = gpt2().eval()
-    tokens = torch.randint(3, 100, (2, 7))
-    exported = torch.export.export(model, (), {"input_ids": tokens, "use_cache": False}, strict=False)
-    shown = gp.diff(gp.apply(exported, "qv:lora"))
-    assert shown.hunks == 1
-    assert "× 2, layers 0-1" in str(shown)
-    assert "default.transformer_h_*_attn_c_attn_q[2].weight" in str(shown)
-
-
-def test_diff_of_the_weight_form() -> None:
-    model = torch_encoder()
-    gp.apply(model, "q:lora", inputs=torch.randn(2, 7, 32))
-    assert str(gp.diff(model)) == ENCODER_DIFF
-
-
-def test_diff_is_empty_when_nothing_runs_and_leaves_the_model_as_it_was() -> None:
-    model = llama()
-    gp.apply(model, "qv:lora")
-    classes = [type(m) for m in model.modules()]
-    assert gp.diff(model).hunks == 2
-    assert [type(m) for m in model.modules()] == classes
-    gp.activate(model, None)
-    assert str(gp.diff(model)) == ""
 
 
 def test_plan_prints_sites_counts_and_what_was_skipped() -> None:
@@ -77,11 +28,54 @@ def test_plan_prints_sites_counts_and_what_was_skipped() -> None:
     )
     base = sum(p.numel() for p in gpt2().parameters())
     assert lines[4] == f"2 sites, 1,024 trainable of {base + 1024:,} parameters ({100 * 1024 / (base + 1024):.3f} %)"
+    assert lines[5:7] == ["rule matched skipped rejected", "qv[layers=1]:lora(r=4) 2 2 0"]
     assert "skipped 1 × q: layer 0 outside 1" in lines
     assert "skipped 2 × k: no rule names this role" in lines
     assert "skipped 1 × embed+head: no rule names this role" in lines
     plain = str(gp.plan(build("bert"), "qv:lora")).splitlines()
     assert "skipped 1 × other: a projection without a role" in plain
+
+
+def test_plan_folds_equal_layers_unless_told_not_to() -> None:
+    model = llama(layers=5)
+    folded, whole = (str(gp.plan(model, "qv[layers=1-4]:lora", fold=fold)) for fold in (True, False))
+    assert folded.count("q_proj.weight") == 1
+    assert "× 4, layers 1-4" in folded
+    assert "skipped 1 × q: layer 0 outside 1-4" in folded
+    assert whole.count("q_proj.weight") == 4
+    assert "skipped 3 × q: layers 2-4 outside 0-1" in str(gp.plan(model, "q[layers=0-1]:lora"))
+
+
+def test_a_plan_says_which_roles_of_a_rule_were_rejected() -> None:
+    text = str(gp.plan(gpt2(), "mlp:lora"))
+    assert re.search(r"^mlp:lora +4 +0 +1$", text, re.M)
+    assert "rejected `mlp:lora`, gate: matched without it: its mlp has up and down but no gate" in text
+
+
+def test_views_are_html_in_a_notebook_and_colors_on_a_console() -> None:
+    model = gp.apply(llama(), "qv[layers=0]:lora", name="a")
+    html = gp.plan(llama(), "q:lora", fold=False)._repr_html_()
+    assert html.count("<tr>") == (1 + 2) + (1 + 1)  # sites, and a line for the rule
+    assert "<td style" in html
+    diff = gp.diff(model)
+    assert diff._repr_html_().count("color:#1a7f37") == sum(line.startswith("+") for line in str(diff).splitlines())
+    console = Console(record=True, width=200, force_terminal=True, file=io.StringIO())
+    console.print(diff)
+    assert "\x1b[32m+%" in console.export_text(styles=True)
+
+
+def test_brackets_of_a_rule_are_no_markup() -> None:
+    assert str(gp.plan(t5(), "q[cross]:lora")).startswith("T5ForConditionalGeneration: q[cross]:lora\n")
+
+
+def test_views_as_plain_values() -> None:
+    model = gp.apply(llama(), "qv:lora; down:blora")
+    plan = json.loads(json.dumps(gp.plan(llama(), "qv:lora").as_dict()))
+    assert [site["role"] for site in plan["sites"]] == ["q", "v", "q", "v"]
+    assert plan["by_rule"] == [{"rule": "qv:lora", "matched": 4, "skipped": 0, "rejected": 0, "notes": []}]
+    (adapter,) = json.loads(json.dumps(gp.explain(model).as_dict()))["adapters"]
+    assert [site["now"]["kept"] for site in adapter["sites"] if site["site"]["role"] == "down"] == [8, 8]
+    assert len(json.loads(json.dumps(gp.sites(model).as_dict()))["sites"]) == len(gp.sites(model))
 
 
 def test_plan_counts_what_apply_then_trains() -> None:

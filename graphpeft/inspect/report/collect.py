@@ -36,7 +36,7 @@ def collect(model: nn.Module, inputs: Inputs = None, check: Level = "fast") -> D
     state = find_state(rewritten.model)
     sites = list(_sites(rewritten, state, drawn)) if state is not None else []
     return {
-        "title": type(rewritten.model).__name__,
+        "title": rewritten.name,
         "overview": _overview(rewritten, state, inputs, check),
         "sites": [{"id": number, **site} for number, site in enumerate(sites)],
         "skipped": list(_skipped(rewritten, state, drawn)),
