@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -63,12 +63,12 @@ def methods(
     """List the adapter methods: chain, trained numbers, whether they lower to LoRA, paper, options."""
     with at_work(debug):
         from graphpeft.apply import found_in
-        from graphpeft.inspect.methods import methods_text
+        from graphpeft.inspect.methods import methods as described
         from graphpeft.skeleton import skeleton
 
         built = skeleton(model) if model else None
         found = (built, found_in(built)) if built is not None else None
-        told = _methods(found, target) if as_json else methods_text(found, target)
+        told = described(found, target)
     say(told, as_json)
 
 
@@ -81,38 +81,8 @@ def why(
 ) -> None:
     """Say why a layer has an adapter, or would have none: its role, the rules, the pattern that came nearest."""
     with at_work(debug):
-        from graphpeft.inspect.why import why as ask
+        import graphpeft as gp
         from graphpeft.skeleton import skeleton
 
-        answer = ask(skeleton(model), path, rules)
+        answer = gp.why(skeleton(model), path, rules)
     say(answer, as_json)
-
-
-def _methods(found: Any, target: str) -> list[dict[str, Any]]:
-    from dataclasses import fields
-
-    import torch
-
-    from graphpeft.errors import AdapterError
-    from graphpeft.inspect.methods import SAMPLE, chain_text, lowers_text
-    from graphpeft.methods import get, names, options
-    from graphpeft.plan import make_plan
-    from graphpeft.rules import coerce
-
-    told: list[dict[str, Any]] = []
-    for name in names():
-        cls = get(name)
-        with torch.device("meta"):
-            chain = cls().chain(SAMPLE)
-            lowers = lowers_text(chain)
-        defaults = {field.name: field.default for field in fields(cls)}
-        accepted = [{"name": o.name, "default": defaults[o.name], "accepts": o.accepts} for o in options(cls)]
-        about = {"method": name, "chain": chain_text(chain), "merges": chain.before is None, "as_plain_lora": lowers}
-        if found is not None:
-            built, sites = found
-            try:
-                about["trained"] = make_plan(built, sites, coerce(f"{target}:{name}")).trainable
-            except AdapterError:  # such as a divisor that a width of this model does not have
-                about["trained"] = None
-        told.append(about | {"paper": cls.paper, "options": accepted})
-    return told

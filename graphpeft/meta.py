@@ -19,14 +19,14 @@ from torch.utils._pytree import tree_map_only
 
 
 @contextmanager
-def with_shapes(model: nn.Module) -> Iterator[Callable[[Any], Any]]:
+def with_shapes(model: nn.Module, mode: FakeTensorMode | None = None) -> Iterator[Callable[[Any], Any]]:
     """Replace the model's meta tensors for a while; yields what makes example inputs fit them."""
     stores: list[dict[str, Any]] = [s for m in model.modules() for s in (m._parameters, m._buffers, m.__dict__)]
     held = [(s, n, t) for s in stores for n, t in s.items() if isinstance(t, torch.Tensor) and t.is_meta]
     if not held:
         yield lambda example: example
         return
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
 
     def fake(tensor: torch.Tensor) -> torch.Tensor:
         return FakeTensor(mode, torch.empty_like(tensor, device="meta"), torch.device("cpu"))
@@ -51,11 +51,12 @@ def fill_shapes(graph: fx.Graph, owner: nn.Module) -> None:
     if known is None:
         return
     mode = known.fake_mode
-    for node in graph.nodes:
-        if "graphpeft" in node.meta and "val" not in node.meta:
-            value = _value(node, owner, mode)
-            if not isinstance(value, nn.Module):
-                node.meta["val"] = value
+    with with_shapes(owner, mode):  # weights on the meta device: beside fake CPU tensors they would not do
+        for node in graph.nodes:
+            if "graphpeft" in node.meta and "val" not in node.meta:
+                value = _value(node, owner, mode)
+                if not isinstance(value, nn.Module):
+                    node.meta["val"] = value
 
 
 def _value(node: fx.Node, owner: nn.Module, mode: FakeTensorMode) -> Any:
@@ -63,7 +64,7 @@ def _value(node: fx.Node, owner: nn.Module, mode: FakeTensorMode) -> Any:
     if node.op == "get_attr":
         path, _, leaf = str(node.target).rpartition(".")
         held = getattr(owner.get_submodule(path), leaf)
-        return mode.from_tensor(held) if isinstance(held, torch.Tensor) else held
+        return mode.from_tensor(held) if isinstance(held, torch.Tensor) and not is_fake(held) else held
     args, kwargs = fx.map_arg(
         (node.args, node.kwargs), lambda n: n.meta["val"] if "val" in n.meta else _value(n, owner, mode)
     )

@@ -176,7 +176,7 @@ def test_methods_as_json(folder: str) -> None:
     found = {each["method"]: each for each in told("methods", folder, "--target", "q")}
     assert found["lora"]["trained"] == gp.plan(skeleton(folder), "q:lora").trainable
     assert found["lora"]["options"][0] == {"name": "r", "default": 8, "accepts": "int >= 1"}
-    assert "trained" not in told("methods")[0]
+    assert told("methods")[0]["trained"] is None
 
 
 def test_passes_are_printed_and_dumped(folder: str, tmp_path: Path) -> None:
@@ -211,11 +211,6 @@ def to_come(name: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(not hasattr(gp, name), reason=f"gp.{name} is to come")
 
 
-on_skeletons = pytest.mark.xfail(
-    reason="to_networkx of an adapted skeleton: cpu and meta tensors meet in fill_shapes", strict=False
-)
-
-
 # -- what was done -------------------------------------------------------------------------------------------------
 
 
@@ -228,7 +223,6 @@ def test_why(folder: str) -> None:
     assert told("why", folder, path) == json.loads(json.dumps(why(skeleton(folder), path).as_dict()))
 
 
-@on_skeletons
 def test_diff_of_a_model_with_itself_adapted(folder: str) -> None:
     result = run.invoke(app, ["diff", folder, "--rules", "v:lora"])
     assert result.exit_code == 0, result.output
@@ -238,7 +232,6 @@ def test_diff_of_a_model_with_itself_adapted(folder: str) -> None:
     assert told("diff", folder, "-r", "v:lora") == json.loads(json.dumps(gp.diff(model).as_dict()))
 
 
-@on_skeletons
 def test_graph_and_diff_of_files(folder: str, tmp_path: Path) -> None:
     one, other = tmp_path / "one.json", tmp_path / "other.json"
     for out, rules in ((one, []), (other, ["-r", "q:lora"])):
@@ -333,9 +326,3 @@ print(*(name for name in sys.modules if name.partition(".")[0] in {"torch", "tra
 def test_commands_import_nothing_heavy_before_they_run() -> None:
     found = subprocess.run([sys.executable, "-c", IMPORTED], capture_output=True, text=True, check=True)
     assert found.stdout.split() == []
-
-
-@pytest.mark.xfail(reason="`import graphpeft` itself imports torch; see __init__", strict=False)
-def test_help_does_not_wait_for_torch() -> None:
-    code = "import sys, graphpeft.cli; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import torch
 from torch import nn
 
 from graphpeft.chain import Chain
 from graphpeft.errors import AdapterError
-from graphpeft.inspect.table import table
+from graphpeft.inspect.view import Grid, View
 from graphpeft.match.find import Found
 from graphpeft.methods import get, names, options
 from graphpeft.plan import make_plan
@@ -43,29 +45,67 @@ def lowers_text(chain: Chain) -> str:
         return "no"
 
 
-def methods_text(found: tuple[nn.Module, Found] | None = None, target: str = "qv") -> str:
-    """The table; with a model and its sites, also what each method with its defaults trains at `target`.
+@dataclass(frozen=True)
+class Described:
+    """One method, with its defaults."""
+
+    method: str
+    chain: str
+    merges: bool
+    as_plain_lora: str
+    """`rank 8`, the rank of an exactly equal pair at 768 × 768, or `no`."""
+    paper: str
+    options: tuple[dict[str, Any], ...]
+    """Name, default, and what is accepted."""
+    trained: int | None = None
+    """What it trains on the model that was asked about; `None` where it cannot, or no model was given."""
+
+
+@dataclass(frozen=True)
+class Methods(View):
+    """The methods as a table, and their options as another."""
+
+    described: tuple[Described, ...]
+    target: str | None
+    """Where a model was counted."""
+
+    def blocks(self) -> Iterator[Grid | str]:
+        counts = [f"trained at {self.target}"] if self.target else []
+        rows = [
+            (d.method, d.chain, *(["does not fit" if d.trained is None else f"{d.trained:,}"] if counts else []),
+             "yes" if d.merges else "no", d.as_plain_lora, d.paper)
+            for d in self.described
+        ]  # fmt: skip
+        yield Grid.of(("method", "chain (* frozen)", *counts, "merges", "as plain LoRA", "paper"), rows, right=counts)
+        yield "\n`as plain LoRA` is the rank of an exactly equal pair at 768 × 768 (see gp.lower), for the default options.\n"
+        details = [(d.method, o["name"], o["default"], o["accepts"]) for d in self.described for o in d.options]
+        yield Grid.of(("method", "option", "default", "accepts"), details)
+
+    def as_dict(self) -> list[dict[str, Any]]:
+        """The same as plain values, for `json.dumps`."""
+        return [asdict(each) for each in self.described]
+
+
+def methods(found: tuple[nn.Module, Found] | None = None, target: str = "qv") -> Methods:
+    """All methods; with a model and its sites, also what each with its defaults trains at `target`.
 
     Raises `MatchError` if the model has no such sites, `RuleError` if `target` is none.
     """
-    rows, details = [], []
+    told = []
     for name in names():
         cls = get(name)
         with torch.device("meta"):
             chain = cls().chain(SAMPLE)
             lowers = lowers_text(chain)
-        counted = [_trained(found, f"{target}:{name}")] if found else []
-        rows.append((name, chain_text(chain), *counted, "yes" if chain.before is None else "no", lowers, cls.paper))
-        accepted = {option.name: option.accepts for option in options(cls)}
-        details += [(name, field.name, field.default, accepted[field.name]) for field in fields(cls)]
-    trained = [f"trained at {target}"] if found else []
-    head = table(("method", "chain (* frozen)", *trained, "merges", "as plain LoRA", "paper"), rows, right=trained)
-    lines = "`as plain LoRA` is the rank of an exactly equal pair at 768 × 768 (see gp.lower), for the default options."
-    return f"{head}\n\n{lines}\n\n{table(('method', 'option', 'default', 'accepts'), details)}"
+        defaults = {field.name: field.default for field in fields(cls)}
+        given = tuple({"name": o.name, "default": defaults[o.name], "accepts": o.accepts} for o in options(cls))
+        trained = _trained(found, f"{target}:{name}") if found else None
+        told.append(Described(name, chain_text(chain), chain.before is None, lowers, cls.paper, given, trained))
+    return Methods(tuple(told), target if found else None)
 
 
-def _trained(found: tuple[nn.Module, Found], rule: str) -> str:
+def _trained(found: tuple[nn.Module, Found], rule: str) -> int | None:
     try:
-        return f"{make_plan(*found, coerce(rule)).trainable:,}"
+        return make_plan(*found, coerce(rule)).trainable
     except AdapterError:  # such as a divisor that a width of this model does not have
-        return "does not fit"
+        return None

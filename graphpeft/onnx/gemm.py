@@ -75,6 +75,7 @@ class _Flat:
                 x = node.inputs[0]
                 assert x is not None
                 made = ir.node("MatMul", [self.flattened(x), node.inputs[1]], name=node.name)
+                made.metadata_props.update(node.metadata_props)
                 made.outputs[0].shape, made.outputs[0].type = ir.Shape((None, dims(value)[-1])), value.type
                 self._after(node, made)
                 self.matrices[value] = made.outputs[0]
