@@ -48,7 +48,7 @@ def demo(
 PANELS = {
     "Start": (demo,),
     "Look at a model": (cli_look.plan, cli_look.sites, cli_look.roles, cli_look.methods, cli_look.why),
-    "Look at what was done": (cli_done.diff, cli_done.report, cli_done.graph),
+    "Look at what was done": (cli_done.explain, cli_done.diff, cli_done.report, cli_done.graph),
     "Ship": (cli_ship.export, cli_ship.doctor, cli_ship.run),
 }
 for panel, commands in PANELS.items():

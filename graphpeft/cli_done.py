@@ -20,6 +20,25 @@ Either = Annotated[
 ]
 
 
+def explain(
+    model: Model,
+    adapter: Annotated[
+        list[Path] | None, typer.Option("--adapter", "-a", help="A folder that gp.save wrote; repeatable.")
+    ] = None,
+    rules: SomeRules = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Show what adapters are: sites, ranks, how far they moved the weights, what gates chose."""
+    if not adapter and rules is None:
+        raise typer.BadParameter("name saved adapters with --adapter, or give --rules.")
+    with at_work(debug):
+        import graphpeft as gp
+
+        told = gp.explain(adapted(model, rules, adapter or ()))
+    say(told, as_json)
+
+
 def diff(
     before: Either,
     after: Annotated[

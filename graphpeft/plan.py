@@ -55,6 +55,11 @@ class Entry:
         with torch.device("meta"):
             return self.build().trainable()
 
+    def rank(self) -> int:
+        """An upper bound of the rank of the site's update."""
+        with torch.device("meta"):
+            return self.build().rank
+
     def form(self) -> str:
         """The form that the site takes: an update relative to the base weight may ask for the weight form."""
         with torch.device("meta"):
@@ -102,8 +107,8 @@ class Plan(View):
         cells = [(self._cells(e), e.site.layer if self.fold else None) for e in self.entries]
         lines = folded(cells) if self.fold else [(one, [layer]) for one, layer in cells]
         rows = [(*one, layers_text(layers) if len(layers) > 1 else "") for one, layers in lines]
-        columns = ("role", "weight", "rows", "out × in", "method", "form", "parameters", "source", "")
-        yield Grid.of(columns, rows, f"{self.model}: {to_text(self.rules)}", right=["parameters"])
+        columns = ("role", "weight", "rows", "out × in", "method", "form", "rank", "parameters", "source", "")
+        yield Grid.of(columns, rows, f"{self.model}: {to_text(self.rules)}", right=["rank", "parameters"])
         share = 100 * self.trainable / max(self.total, 1)
         yield f"{len(self)} sites, {self.trainable:,} trainable of {self.total:,} parameters ({share:.3f} %)"
         yield Grid.of(COUNTS, [(each.rule, *each.counts) for each in self.tallies], right=COUNTS[1:])
@@ -115,7 +120,7 @@ class Plan(View):
         name = names_text(site)
         shown = any_layer(name) if self.fold and self._repeated[any_layer(name), site.role] > 1 else name
         about = (role_text(site), shown, rows_text(site.rows), size_text(site), str(entry.method), entry.form())
-        return (*about, f"{entry.parameters():,}", site.source)
+        return (*about, str(entry.rank()), f"{entry.parameters():,}", site.source)
 
     @cached_property
     def _repeated(self) -> Counter[tuple[str, str]]:
@@ -133,6 +138,7 @@ class Plan(View):
                 "method": str(e.method),
                 "rule": e.rule,
                 "form": e.form(),
+                "rank": e.rank(),
                 "parameters": e.parameters(),
             }
             for e in self.entries

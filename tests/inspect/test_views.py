@@ -21,10 +21,10 @@ def test_plan_prints_sites_counts_and_what_was_skipped() -> None:
     text = str(gp.plan(gpt2(), "qv[layers=1]:lora(r=4)"))
     lines = [" ".join(line.split()) for line in text.splitlines()]
     assert lines[2].startswith(
-        "q transformer.h.1.attn.c_attn.weight 0:64 64 × 64 lora(r=4) branch 512 modeling_gpt2.py:"
+        "q transformer.h.1.attn.c_attn.weight 0:64 64 × 64 lora(r=4) branch 4 512 modeling_gpt2.py:"
     )
     assert lines[3].startswith(
-        "v transformer.h.1.attn.c_attn.weight 128:192 64 × 64 lora(r=4) branch 512 modeling_gpt2.py:"
+        "v transformer.h.1.attn.c_attn.weight 128:192 64 × 64 lora(r=4) branch 4 512 modeling_gpt2.py:"
     )
     base = sum(p.numel() for p in gpt2().parameters())
     assert lines[4] == f"2 sites, 1,024 trainable of {base + 1024:,} parameters ({100 * 1024 / (base + 1024):.3f} %)"
