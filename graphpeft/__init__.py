@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from graphpeft.inspect.diff import diff as diff
     from graphpeft.inspect.explain import explain as explain
     from graphpeft.inspect.network import to_networkx as to_networkx
+    from graphpeft.inspect.report.write import report as report
     from graphpeft.inspect.watch import watch as watch
     from graphpeft.inspect.why import why as why
     from graphpeft.passes.activate import activate as activate
@@ -61,6 +62,7 @@ HOMES = {
     "penalty": "train.penalty",
     "plan": "apply",
     "remove": "passes.activate",
+    "report": "inspect.report.write",
     "save": "passes.storage",
     "sites": "apply",
     "to_networkx": "inspect.network",

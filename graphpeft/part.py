@@ -77,6 +77,7 @@ class Part:
         """Write the graph anew with quantized weights, and to `reference` in float with the same rounded weights."""
         graph = ir.load(self.path)
         quantized = onnx.quantize(graph, self.slots, bits)
+        onnx.tag(quantized, self.slots)
         facts = dict(graph.metadata_props) | {"graphpeft.quantized": bits}
         onnx.save(onnx.rounded(graph, quantized), reference / self.path.name, self.slots, facts)
         onnx.save(quantized, self.path, self.slots, facts)

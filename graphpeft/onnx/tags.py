@@ -17,7 +17,10 @@ SITE, ADAPTER = "graphpeft.site", "graphpeft.adapter"
 @named("tags")
 def tag(model: ir.Model, slots: Sequence[Place]) -> None:
     """Tag what reads a slot with its site; a node that a pass made is where what it reads comes from."""
-    sites = {name: slot.label for slot in slots for name in slot.shapes}
+    # Of a slot that several weights share, each B is for one of them.
+    sites = {
+        name: name.partition(".lora_")[0] if ".lora_" in name else slot.label for slot in slots for name in slot.shapes
+    }
     for node in model.graph:
         before = [value.producer() for value in node.inputs if value is not None]
         known = [one.metadata_props for one in before if one is not None]
