@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -102,17 +103,24 @@ def filled(page: str, texts: dict[str, str]) -> str:
 
 def pictures(folder: Path) -> None:
     """Screenshots of a report, by the browser of the machine."""
-    import shutil
-
     from playwright.sync_api import sync_playwright
 
-    report = folder / "report.html"
-    gp.report(trained(llama(12), "qv:lora(r=4); mlp:blora"), report)
+    report = gp.report(trained(llama(12), "qv:lora(r=4); mlp:blora"), folder / "report.html")
     with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": 1400, "height": 900})
         page.goto(report.as_uri())
+        page.get_by_role("tab", name="Numbers").click()
+        page.screenshot(path=HERE / "inspect" / "report_numbers.png")
+        page.get_by_role("tab", name="Sites").click()
+        page.get_by_role("searchbox", name="Filter").fill("q_proj")
+        page.screenshot(path=HERE / "inspect" / "report_sites.png")
+        page.locator("#table tbody tr").first.click()
+        page.wait_for_timeout(1000)
         page.screenshot(path=HERE / "inspect" / "report.png")
+        page.get_by_label("Before and after").check()
+        page.wait_for_timeout(1000)
+        page.screenshot(path=HERE / "inspect" / "report_diff.png")
         browser.close()
 
 
