@@ -25,7 +25,8 @@ class Details {
   node(item) {
     const { node } = item;
     const known = {
-      kind: node.kind === "op" ? null : node.kind, shape: node.shape, dtype: node.dtype, arguments: node.arguments,
+      kind: node.kind === "op" ? null : node.kind, shape: node.shape, dtype: node.dtype,
+      arguments: /^[%, ]*$/.test(node.arguments ?? "") ? null : node.arguments,
       module: node.path, type: node.type, source: node.source, code: node.code, weight: node.weight, role: node.role,
       rule: node.rule, method: node.method, adapter: node.adapter,
     };

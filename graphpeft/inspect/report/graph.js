@@ -69,6 +69,7 @@ class GraphView {
     const data = {
       id: item.id, label: labelOf(item), width: box.width, height: box.height, depth: [...ancestors(item)].length,
       colour: colour(`--a${adapterNumber(ownerOf(item))}`), sign: item.group ? sign(open) : "",
+      indent: 28 - box.width, // an open module's name stands beside its sign
     };
     return { group: "nodes", data, position: { x: box.x, y: box.y }, classes: this.classes(item, open).join(" ") };
   }
@@ -211,8 +212,8 @@ class GraphView {
   home() {
     const cy = this.panes.after;
     const { x1, w, h, y1 } = cy.elements().boundingBox();
-    const zoom = Math.min(1, Math.max(CLEAR, Math.min((cy.width() - 40) / w, (cy.height() - 40) / h)));
-    cy.viewport({ zoom, pan: { x: (cy.width() - w * zoom) / 2 - x1 * zoom, y: 20 - y1 * zoom } });
+    const zoom = Math.min(1, Math.max(CLEAR, Math.min((cy.width() - 40) / w, (cy.height() - 60) / h)));
+    cy.viewport({ zoom, pan: { x: Math.max(20, (cy.width() - w * zoom) / 2) - x1 * zoom, y: (this.compare ? 40 : 20) - y1 * zoom } });
     this.follow(cy);
   }
 

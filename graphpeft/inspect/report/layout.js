@@ -15,7 +15,7 @@ function placed(root, open, edges, size) {
   const made = boxed(root, open, hops, size);
   const boxes = new Map();
   settle(root, made, 0, 0, boxes);
-  for (const edge of edges) edge.points = pointsOf(edge);
+  for (const edge of edges) edge.points = pointsOf(edge, boxes);
   return { boxes, edges };
 }
 
@@ -45,7 +45,7 @@ function hopsOf(edge, at) {
 /** A module's inside, laid out. Its size is known before the module around it is. */
 function boxed(group, open, hops, size) {
   const graph = new dagre.graphlib.Graph({ multigraph: true });
-  graph.setGraph({ rankdir: "TB", nodesep: 18, edgesep: 12, ranksep: 24 });
+  graph.setGraph({ rankdir: "TB", rankalign: "top", nodesep: 18, edgesep: 12, ranksep: 24 });
   graph.setDefaultEdgeLabel(() => ({}));
   const inner = new Map();
   for (const child of group.children) {
@@ -59,7 +59,7 @@ function boxed(group, open, hops, size) {
   const ends = (hop) => [hop.from, hop.to].map((id) => (inner.has(id) || graph.hasNode(`= ${id}`) ? `= ${id}` : gate(graph, id)));
   for (const hop of hops.get(group) ?? []) {
     hop.ends = ends(hop);
-    graph.setEdge(...hop.ends, { weight: 1 }, hop.key);
+    graph.setEdge(...hop.ends, { weight: hop.ends[0].startsWith("in ") ? 3 : 1 }, hop.key); // what reads an input stands high
   }
   dagre.layout(graph);
   return sized(graph, inner);
@@ -98,9 +98,32 @@ function settle(group, made, left, top, boxes) {
   group.routes = (hop) => made.graph.edge(hop.ends[0], hop.ends[1], hop.key).points.map((p) => ({ x: p.x + x, y: p.y + y }));
 }
 
-/** The hops' points in a row, without those on a straight line. */
-function pointsOf(edge) {
-  const points = edge.hops.flatMap((hop) => hop.group.routes(hop));
+/** The hops' points in a row: out at the bottom, straight through the gates and past tall boxes, in at the top. */
+function pointsOf(edge, boxes) {
+  const ways = edge.hops.map((hop) => hop.group.routes(hop));
+  ways.slice(1).forEach((next, i) => {
+    const way = ways[i];
+    if (edge.hops[i + 1].from.startsWith("in ")) way.at(-1).x = next[0].x;
+    else next[0].x = way.at(-1).x;
+  });
+  const points = ways.flat();
+  docked(points[0], points[1], boxes.get(edge.from.id), 1);
+  docked(points.at(-1), points.at(-2), boxes.get(edge.to.id), -1);
+  return straightened(points.flatMap((point, i) => steep(point, points[i + 1])));
+}
+
+function docked(end, next, box, side) {
+  const room = box.width / 2 - 12;
+  end.x = Math.min(Math.max(next.x, box.x - room), box.x + room);
+  end.y = box.y + (side * box.height) / 2;
+}
+
+/** A line turns aside only between two ranks, for boxes beside it may be taller than where it begins. */
+function steep(point, next) {
+  return next && next.y - point.y > 34 ? [point, { x: point.x, y: next.y - 10 }] : [point];
+}
+
+function straightened(points) {
   const kept = [];
   points.forEach((point, i) => {
     const [a, b] = [kept.at(-1), points[i + 1]];

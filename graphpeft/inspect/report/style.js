@@ -43,8 +43,8 @@ function stylesheet() {
     {
       selector: ".open",
       style: {
-        "background-opacity": 0.55, "border-color": c.line, "text-valign": "top", "text-margin-y": 24, color: c.quiet,
-        "z-index": "data(depth)",
+        "background-opacity": 0.55, "border-color": c.line, color: c.quiet, "z-index": "data(depth)",
+        "text-valign": "top", "text-halign": "right", "text-margin-x": "data(indent)", "text-margin-y": 23,
       },
     },
     { selector: ".adapter", style: { "background-color": "data(colour)", "background-opacity": 0.16, "border-color": "data(colour)", color: c.text } },
