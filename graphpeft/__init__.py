@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from graphpeft.passes.lower import lower as lower
     from graphpeft.passes.merge import merge as merge
     from graphpeft.passes.merge import unmerge as unmerge
+    from graphpeft.passes.merge_files import merge_files as merge_files
     from graphpeft.passes.storage import load as load
     from graphpeft.passes.storage import save as save
     from graphpeft.passes.verify import verify as verify
@@ -58,6 +59,7 @@ HOMES = {
     "load": "passes.storage",
     "lower": "passes.lower",
     "merge": "passes.merge",
+    "merge_files": "passes.merge_files",
     "parameter_groups": "train.groups",
     "penalty": "train.penalty",
     "plan": "apply",

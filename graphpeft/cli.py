@@ -49,7 +49,7 @@ PANELS = {
     "Start": (demo,),
     "Look at a model": (cli_look.plan, cli_look.sites, cli_look.roles, cli_look.methods, cli_look.why),
     "Look at what was done": (cli_done.explain, cli_done.diff, cli_done.report, cli_done.graph),
-    "Ship": (cli_ship.export, cli_ship.doctor, cli_ship.run),
+    "Ship": (cli_ship.merge, cli_ship.export, cli_ship.doctor, cli_ship.run),
 }
 for panel, commands in PANELS.items():
     for command in commands:

@@ -1,4 +1,4 @@
-"""Commands that ship a model: export, doctor, run."""
+"""Commands that ship a model: merge, export, doctor, run."""
 
 from __future__ import annotations
 
@@ -12,6 +12,22 @@ from graphpeft import cli_complete as complete
 from graphpeft.cli_shared import AsJson, Debug, Dump, PrintAfter, at_work, one_line, say
 
 Folder = Annotated[Path, typer.Argument(help="What export wrote.")]
+
+
+def merge(
+    base: Annotated[Path, typer.Argument(help="A local folder of a transformers model, in safetensors.")],
+    adapters: Annotated[list[Path], typer.Argument(help="Folders that gp.save wrote, folded in this order.")],
+    out: Annotated[Path, typer.Argument(help="A new folder.")],
+    any_base: Annotated[bool, typer.Option("--any-base", help="Only warn if the adapter had another base.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Fold adapters into a checkpoint on disk, one weight in memory at a time. After a kill, run it again to go on."""
+    with at_work(debug):
+        from graphpeft.passes.merge_files import merge_files
+
+        done = merge_files(base, adapters, out, any_base=any_base)
+    say(asdict(done) | {"out": str(done.out)} if as_json else done, as_json)
 
 
 def export(

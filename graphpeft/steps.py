@@ -24,6 +24,7 @@ PASSES = {
     "remove": "branches off",
     "merge": "branches into the weights",
     "unmerge": "the weights as they were",
+    "merge-files": "branches into the weights of a checkpoint on disk",
     "compact": "adapters as small as their gates say",
     "lower": "adapters as plain LoRA",
     "export": "reference to write, as below, and all checks",

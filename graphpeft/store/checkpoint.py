@@ -1,0 +1,143 @@
+"""A checkpoint in safetensors as bytes on a disk: which file holds a tensor, and where in it. Opening it reads headers alone.
+
+A file is 8 bytes, the length of its header; the header, JSON; then the tensors, one after the other without gaps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from graphpeft.errors import FileError
+
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""What a weight can be stored as to have an update added to it."""
+LONGEST = 100_000_000
+"""Bytes of a header that safetensors itself still reads."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor's dtype as safetensors names it, its shape, and its bytes in the file, from `begin` to `end`."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file; `tensors` are in the order of their bytes."""
+
+    path: Path
+    size: int
+    header: bytes
+    """Everything before the first tensor."""
+    tensors: Mapping[str, Stored]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor of floating-point numbers, mapped: its pages are read when they are looked at, and never written."""
+        place = self.tensors[name]
+        size = place.end - place.begin
+        data = np.memmap(self.path, np.uint8, "c", place.begin, (size,)) if size else np.empty(0, np.uint8)
+        return torch.from_numpy(data).view(FLOATS[place.dtype]).view(place.shape)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All files of a checkpoint, and for every tensor the one that holds it."""
+
+    folder: Path
+    shards: tuple[Shard, ...]
+    where: Mapping[str, Shard]
+
+    def digest(self) -> str:
+        """Of names, sizes, times and headers of the files: the same for the same files, told without reading them."""
+        digest = hashlib.sha256()
+        for shard in self.shards:
+            digest.update(f"{shard.path.name} {shard.size} {shard.path.stat().st_mtime_ns}\n".encode() + shard.header)
+        return digest.hexdigest()
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Find the tensors of a folder that `save_pretrained` wrote, in one file or in shards.
+
+    Raises `FileError` for a folder without safetensors, a missing or truncated file, and an index that does not fit.
+    """
+    index = {} if (folder / WHOLE).is_file() else _index(folder)
+    shards = tuple(_shard(folder / name) for name in sorted({*index.values()} or {WHOLE}))
+    where = {key: shard for shard in shards for key in shard.tensors}
+    astray = sorted(key for key, name in index.items() if key not in where or where[key].path.name != name)
+    if astray:
+        raise FileError(
+            f"{folder / INDEX} says that {index[astray[0]]} holds {astray[0]}, and it does not. Usually files of two "
+            f"checkpoints were mixed; copy the whole folder again."
+        )
+    return Checkpoint(folder, shards, where)
+
+
+def _index(folder: Path) -> dict[str, str]:
+    """From every tensor to the name of its file."""
+    path = folder / INDEX
+    if not path.is_file():
+        raise FileError(
+            f"{folder} holds neither {WHOLE} nor {INDEX}. Pass a folder that save_pretrained wrote; weights in another format "
+            f"are rewritten by from_pretrained(...).save_pretrained(...)."
+        )
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        index = {str(key): str(name) for key, name in found.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FileError(f"{path} is no index of a checkpoint: {error!r}. Copy the folder again.") from error
+    outside = [name for name in index.values() if Path(name).name != name]
+    if outside or not index:
+        raise FileError(f"{path} names {outside[:1] or 'no file'}, where files of the folder itself are expected.")
+    return index
+
+
+def _shard(path: Path) -> Shard:
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else LONGEST + 1
+            text = file.read(length) if length <= LONGEST else b""
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror}. Every file of a checkpoint is needed.") from error
+    try:
+        tensors = _places(json.loads(text), 8 + len(text))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _broken(path, "its header is not one of safetensors") from error
+    ends = [8 + len(text), *(place.end for place in tensors.values())]
+    if any(place.begin != end for place, end in zip(tensors.values(), ends, strict=False)):
+        raise _broken(path, "its tensors overlap or leave gaps")
+    if ends[-1] != size:
+        raise _broken(path, f"it has {size:,} bytes, and its header tells of {ends[-1]:,}")
+    return Shard(path, size, prefix + text, tensors)
+
+
+def _places(header: dict[str, Any], start: int) -> dict[str, Stored]:
+    found = {}
+    for name, about in header.items():
+        if name != "__metadata__":
+            begin, end = about["data_offsets"]
+            found[name] = Stored(str(about["dtype"]), tuple(map(int, about["shape"])), start + begin, start + end)
+            width = FLOATS[found[name].dtype].itemsize if found[name].dtype in FLOATS else None
+            if width is not None and end - begin != prod(found[name].shape) * width:
+                raise ValueError(name)
+    return dict(sorted(found.items(), key=lambda item: (item[1].begin, item[1].end)))
+
+
+def _broken(path: Path, why: str) -> FileError:
+    return FileError(f"{path} is damaged: {why}. Usually a copy or download was cut short; copy the file again.")

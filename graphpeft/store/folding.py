@@ -1,0 +1,73 @@
+"""Updates of adapters onto stored weights, when nothing but the weight at hand is in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from graphpeft.chain import Chain
+from graphpeft.errors import AdapterError
+from graphpeft.program import Site
+from graphpeft.state import saved
+from graphpeft.weight_form import added, update
+
+BLOCK = 1 << 22
+"""Numbers that are summed at a time."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one adapter adds at one site. The chain is on the meta device until it is used."""
+
+    adapter: str
+    site: Site
+    chain: Chain
+    tensors: Mapping[str, torch.Tensor]
+    """Of the whole adapter, as its file names them."""
+    seed: int
+
+    def delta(self, weight: torch.Tensor) -> torch.Tensor:
+        """ΔW laid out as the weight is stored; `weight` is the base's."""
+        chain, site = self.chain, self.site
+        # What sites share is made once, and is no longer on the meta device when the next site comes.
+        chain._apply(lambda tensor: torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor)
+        chain.reset(self.seed, site.key)
+        for key, tensor in saved(site, chain):
+            tensor.copy_(self.tensors[key])
+        with chain.settled():
+            delta = update(chain, weight, site)
+        return (delta.transpose(-1, -2) if site.transposed else delta).reshape(weight.shape)
+
+
+def folded(name: str, weight: torch.Tensor, updates: Sequence[Update]) -> Iterator[torch.Tensor]:
+    """The weight with all updates added in turn, block by block along its first axis; the same numbers as `gp.merge` makes.
+
+    Sums are in float32 or wider, and cast last. Raises `AdapterError` if a number of the result is not finite.
+    """
+    with torch.no_grad():
+        deltas = [each.delta(weight) for each in updates]
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        rows = max(1, BLOCK * len(weight) // max(1, weight.numel()))
+        for start in range(0, len(weight), rows):
+            block = weight[start : start + rows].to(wide)
+            for delta in deltas:
+                block = added(block, delta[start : start + rows], transposed=False)
+            block = block.to(weight.dtype)
+            if not torch.isfinite(torch.stack(torch.aminmax(block))).all():
+                raise _endless(name, weight, updates, deltas)
+            yield block
+
+
+def _endless(
+    name: str, weight: torch.Tensor, updates: Sequence[Update], deltas: Sequence[torch.Tensor]
+) -> AdapterError:
+    bad = [each.adapter for each, delta in zip(updates, deltas, strict=True) if not torch.isfinite(delta).all()]
+    if bad:
+        cause = f"the update of {bad[0]} has. Usually training diverged: take an earlier checkpoint of the adapter."
+    elif not torch.isfinite(weight).all():
+        cause = "the base weight itself has. Copy the base again, or leave this weight out of the rules."
+    else:
+        cause = f"the sum is too large for {weight.dtype}. Store the base in a wider dtype first."
+    return AdapterError(f"{name} would have NaN or infinite values when merged: {cause} Nothing was written.")
