@@ -211,9 +211,10 @@ class GraphView {
   /** Where reading begins: the top, at a size that can be read. */
   home() {
     const cy = this.panes.after;
-    const { x1, w, h, y1 } = cy.elements().boundingBox();
-    const zoom = Math.min(1, Math.max(CLEAR, Math.min((cy.width() - 40) / w, (cy.height() - 60) / h)));
-    cy.viewport({ zoom, pan: { x: Math.max(20, (cy.width() - w * zoom) / 2) - x1 * zoom, y: (this.compare ? 40 : 20) - y1 * zoom } });
+    const { left, top, width, height } = this.layout;
+    const zoom = Math.min(1, Math.max(CLEAR, Math.min((cy.width() - 40) / width, (cy.height() - 60) / height)));
+    const x = Math.max(20, (cy.width() - width * zoom) / 2) - left * zoom;
+    cy.viewport({ zoom, pan: { x, y: (this.compare ? 40 : 20) - top * zoom } });
     this.follow(cy);
   }
 
@@ -231,7 +232,7 @@ class GraphView {
     const go = (nodes) => { if (nodes?.nonempty()) this.reveal(nodes[0].id()); };
     const keys = {
       "+": () => this.zoom(1.2), "-": () => this.zoom(1 / 1.2), 0: () => this.fit(), Escape: () => this.choose(null),
-      ArrowDown: () => go(chosen ? chosen.outgoers("node") : this.panes.after.nodes().not(".group").roots()),
+      ArrowDown: () => go(chosen ? chosen.outgoers("node") : this.topmost()),
       ArrowUp: () => go(chosen?.incomers("node")),
       ArrowRight: () => go(this.beside(chosen, 1)),
       ArrowLeft: () => go(this.beside(chosen, -1)),
@@ -240,6 +241,10 @@ class GraphView {
     if (!keys[event.key] || event.ctrlKey || event.metaKey || event.altKey) return;
     event.preventDefault();
     keys[event.key]();
+  }
+
+  topmost() {
+    return this.panes.after.nodes().not(".open").sort((a, b) => a.position("y") - b.position("y"));
   }
 
   /** The nearest of what reads the same values. */

@@ -4,7 +4,7 @@
 
 const SPACE = { side: 14, top: 34, bottom: 12 };
 
-/** Sizes and centres of items, and points of edges: `{boxes: Map(id → {x, y, width, height}), edges}`. */
+/** Where items are, by id as `{x, y, width, height}` of their middle; points of edges; and how much room all of it takes. */
 function placed(root, open, edges, size) {
   const hops = new Map();
   const at = (group) => {
@@ -16,7 +16,7 @@ function placed(root, open, edges, size) {
   const boxes = new Map();
   settle(root, made, 0, 0, boxes);
   for (const edge of edges) edge.points = pointsOf(edge, boxes);
-  return { boxes, edges };
+  return { boxes, edges, left: made.shift.x, top: made.shift.y, width: made.content, height: made.inside };
 }
 
 /** An edge's way: out of the boxes around its source, across, and into those around its target. */
@@ -81,7 +81,8 @@ function sized(graph, inner) {
   const above = graph.hasNode("top") ? SPACE.top - 24 : SPACE.top; // the wall's rank is space enough
   const below = graph.hasNode("bottom") ? 0 : SPACE.bottom;
   const shift = { x: SPACE.side, y: above };
-  return { graph, inner, shift, content: width, width: width + 2 * SPACE.side, height: height + above + below };
+  const outer = { width: width + 2 * SPACE.side, height: height + above + below };
+  return { graph, inner, shift, content: width, inside: height, ...outer };
 }
 
 /** From each box's own coordinates to the page's; a group's hops get their points here. */
