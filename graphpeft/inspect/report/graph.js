@@ -272,7 +272,7 @@ function adapterLabel(item) {
 
 /** A value that enters or leaves is called after the module that made it; a block's own number says nothing. */
 function titleOf(node) {
-  return /^\d+$/.test(node.op) && node.path ? node.path.split(".").slice(-2).join(".") : node.op;
+  return node.kind !== "op" && /^\d+$/.test(node.op) && node.path ? node.path.split(".").slice(-2).join(".") : node.op;
 }
 
 function typeOf(item) {

@@ -40,9 +40,10 @@ class SiteTable {
     this.filter();
   }
 
-  /** Whether a column has anything to say of a site: `all` rows is nothing. */
+  /** Whether a column has anything to say of a site: `all` rows is nothing, and so is the only adapter there is. */
   says(site, key) {
     const value = site[key];
+    if (key === "adapter" && report.overview.adapters.length === 1) return false;
     return value !== null && value !== undefined && value !== "" && !(key === "rows" && value === "all");
   }
 
