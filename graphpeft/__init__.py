@@ -24,12 +24,14 @@ if TYPE_CHECKING:
     from graphpeft.passes.activate import activate as activate
     from graphpeft.passes.activate import disabled as disabled
     from graphpeft.passes.activate import remove as remove
+    from graphpeft.passes.combine import combine as combine
     from graphpeft.passes.compact import compact as compact
     from graphpeft.passes.export import export as export
     from graphpeft.passes.lower import lower as lower
     from graphpeft.passes.merge import merge as merge
     from graphpeft.passes.merge import unmerge as unmerge
     from graphpeft.passes.merge_files import merge_files as merge_files
+    from graphpeft.passes.rename import rename as rename
     from graphpeft.passes.storage import load as load
     from graphpeft.passes.storage import save as save
     from graphpeft.passes.verify import verify as verify
@@ -51,6 +53,8 @@ HOMES = {
     "apply": "apply",
     "bops": "inspect.bops",
     "capture": "capture",
+    "combine": "passes.combine",
+    "rename": "passes.rename",
     "compact": "passes.compact",
     "diff": "inspect.diff",
     "disabled": "passes.activate",

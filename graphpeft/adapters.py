@@ -50,6 +50,14 @@ class Adapters(nn.Module):
         self.guests = {path for path in self.guests if not path.startswith(f"{name}.")}
         self.active = tuple(a for a in self.active if a != name)
 
+    def rename(self, old: str, new: str) -> None:
+        """Keep the order, in which active adapters act."""
+        self._modules = {new if name == old else name: module for name, module in self._modules.items()}
+        self.sites = {new if name == old else name: sites for name, sites in self.sites.items()}
+        self.active = tuple(new if name == old else name for name in self.active)
+        prefix = f"{old}."
+        self.guests = {new + path[len(old) :] if path.startswith(prefix) else path for path in self.guests}
+
     def take(self, name: str, site: Site) -> None:
         """Remove the branch of one site, and the adapter with its last one."""
         key = slot(site)

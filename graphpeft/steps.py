@@ -27,6 +27,8 @@ PASSES = {
     "merge-files": "branches into the weights of a checkpoint on disk",
     "compact": "adapters as small as their gates say",
     "lower": "adapters as plain LoRA",
+    "combine": "several adapters as one",
+    "rename": "another name for an adapter",
     "export": "reference to write, as below, and all checks",
     "reference": "PyTorch's outputs, to compare with",
     "translate": "torch.onnx",

@@ -63,6 +63,7 @@ def _smaller(model: nn.Module, adapter: str) -> dict[Site, Made | None]:
         with torch.device(chain.device):
             branch = smaller.build().to(chain.dtype)
         _fill(chain, branch)
+        branch.strength = chain.strength
         made[entry.site] = smaller, branch
     return made
 

@@ -39,6 +39,8 @@ class Chain(nn.Module):
         super().__init__()
         self.factors = nn.ModuleList(factors)
         self.scale = scale
+        self.strength = 1.0
+        """What the whole update is multiplied by while several adapters act together (see `activate`)."""
         self.start: Start | None = None
         self.reweight: Reweight | None = None
         self.before: Transform | None = None
@@ -134,7 +136,12 @@ class Chain(nn.Module):
     def _with(self, scale: float, probability: float) -> Chain:
         made = Chain(self._factors, scale, probability)
         made.start, made.reweight, made.before = self.start, self.reweight, self.before
+        made.strength = self.strength
         return made
+
+    @property
+    def _times(self) -> float:
+        return self.scale * self.strength
 
     @contextmanager
     def settled(self) -> Iterator[None]:
@@ -178,7 +185,7 @@ class Chain(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`(..., inputs)` to `(..., outputs)`: `scale` times the product, after dropout."""
         x = self._product(x, self._factors)
-        return x if self.scale == 1 else x * self.scale
+        return x if self._times == 1 else x * self._times
 
     def accumulate(self, y: Tensor, x: Tensor, product: Tensor | None = None, gain: Tensor | None = None) -> Tensor:
         """`y + self(x)`, the last product, the scale and the sum being one kernel where the factor allows.
@@ -190,9 +197,9 @@ class Chain(nn.Module):
         scatter, *factors = self._factors
         if not (isinstance(scatter, Scatter) and factors):
             first, rest = scatter, factors
-            return first.accumulate(y, self._product(x, rest), self.scale)
+            return first.accumulate(y, self._product(x, rest), self._times)
         first, *rest = factors
-        return first.accumulate(y, self._product(x, rest), self.scale, scatter)
+        return first.accumulate(y, self._product(x, rest), self._times, scatter)
 
     def _product(self, x: Tensor, factors: list[Factor]) -> Tensor:
         x = self.dropout(x) if self.probability else x
@@ -204,9 +211,9 @@ class Chain(nn.Module):
         A `relative` update takes the base weight's adapted rows `(rows, inputs)`; of others `weight` is not looked at.
         """
         if self.reweight is None:
-            return self.scale * _dense(self._factors)
+            return self._times * _dense(self._factors)
         assert weight is not None, "an update relative to the base weight needs it"
-        product = self.scale * _dense(self._inner)
+        product = self._times * _dense(self._inner)
         delta: Tensor = self.reweight(weight.to(product.dtype), product)
         first = self._factors[0]
         return first.times(delta) if isinstance(first, Scatter) else delta
@@ -234,7 +241,7 @@ class Chain(nn.Module):
     def pair(self) -> tuple[Tensor, Tensor]:
         """A and B of the product of two factors or more alone, whatever is around it: see `to_lora`."""
         a, b = self._cut()
-        return a, self.scale * b
+        return a, self._times * b
 
     def gain(self, weight: Tensor) -> Tensor:
         """What a `relative` update beside a projection multiplies the rows of W + Δ by, `(outputs,)`."""
@@ -258,7 +265,7 @@ class Chain(nn.Module):
             return F.embedding(ids, self.delta(), padding_idx)
         a, b = self._cut()
         rows = F.embedding(ids, b, padding_idx) @ a
-        return rows if self.scale == 1 else rows * self.scale
+        return rows if self._times == 1 else rows * self._times
 
     def add_rows(self, y: Tensor, ids: Tensor, padding_idx: int | None = None) -> Tensor:
         """`y + lookup(ids)` in the dtype of `y`, summed in the wider one."""

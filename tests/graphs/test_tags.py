@@ -42,5 +42,6 @@ def test_modules_of_the_model_are_found_in_the_graph(tmp_path: Path) -> None:
     paths = {about["path"] for _, about in graph.nodes(data=True) if about["kind"] == "op" and "path" in about}
     assert "transformer.h.1.attn.c_attn" in paths
     assert paths - {""} <= {*dict(model.named_modules())}
-    scopes = [p.value for node in onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph.node for p in node.metadata_props if p.key == SCOPES]  # fmt: skip
+    nodes = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph.node
+    scopes = [each.value for node in nodes for each in node.metadata_props if each.key == SCOPES]
     assert all(isinstance(ast.literal_eval(text), list) for text in scopes)

@@ -1,0 +1,204 @@
+"""Combine: make one adapter of several, each with a weight, as plain LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from graphpeft.chain import Chain
+from graphpeft.errors import AdapterError
+from graphpeft.methods import LoRA
+from graphpeft.passes.insert import check_name, insert
+from graphpeft.plan import Entry
+from graphpeft.program import Site, stored
+from graphpeft.rules import parse, to_text
+from graphpeft.state import chains, get_state, names, refuse_merged, set_active
+from graphpeft.steps import named
+from graphpeft.weight_form import update
+
+How = Literal["cat", "linear", "svd", "ties", "dare"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One adapter's update of a site, and the weight that it gets."""
+
+    weight: float
+    chain: Chain
+    base: Tensor
+
+    @contextmanager
+    def as_trained(self) -> Iterator[None]:
+        """Without the strength that the adapter may have been activated with."""
+        strength, self.chain.strength = self.chain.strength, 1.0
+        try:
+            with self.chain.settled():
+                yield
+        finally:
+            self.chain.strength = strength
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """A `(r, inputs)` and B `(outputs, r)` with B A = ΔW. Raises `AdapterError` where there is none."""
+        with self.as_trained():
+            a, b = self.chain.to_lora()
+        return a.float(), b.float()
+
+    def delta(self, site: Site) -> Tensor:
+        """ΔW, `(outputs, inputs)`, of which every site has one."""
+        with self.as_trained():
+            return update(self.chain, self.base, site).float()
+
+
+@named("combine")
+@torch.no_grad()
+def combine(
+    model: nn.Module,
+    weights: Mapping[str, float],
+    name: str,
+    how: How = "cat",
+    *,
+    rank: int | None = None,
+    density: float = 0.5,
+    seed: int = 0,
+) -> nn.Module:
+    """Add an adapter that does what several do together, and activate it; returns the model.
+
+    Args:
+        weights: names of adapters, and what their updates are multiplied by.
+        name: of the new adapter, which is plain LoRA at every site that any of them has.
+        how: `cat` is exact, with the ranks added up. `svd` is the nearest of rank `rank` to the exact sum. `linear` adds A and
+            adds B, each times √weight, which needs equal ranks and is no sum of updates. `ties` keeps the largest `density` of
+            each update's entries, elects a sign for every entry, and averages what agrees (Yadav et al., 2023); `dare` drops
+            entries at random and rescales the others by 1 / density (Yu et al., 2024); both end with the nearest of rank `rank`.
+        rank: for `svd`, `ties` and `dare`; by default the largest of the adapters' ranks at the site.
+        seed: what `dare` draws from.
+
+    Raises: `AdapterError`, and changes nothing, for an unknown name, a merged model, tensors on the meta device, ranks that
+        differ (`linear`), or an update that is no LoRA pair (`cat`, `linear`).
+    """
+    refuse_merged(model, "combine adapters")
+    chosen = names(model, tuple(weights))
+    check_name(model, name)
+    _check(chosen, how, density)
+    found = _parts(model, weights)
+    generator = torch.Generator().manual_seed(seed)
+    made: dict[Site, tuple[Tensor, Tensor]] = {}
+    for site, parts in found.items():
+        made[site] = _pair(site, parts, how, rank, density, generator)
+    entries = tuple(
+        Entry(site, LoRA(r=a.shape[-2]), f"{site.role}:lora(r={a.shape[-2]})") for site, (a, _) in made.items()
+    )
+    insert(
+        model,
+        name,
+        _rules(model, chosen, max(e.method.r for e in entries if isinstance(e.method, LoRA))),
+        seed,
+        entries,
+    )
+    for site, chain in chains(model, name).items():
+        _fill(chain, *made[site], site)
+    set_active(model, (name,))
+    return model
+
+
+def _check(chosen: Sequence[str], how: str, density: float) -> None:
+    if not chosen:
+        raise AdapterError("No adapters are named. Pass weights such as {'a': 0.5, 'b': 0.5}.")
+    if how not in get_args(How):
+        raise AdapterError(f"There is no way {how!r} to combine adapters. There are: {', '.join(get_args(How))}.")
+    if not 0 < density <= 1:
+        raise AdapterError(f"density = {density} is no share of entries. Give a number above 0 and at most 1.")
+
+
+def _parts(model: nn.Module, weights: Mapping[str, float]) -> dict[Site, list[Part]]:
+    """What each site is made of, in the order of the names."""
+    found: dict[Site, list[Part]] = {}
+    for name, weight in weights.items():
+        for site, chain in chains(model, name).items():
+            if chain.device.type == "meta":
+                raise AdapterError(f"Adapter {name!r} has no values at {site.weight}: it is on the meta device.")
+            found.setdefault(site, []).append(Part(float(weight), chain, stored(model, site.weight).detach()))
+    return found
+
+
+def _pair(
+    site: Site, parts: Sequence[Part], how: How, rank: int | None, density: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """A and B of the combined update, of the whole weight."""
+    if how in {"cat", "linear"}:
+        try:
+            pairs = [part.pair() for part in parts]
+        except AdapterError as error:
+            raise AdapterError(f"{site.weight} ({site.role}): {error} Or combine with how='svd'.") from error
+        return _joined(parts, pairs) if how == "cat" else _added(site, parts, pairs)
+    deltas = torch.stack([part.delta(site) for part in parts])
+    scales = torch.tensor([part.weight for part in parts]).view(-1, *(1 for _ in deltas.shape[1:]))
+    if how == "ties":
+        total = _elected(_largest(deltas, density), scales)
+    else:
+        kept = torch.rand(deltas.shape, generator=generator) < density if how == "dare" else 1.0
+        total = (deltas * kept * scales).sum(0) / (density if how == "dare" else 1.0)
+    limit = min(total.shape[-2:])
+    return _nearest(total, min(rank or max(part.chain.rank for part in parts), limit))
+
+
+def _joined(parts: Sequence[Part], pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    scaled = [part.weight * b for part, (_, b) in zip(parts, pairs, strict=True)]
+    return torch.cat([a for a, _ in pairs], -2), torch.cat(scaled, -1)
+
+
+def _added(site: Site, parts: Sequence[Part], pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    if len({a.shape for a, _ in pairs}) > 1:
+        ranks = ", ".join(str(a.shape[-2]) for a, _ in pairs)
+        raise AdapterError(
+            f"{site.weight} ({site.role}): ranks {ranks} cannot be added. Combine with how='cat' or 'svd'."
+        )
+    roots = [abs(part.weight) ** 0.5 for part in parts]
+    signs = [1.0 if part.weight >= 0 else -1.0 for part in parts]
+    a = sum(root * a for root, (a, _) in zip(roots, pairs, strict=True))
+    b = sum(sign * root * b for sign, root, (_, b) in zip(signs, roots, pairs, strict=True))
+    assert isinstance(a, Tensor)
+    assert isinstance(b, Tensor)
+    return a, b
+
+
+def _largest(deltas: Tensor, density: float) -> Tensor:
+    """Of each update the `density` of its entries that are largest, zero elsewhere."""
+    flat = deltas.flatten(1).abs()
+    count = max(int(density * flat.shape[1]), 1)
+    kept = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, flat.topk(count, 1).indices, True)
+    return deltas * kept.view_as(deltas)
+
+
+def _elected(deltas: Tensor, scales: Tensor) -> Tensor:
+    """The mean, entry by entry and each times its weight, of what has the sign of the sum."""
+    agree = torch.sign(deltas) == torch.sign(deltas.sum(0))
+    agree &= deltas != 0
+    return (deltas * scales * agree).sum(0) / agree.sum(0).clamp_min(1)
+
+
+def _nearest(total: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The pair of that rank whose product is nearest (Eckart and Young); its halves share the singular values."""
+    u, s, v = torch.linalg.svd(total, full_matrices=False)
+    root = s[..., :rank].sqrt()
+    return root.unsqueeze(-1) * v[..., :rank, :], u[..., :rank] * root.unsqueeze(-2)
+
+
+def _fill(chain: Chain, a: Tensor, b: Tensor, site: Site) -> None:
+    left, right = list(chain.factors)[-2:]
+    if site.rows and b.shape[-2] == site.full:
+        b = torch.cat([b[..., start:stop, :] for start, stop in site.rows], -2)
+    left.weight.copy_(b)  # type: ignore[operator]
+    right.weight.copy_(a)  # type: ignore[operator]
+
+
+def _rules(model: nn.Module, chosen: Sequence[str], rank: int) -> str:
+    """The rules of all, with plain LoRA as the method: what the new adapter's sites were chosen by."""
+    rules = [rule for name in chosen for rule in parse(get_state(model).adapters[name].rules)]
+    made = {str(rule): rule for rule in (replace(rule, method=LoRA(r=rank), options=("r",)) for rule in rules)}
+    return to_text(made.values())
