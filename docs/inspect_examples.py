@@ -119,6 +119,8 @@ def pictures(folder: Path) -> None:
         page.wait_for_timeout(1000)
         page.screenshot(path=HERE / "inspect" / "report.png")
         page.get_by_label("Before and after").check()
+        page.get_by_role("tab", name="Sites").click()
+        page.locator("#table tbody tr").first.click()
         page.wait_for_timeout(1000)
         page.screenshot(path=HERE / "inspect" / "report_diff.png")
         browser.close()
