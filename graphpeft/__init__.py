@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from graphpeft.passes.merge_files import merge_files as merge_files
     from graphpeft.passes.rename import rename as rename
     from graphpeft.passes.storage import load as load
+    from graphpeft.passes.storage import push_to_hub as push_to_hub
     from graphpeft.passes.storage import save as save
     from graphpeft.passes.verify import verify as verify
     from graphpeft.runtime import Session as Session
@@ -67,6 +68,7 @@ HOMES = {
     "parameter_groups": "train.groups",
     "penalty": "train.penalty",
     "plan": "apply",
+    "push_to_hub": "passes.storage",
     "remove": "passes.activate",
     "report": "inspect.report.write",
     "save": "passes.storage",

@@ -1,32 +1,52 @@
-"""Save and load adapters: from a model to a folder and back."""
+"""Save and load adapters: from a model to a folder and back, in our own format or PEFT's."""
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from math import prod
 from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
 from graphpeft.adapters import places
-from graphpeft.errors import AdapterError, FileError
+from graphpeft.errors import AdapterError, CaptureError, FileError
 from graphpeft.passes.activate import remove
 from graphpeft.passes.initialize import initialize
 from graphpeft.passes.insert import check_name, insert
 from graphpeft.plan import Entry
 from graphpeft.program import Site, stored
-from graphpeft.state import chains, find_state, get_state, names, saved, set_active
+from graphpeft.samples import settled
+from graphpeft.state import chains, find_state, get_state, hidden, inactive, names, saved, set_active
 from graphpeft.steps import step
-from graphpeft.store.native import AdapterFile, fingerprint, read_adapter, write_adapter
+from graphpeft.store import hub
+from graphpeft.store.native import DESCRIPTION, AdapterFile, fingerprint, read_adapter, write_adapter
+from graphpeft.store.peft_config import CONFIG
+from graphpeft.store.peft_read import read_peft
+from graphpeft.store.peft_write import write_peft
+from graphpeft.survey import survey
+
+Format = Literal["graphpeft", "peft"]
 
 
-def save(model: nn.Module, folder: str | Path, name: str | None = None) -> Path:
+def save(model: nn.Module, folder: str | Path, name: str | None = None, format: Format = "graphpeft") -> Path:
     """Write one adapter (the only one, or the one called `name`) to a folder; returns the folder.
 
     Only what was trained is stored, in the adapter's own dtype. Warns about base parameters that train too, for they
-    belong to no adapter. Raises `AdapterError` if the model has several adapters and none is named.
+    belong to no adapter.
+
+    With `format="peft"` the folder is one that `peft.PeftModel.from_pretrained(base, folder)` loads to the same outputs. LoRA
+    (with rsLoRA) and DoRA go as they are; of a fused projection the whole weight is adapted there, with zeros in the rows
+    that no site has, and of its several sites one LoRA of the summed rank. VeRA goes as VeRA. Every other method goes as
+    the plain LoRA that it equals, as `gp.lower` makes it, so that it does not load as that method again.
+
+    Raises `AdapterError`, and writes nothing, if the model has several adapters and none is named, or for a site whose
+    update PEFT cannot hold; `FileError` if the folder holds an adapter in the other format.
     """
+    if format not in get_args(Format):
+        raise AdapterError(f"There is no format {format!r}. Formats: {', '.join(get_args(Format))}.")
     state = get_state(model)
     if name is None and len(state.adapters) > 1:
         raise AdapterError(
@@ -41,6 +61,14 @@ def save(model: nn.Module, folder: str | Path, name: str | None = None) -> Path:
             f"are not saved with it. Save them yourself: torch.save or safetensors on model.state_dict().",
             stacklevel=2,
         )
+    other = Path(folder) / (DESCRIPTION if format == "peft" else CONFIG)
+    if other.exists():
+        raise FileError(
+            f"{other} is an adapter in another format, which would stay beside this one. Name another folder."
+        )
+    if format == "peft":
+        write_peft(model, chosen, Path(folder))
+        return Path(folder)
     adapter = state.adapters[chosen]
     tensors = {key: p for site, chain in chains(model, chosen).items() for key, p in saved(site, chain)}
     content = AdapterFile(
@@ -50,22 +78,57 @@ def save(model: nn.Module, folder: str | Path, name: str | None = None) -> Path:
     return Path(folder)
 
 
-def load(model: nn.Module, folder: str | Path, name: str | None = None, *, any_base: bool = False) -> nn.Module:
+def push_to_hub(
+    model: nn.Module, repo_id: str, name: str | None = None, format: Format = "graphpeft", **options: Any
+) -> str:
+    """Save an adapter as `save` does, and put it into a repository of the Hugging Face Hub; returns the commit's URL.
+
+    The repository is made if it is not there. `options` are those of `huggingface_hub.upload_folder`, such as `token` and
+    `commit_message`, and `private`. Raises as `save` and huggingface_hub do.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        return hub.upload(save(model, folder, name, format), repo_id, **options)
+
+
+def load(
+    model: nn.Module,
+    folder: str | Path,
+    name: str | None = None,
+    *,
+    any_base: bool = False,
+    strict: bool = True,
+    revision: str | None = None,
+) -> nn.Module:
     """Add the adapter of a folder to a model and activate it; returns the model.
 
-    `name` renames it. Raises `FileError`, and leaves the model as it was, if the folder is not an intact adapter, does
-    not fit the model, or was trained on other base weights; with `any_base` the last is a warning.
+    Args:
+        folder: one that `save` wrote, or PEFT (LoRA, rsLoRA, DoRA and VeRA in safetensors); or `owner/name` of a repository
+            of the Hugging Face Hub, if there is no such folder.
+        name: renames it; an adapter of PEFT's has no name of its own, and is called `default`.
+        any_base: other base weights than the adapter was trained on are a warning rather than an error. PEFT's format says
+            nothing of them, but for those that it saved too (`modules_to_save`), which are never loaded.
+        strict: tensors of PEFT's that are missing, unexpected, or of another shape are an error rather than a warning.
+        revision: of the repository.
+
+    Raises `FileError`, and leaves the model as it was, if the folder is not an intact adapter, does not fit the model, or
+    was trained on other base weights.
     """
-    content = read_adapter(Path(folder))
+    place = hub.local(folder, revision)
+    if (place / CONFIG).is_file() and not (place / DESCRIPTION).is_file():
+        check_name(model, name or "default")
+        content = read_peft(model, place, _sites(model), any_base=any_base, strict=strict)
+    else:
+        content = read_adapter(place)
     chosen = name or content.name
     check_name(model, chosen)
-    _check_sites(model, content, Path(folder))
-    _check_base(model, content, Path(folder), any_base)
+    _check_sites(model, content, place)
+    _check_tensors(content, place)
+    _check_base(model, content, place, any_base)
     before = state.active if (state := find_state(model)) else ()
     insert(model, chosen, content.rules, content.seed, content.entries)
     try:
         initialize(model, chosen)
-        _fill(model, chosen, content, Path(folder))
+        _fill(model, chosen, content)
         with step("activate", model):
             set_active(model, (chosen,))
     except BaseException:
@@ -76,9 +139,18 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, any_b
     return model
 
 
+def _sites(model: nn.Module) -> tuple[Site, ...]:
+    """What dataflow finds; of a model that cannot be captured, nothing, and weights are known by their paths."""
+    try:
+        with inactive(model), hidden(model), settled(model):
+            return survey(model).sites
+    except CaptureError:
+        return ()
+
+
 def _check_base(model: nn.Module, content: AdapterFile, folder: Path, any_base: bool) -> None:
-    """Base weights are those that the adapter was trained on, but for a cast to bfloat16."""
-    if content.fingerprint == _fingerprint(model, content.entries):
+    """Base weights are those that the adapter was trained on, but for a cast to bfloat16; PEFT's files do not say."""
+    if not content.fingerprint or content.fingerprint == _fingerprint(model, content.entries):
         return
     found = f"{folder} was trained on other base weights than {type(model).__name__} has now."
     if not any_base:
@@ -142,19 +214,31 @@ def _has(model: nn.Module, path: str) -> bool:
     return any(name == path for name, _ in model.named_modules(remove_duplicate=False))
 
 
-def _fill(model: nn.Module, name: str, content: AdapterFile, folder: Path) -> None:
-    wanted = {key: p for site, chain in chains(model, name).items() for key, p in saved(site, chain)}
+def _check_tensors(content: AdapterFile, folder: Path) -> None:
+    """The file has the tensors that its sites' methods make, and no others: seen on the meta device, where none is made."""
+    wanted: dict[str, tuple[int, ...]] = {}
+    try:
+        with torch.device("meta"):
+            for entry in content.entries:
+                wanted |= {key: tuple(tensor.shape) for key, tensor in saved(entry.site, entry.build())}
+    except (AdapterError, RuntimeError, ValueError, OverflowError, TypeError) as error:
+        raise FileError(
+            f"{folder}: its methods do not fit its sites: {error}. It was changed by hand, or damaged."
+        ) from error
     missing, extra = sorted(wanted.keys() - content.tensors.keys()), sorted(content.tensors.keys() - wanted.keys())
     if missing or extra:
         raise FileError(
             f"{folder}: tensors and sites disagree; missing {missing[:3] or 'none'}, unexpected {extra[:3] or 'none'}. "
             f"The file was written by another version or changed by hand."
         )
-    for key, parameter in wanted.items():
-        tensor = content.tensors[key]
-        if tensor.shape != parameter.shape:
-            raise FileError(
-                f"{folder}: {key} has shape {tuple(tensor.shape)}, the method makes {tuple(parameter.shape)}."
-            )
-        with torch.no_grad():
-            parameter.copy_(tensor)
+    for key, shape in wanted.items():
+        if tuple(content.tensors[key].shape) != shape:
+            found = tuple(content.tensors[key].shape)
+            raise FileError(f"{folder}: {key} has shape {found}, the method makes {shape}.")
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, name: str, content: AdapterFile) -> None:
+    for site, chain in chains(model, name).items():
+        for key, parameter in saved(site, chain):
+            parameter.copy_(content.tensors[key])

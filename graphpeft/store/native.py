@@ -7,6 +7,7 @@ not stored.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import warnings
@@ -30,6 +31,7 @@ from graphpeft.store.files import write
 
 FORMAT, VERSION = "graphpeft", 1
 TENSORS, DESCRIPTION = "adapter.safetensors", "adapter.json"
+ASIDE = f".{TENSORS}.new"
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,12 @@ class AdapterFile:
 
 
 def write_adapter(folder: Path, adapter: AdapterFile) -> None:
-    """Write both files, tensors first; the description holds their digest, so a torn pair is noticed on reading."""
+    """Write both files, so that a kill at any moment leaves the old adapter or the new one.
+
+    New tensors stand aside until their description, which holds their digest, has replaced the old one.
+    """
+    with contextlib.suppress(OSError, FileError):  # a kill may have left the tensors of what is there aside
+        _tensors(folder, json.loads((folder / DESCRIPTION).read_bytes())["tensors_sha256"], settle=True)
     data = save_tensors({k: t.detach().cpu().contiguous() for k, t in adapter.tensors.items()}, {"format": "pt"})
     description = {
         "format": FORMAT,
@@ -62,22 +69,15 @@ def write_adapter(folder: Path, adapter: AdapterFile) -> None:
             for e in adapter.entries
         ],
     }
-    write(folder / TENSORS, data)
+    write(folder / ASIDE, data)
     write(folder / DESCRIPTION, (json.dumps(description, indent=1) + "\n").encode())
+    (folder / ASIDE).replace(folder / TENSORS)
 
 
 def read_adapter(folder: Path) -> AdapterFile:
     """Read and check an adapter folder. Raises `FileError` for anything missing, torn, foreign or newer."""
     about = _describe(folder)
-    try:
-        data = (folder / TENSORS).read_bytes()
-    except OSError as error:
-        raise FileError(f"{folder / TENSORS} cannot be read: {error}. An adapter folder needs both files.") from error
-    if hashlib.sha256(data).hexdigest() != about["tensors_sha256"]:
-        raise FileError(
-            f"{folder / TENSORS} is not the file that {DESCRIPTION} describes: it was cut short, changed, or copied from "
-            f"another adapter. Copy the whole folder again."
-        )
+    data = _tensors(folder, about["tensors_sha256"])
     try:
         tensors = load_tensors(data)
         entries = tuple(_entry(site) for site in about["sites"])
@@ -89,17 +89,37 @@ def read_adapter(folder: Path) -> AdapterFile:
     return AdapterFile(about["name"], about["rules"], about["seed"], entries, tensors, about["base_fingerprint"])
 
 
+def _tensors(folder: Path, digest: str, settle: bool = False) -> bytes:
+    """The file of tensors that has this digest, which a kill may have left aside; with `settle` it gets its name."""
+    failed: OSError | None = None
+    for path in (folder / TENSORS, folder / ASIDE):
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            failed = failed or error
+            continue
+        if hashlib.sha256(data).hexdigest() == digest:
+            if settle and path.name == ASIDE:
+                path.replace(folder / TENSORS)
+            return data
+    if failed is not None and failed.filename == str(folder / TENSORS):
+        raise FileError(f"{folder / TENSORS} cannot be read: {failed}. An adapter folder needs both files.") from failed
+    raise FileError(
+        f"{folder / TENSORS} is not the file that {DESCRIPTION} describes: it was cut short, changed, or copied from "
+        f"another adapter. Copy the whole folder again."
+    )
+
+
 def _describe(folder: Path) -> dict[str, Any]:
     path = folder / DESCRIPTION
     if not path.is_file():
         found = sorted(p.name for p in folder.iterdir())[:5] if folder.is_dir() else []
-        foreign = (
-            " It looks like a PEFT adapter, which this version does not read." if "adapter_config.json" in found else ""
-        )
+        inside = [p.parent.name for p in folder.glob("*/adapter_config.json")] if folder.is_dir() else []
+        foreign = f" PEFT's adapters are in its folders {', '.join(inside)}." if inside else ""
         raise FileError(
             f"{folder} is no graphpeft adapter: there is no {DESCRIPTION}"
             + (f" (it holds {', '.join(found)})." if found else ".")
-            + f"{foreign} Pass a folder that gp.save wrote."
+            + f"{foreign} Pass a folder that gp.save or PEFT wrote."
         )
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
@@ -124,18 +144,44 @@ def _describe(folder: Path) -> dict[str, Any]:
     return about
 
 
-def _entry(saved: Mapping[str, Any]) -> Entry:
+def _entry(saved: Any) -> Entry:
     # A method is only ever written in a rule, so a rule is what reads it.
-    return Entry(_site(saved), parse(f"linear:{saved['method']}")[0].method, str(saved["rule"]))
+    site = _site(saved)
+    return Entry(site, parse(f"linear:{saved['method']}")[0].method, str(saved["rule"]))
 
 
-def _site(saved: Mapping[str, Any]) -> Site:
-    known = {f.name for f in fields(Site)}
-    values = {k: v for k, v in saved.items() if k in known}
-    values["rows"] = tuple((int(a), int(b)) for a, b in values["rows"]) if values["rows"] else None
-    values["shape"] = tuple(map(int, values["shape"]))
+KINDS: dict[str, tuple[type, ...]] = {
+    "role": (str,), "weight": (str,), "cross": (bool,), "layer": (int, type(None)), "form": (str,), "owner": (str,),
+    "full": (int,), "transposed": (bool,), "stack": (int, type(None)), "calls": (int,), "source": (str,),
+    "rows": (list, type(None)), "shape": (list,), "tied": (list,),
+}  # fmt: skip
+"""Of a site's fields, as JSON gives them."""
+
+
+def _site(saved: Any) -> Site:
+    """A site of a file. Raises `ValueError`, `TypeError` or `KeyError` for what cannot be one."""
+    if not isinstance(saved, dict):
+        raise TypeError(f"{str(saved)[:40]!r} is no site")
+    values = {k: v for k, v in saved.items() if k in {f.name for f in fields(Site)}}
+    for name, value in values.items():
+        if type(value) not in KINDS[name]:
+            raise TypeError(f"a site's {name} is {str(value)[:40]!r}")
+    rows, shape = values["rows"], values["shape"]
+    values["rows"] = tuple((_size(a, least=0), _size(b)) for a, b in rows) if rows else None
+    values["shape"] = tuple(map(_size, shape))
+    if len(shape) != 2 or values.get("form", "branch") not in {"branch", "weight"}:
+        raise ValueError(f"a site has shape {shape} and form {values.get('form')!r}")
+    bounds = [0, *(bound for run in values["rows"] or () for bound in run), values.get("full") or shape[0]]
+    if bounds != sorted(bounds):
+        raise ValueError(f"a site has rows {rows} of {bounds[-1]}")
     values["tied"] = tuple(map(_site, values.get("tied", ())))
     return Site(**values)
+
+
+def _size(value: Any, least: int = 1) -> int:
+    if type(value) is not int or value < least:
+        raise ValueError(f"{str(value)[:40]!r} is no size")
+    return value
 
 
 def fingerprint(weights: Mapping[str, torch.Tensor]) -> str:

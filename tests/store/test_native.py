@@ -165,7 +165,7 @@ DAMAGE = {
     "tensors missing": (lambda f: (f / "adapter.safetensors").unlink(), "cannot be read"),
     "description cut short": (_cut_json, "not readable JSON"),
     "description missing": (lambda f: (f / "adapter.json").unlink(), "no graphpeft adapter"),
-    "a PEFT adapter": (_foreign_peft, "looks like a PEFT adapter"),
+    "an empty PEFT adapter": (_foreign_peft, "its peft_type is None"),
     "another JSON": (lambda f: (f / "adapter.json").write_text("[1]"), "not a description of a graphpeft adapter"),
     "a newer version": (_edit(version=99), "Update graphpeft"),
     "an unknown site": (_edit(sites=[{"role": "q"}]), "cannot be understood"),
