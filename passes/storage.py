@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
+from collections.abc import Iterable
 from math import prod
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from graphpeft.adapters import places
+from graphpeft.chain import Chain, Factor
 from graphpeft.errors import AdapterError, CaptureError, FileError
 from graphpeft.passes.activate import remove
 from graphpeft.passes.initialize import initialize
@@ -219,8 +221,10 @@ def _check_tensors(content: AdapterFile, folder: Path) -> None:
     wanted: dict[str, tuple[int, ...]] = {}
     try:
         with torch.device("meta"):
-            for entry in content.entries:
-                wanted |= {key: tuple(tensor.shape) for key, tensor in saved(entry.site, entry.build())}
+            made = [(entry.site, entry.build()) for entry in content.entries]
+            _share([chain for _, chain in made])  # what sites share is as wide as the widest needs it
+            for site, chain in made:
+                wanted |= {key: tuple(tensor.shape) for key, tensor in saved(site, chain)}
     except (AdapterError, RuntimeError, ValueError, OverflowError, TypeError) as error:
         raise FileError(
             f"{folder}: its methods do not fit its sites: {error}. It was changed by hand, or damaged."
@@ -235,6 +239,14 @@ def _check_tensors(content: AdapterFile, folder: Path) -> None:
         if tuple(content.tensors[key].shape) != shape:
             found = tuple(content.tensors[key].shape)
             raise FileError(f"{folder}: {key} has shape {found}, the method makes {shape}.")
+
+
+def _share(chains: Iterable[Chain]) -> None:
+    pool: dict[str, Any] = {}
+    for chain in chains:
+        for place, factor in enumerate(chain.factors):
+            assert isinstance(factor, Factor)
+            chain.factors[place] = factor.joined(pool)
 
 
 @torch.no_grad()

@@ -78,12 +78,16 @@ def read_peft(model: nn.Module, folder: Path, found: Sequence[Site], *, any_base
     tensors = _without_base(model, config, tensors, folder, any_base)
     problems = Problems()
     prefixes = dict.fromkeys(match[1] for key in tensors if (match := OURS.match(key)))
+    vera = config["peft_type"] == "VERA"
     try:
         spots = list(locate(model, config, prefixes, found))
+        parts = list((_vera if vera else _lora)(config, tensors, spots, problems))
     except NoEquivalent as error:
         raise FileError(f"{folder}: {error}. Use it with PEFT, and merge it there.") from error
-    vera = config["peft_type"] == "VERA"
-    parts = list((_vera if vera else _lora)(config, tensors, spots, problems))
+    except (RuleError, TypeError, ValueError, re.error) as error:
+        raise FileError(
+            f"{folder / CONFIG} cannot be understood: {error} Usually it was edited by hand; save it again with PEFT."
+        ) from error
     _tell(problems, folder, model, strict)
     if not parts:
         raise FileError(f"{folder} holds nothing that fits {type(model).__name__}. Load the base that it was made for.")
@@ -151,9 +155,7 @@ def _lora(
         expected = spot.laid(a, b, torch.empty(b.shape[-2], device="meta") if dora else None)
         wanted |= expected.keys()
         if dora and spot.kind not in ("linear", "conv"):
-            raise FileError(
-                f"{spot.target}: DoRA of a table is relative to columns in PEFT and to rows here. Merge it there."
-            )
+            raise NoEquivalent(f"{spot.target}: DoRA of a table is relative to its columns there, and to its rows here")
         if not _fit(expected, tensors, problems):
             continue
         rslora = bool(config.get("use_rslora"))
@@ -161,10 +163,7 @@ def _lora(
         droppable = not dora and site.form == "branch" and spot.kind == "linear"
         if dropout and not droppable and spot.kind != "embedding":
             problems.undropped.append(spot.target)
-        try:
-            method: Method = DoRA(**given) if dora else LoRA(**given, dropout=dropout if droppable else 0.0)
-        except RuleError as error:
-            raise FileError(f"{spot.target}: {error} Its config is damaged, or meant for another version.") from error
+        method: Method = DoRA(**given) if dora else LoRA(**given, dropout=dropout if droppable else 0.0)
         a, b = spot.read(tensors)
         yield Part(site, method, (b, a, *([tensors[f"{spot.prefix}.{MAGNITUDE}"].flatten()] if dora else ())))
     problems.unexpected += [key for key in tensors if key not in wanted]
@@ -196,12 +195,8 @@ def _vera(
 
 def _bank(tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     """The projections B and A, if the file has both."""
-    found = [tensors.get(f"{BANK}.vera_{side}") for side in "BA"]
-    return (
-        tuple(tensor for tensor in found if tensor is not None)
-        if None not in [t is None or None for t in found]
-        else ()
-    )
+    names = [f"{BANK}.vera_{side}" for side in "BA"]
+    return tuple(tensors[name] for name in names) if all(name in tensors for name in names) else ()
 
 
 def _fit(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], problems: Problems) -> bool:

@@ -14,7 +14,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, fx, nn
 
 from graphpeft.adapters import places
-from graphpeft.chain import Chain, Diag, Magnitude, Projection, Scatter, Weighted
+from graphpeft.chain import Chain, Diag, Magnitude, Projection, Weighted
 from graphpeft.errors import AdapterError
 from graphpeft.methods import DoRA, LoRA, VeRA
 from graphpeft.plan import Entry
@@ -99,7 +99,11 @@ def _leaf(weight: str) -> str:
 
 
 def _refusal(site: Site, why: str) -> AdapterError:
-    return AdapterError(f"PEFT's format cannot hold the adapter of {site.weight} ({site.role}): {why}. {INSTEAD}")
+    return AdapterError(f"{_held_back(site)}: {why}. {INSTEAD}")
+
+
+def _held_back(site: Site) -> str:
+    return f"PEFT's format cannot hold the adapter of {site.weight} ({site.role})"
 
 
 # -- LoRA and DoRA -----------------------------------------------------------------------------------------------------
@@ -113,9 +117,9 @@ def _lora(
     dropout = _dropout(found, spots)
     pairs: dict[str, Pair] = {}
     for entry in entries:
-        pair = _pair(model, entry, found[entry.site], dora)
         if dora and any(spot.kind not in ("linear", "conv") for spot in spots[entry.site.weight]):
             raise _refusal(entry.site, "PEFT has another DoRA, or none, for tables and bare parameters")
+        pair = _pair(model, entry, found[entry.site], dora)
         before = pairs.get(entry.site.weight)
         pairs[entry.site.weight] = pair if before is None else _beside(before, pair, entry.site)
     rslora = all(isinstance(entry.method, (LoRA, DoRA)) and entry.method.rslora for entry in entries)
@@ -150,18 +154,30 @@ def _pair(model: nn.Module, entry: Entry, chain: Chain, dora: bool) -> Pair:
     """The pair of one site as tall as the whole weight."""
     with chain.settled():
         if type(entry.method) in (LoRA, DoRA):
-            *scatter, left, right = list(chain.factors)
+            left, right = list(chain.factors)[-2:]
             assert isinstance(left, Weighted)
             assert isinstance(right, Weighted)
-            a, b, scale = right.value, left.value, chain.scale
-            b = scatter[0].expand(b, -2) if scatter and isinstance(scatter[0], Scatter) else b
+            a, b, scale = right.value, _tall(left.value, entry.site), chain.scale
         else:
             try:
                 (a, b), scale = chain.to_lora(), 1.0
             except AdapterError as error:
-                raise AdapterError(f"{entry.site.weight} ({entry.site.role}): {error}") from error
+                raise AdapterError(f"{_held_back(entry.site)}: {error}") from error
         pair = Pair(a.to(chain.dtype), b.to(chain.dtype), scale)
         return replace(pair, magnitude=_magnitude(model, entry.site, chain)) if dora else pair
+
+
+def _tall(b: Tensor, site: Site) -> Tensor:
+    """B with zeros in the rows of the weight that the site does not have."""
+    if site.rows is None:
+        return b
+    whole = b.new_zeros(*b.shape[:-2], site.full, b.shape[-1])
+    whole[..., _index(site), :] = b
+    return whole
+
+
+def _index(site: Site) -> list[int]:
+    return [row for run in site.rows or ((0, site.outputs),) for row in range(*run)]
 
 
 def _magnitude(model: nn.Module, site: Site, chain: Chain) -> Tensor:
@@ -170,8 +186,7 @@ def _magnitude(model: nn.Module, site: Site, chain: Chain) -> Tensor:
     whole = replace(site, rows=None, shape=(site.full or site.outputs, site.inputs))
     lengths = torch.linalg.vector_norm(oriented(weight, *layout(whole)).to(chain.dtype), dim=-1)
     assert isinstance(chain.reweight, Magnitude)
-    index = [row for run in site.rows or ((0, len(lengths)),) for row in range(*run)]
-    lengths[index] = chain.reweight.magnitude.value
+    lengths[_index(site)] = chain.reweight.magnitude.value
     return lengths
 
 
@@ -183,8 +198,7 @@ def _beside(one: Pair, other: Pair, site: Site) -> Pair:
     if one.magnitude is None or other.magnitude is None:
         return Pair(a, b, scale)
     lengths = one.magnitude.clone()
-    for first, last in site.rows or ():
-        lengths[first:last] = other.magnitude[first:last]
+    lengths[_index(site)] = other.magnitude[_index(site)]
     return Pair(a, b, scale, lengths)
 
 
