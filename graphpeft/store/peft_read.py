@@ -39,6 +39,9 @@ from graphpeft.store.peft_sites import locate
 
 OURS = re.compile(r"^(.+)\.(lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector|vera_lambda_[bd])$")
 
+MOST = 12
+"""Names that a message lists."""
+
 
 @dataclass
 class Problems:
@@ -51,7 +54,12 @@ class Problems:
 
     def __str__(self) -> str:
         found = {"missing": self.missing, "unexpected": self.unexpected, "of another shape": self.mismatched}
-        return "; ".join(f"{what}: {', '.join(names)}" for what, names in found.items() if names)
+        return "; ".join(f"{what}: {_listed(names)}" for what, names in found.items() if names)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MOST} more" if len(names) > MOST else ""
+    return ", ".join(names[:MOST]) + more
 
 
 @dataclass(frozen=True)
@@ -120,7 +128,7 @@ def _without_base(
     other = sorted(name for key, name in base.items() if not _same(tensors[key], own[name]))
     if other:
         kept = config.get("modules_to_save")
-        found = f"{folder} has base weights that are not the model's: {', '.join(other)}" + (
+        found = f"{folder} has base weights that are not the model's: {_listed(other)}" + (
             f" (modules_to_save: {', '.join(kept)})." if kept else "."
         )
         if not any_base:
@@ -215,7 +223,7 @@ def _fit(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], problems
 def _tell(problems: Problems, folder: Path, model: nn.Module, strict: bool) -> None:
     if problems.undropped:
         warnings.warn(
-            f"{folder} was trained with dropout that {', '.join(problems.undropped)} cannot have here; it loads without.",
+            f"{folder} was trained with dropout that {_listed(problems.undropped)} cannot have here; it loads without.",
             stacklevel=5,
         )
     if not str(problems):
