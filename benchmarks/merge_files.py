@@ -28,13 +28,14 @@ SHAPES: dict[str, dict[str, int]] = {
 SHARD = {"7b": 5 << 30, "1b": 1 << 30, "small": 1 << 19}
 
 
-def make(folder: Path, shape: str, rules: str) -> None:
+def make(folder: Path, shape: str, layers: int | None, rules: str) -> None:
     """A checkpoint, one shard in memory at a time, and adapters for it of both tools."""
     import torch
     from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(**SHAPES[shape], dtype="bfloat16", architectures=["LlamaForCausalLM"])
+    sizes = SHAPES[shape] | ({"num_hidden_layers": layers} if layers else {})
+    config = LlamaConfig(**sizes, dtype="bfloat16", architectures=["LlamaForCausalLM"])
     config.save_pretrained(folder / "base")
     with torch.device("meta"):
         model = LlamaForCausalLM(config).bfloat16()
@@ -85,9 +86,9 @@ def _adapter(folder: Path, model: Any, rules: str) -> None:
 
 
 def graphpeft(folder: Path) -> None:
-    import graphpeft as gp
+    from graphpeft.cli import app
 
-    gp.merge_files(folder / "base", folder / "adapter", folder / "out")
+    app(["merge", *(str(folder / name) for name in ("base", "adapter", "out"))], standalone_mode=False)
 
 
 def copy(folder: Path) -> None:
@@ -139,6 +140,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="7b")
     parser.add_argument("--small", action="store_const", const="small", dest="shape")
     parser.add_argument("--rules", default="linear:lora(r=8)")
+    parser.add_argument("--layers", type=int, help="Fewer than the shape has: memory depends on the largest weight.")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--peft", action="store_true", help="PEFT too, which holds the whole model.")
     parser.add_argument("--folder", type=Path, help="Where to work, on the disk to measure; default: the system's.")
@@ -146,13 +148,14 @@ def main() -> None:
     options = parser.parse_args()
     if options.case:
         case, folder = options.case[0], Path(options.case[1])
-        told = make(folder, options.shape, options.rules) if case == "make" else measured(case, folder)
-        print(json.dumps(told))
+        if case == "make":
+            make(folder, options.shape, options.layers, options.rules)
+        print(json.dumps(None if case == "make" else measured(case, folder)))
         return
 
     def child(case: str) -> Any:
         # This process stays small: a child's peak starts at its parent's.
-        command = [sys.executable, __file__, "--shape", options.shape, "--rules", options.rules, "--case", case, name]
+        command = [sys.executable, __file__, *sys.argv[1:], "--case", case, name]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         return json.loads(output.splitlines()[-1])
 
@@ -166,7 +169,8 @@ def main() -> None:
             cold(folder)
             runs[case].append(child(case))
             shutil.rmtree(folder / "out")
-    print(f"{options.shape}, {size / 1e9:.2f} GB, {options.rules}")
+    layers = f" of {options.layers} layers" if options.layers else ""
+    print(f"{options.shape}{layers}, {size / 1e9:.2f} GB, {options.rules}")
     print(f"{'':<10} {'seconds min / max':>18} {'CPU seconds':>12} {'MB/s':>7} {'peak GB':>8}")
     for case, found in runs.items():
         seconds = [run["seconds"] for run in found]

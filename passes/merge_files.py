@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from torch import nn
 
 from graphpeft.errors import AdapterError, FileError
-from graphpeft.passes.merge import _refuse_tied as refuse_tied
-from graphpeft.passes.storage import load
-from graphpeft.program import Site, stored
-from graphpeft.skeleton import skeleton
-from graphpeft.state import chains
+from graphpeft.passes.merge_plan import Updates, digest, plan_updates
 from graphpeft.steps import counted, named, step
 from graphpeft.store import unfinished
-from graphpeft.store.checkpoint import FLOATS, INDEX, WHOLE, Checkpoint, Shard, open_checkpoint
-from graphpeft.store.folding import Update, folded
-from graphpeft.store.keys import origins
-from graphpeft.store.native import DESCRIPTION, TENSORS, AdapterFile, fingerprint, read_adapter
+from graphpeft.store.checkpoint import INDEX, WHOLE, Checkpoint, Shard, open_checkpoint
+from graphpeft.store.folding import folded
 
 CHUNK = 1 << 22
 """Bytes that are copied at a time."""
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".onnx", ".onnx_data", ".gguf"}
 """Endings of files that hold weights: beside merged ones they would be those of another model."""
-
-Updates = dict[str, list[Update]]
-"""By the name of a stored tensor, what is added to it."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +50,7 @@ def merge_files(
 
     Args:
         base: a folder of a transformers model in safetensors, one file or shards.
-        adapter: a folder that `gp.save` wrote, or several, folded in this order.
+        adapter: a folder that `gp.save` or PEFT wrote, or several, folded in this order.
         out: a new folder. It appears when it is whole; until then the work stands in `out.part`, and the same call after a
             kill goes on from there. Shards, names, dtypes and metadata are the base's, and its tokenizer and configs are
             copied.
@@ -80,8 +68,8 @@ def merge_files(
     if base in out.parents:
         raise FileError(f"{out} lies inside of {base}, whose files are copied. Name a folder elsewhere.")
     checkpoint = open_checkpoint(base)
-    updates = _plan(checkpoint, folders, any_base)
-    sources = {"base": checkpoint.digest(), "adapter": "+".join(map(_digest, folders))}
+    updates = plan_updates(checkpoint, folders, any_base)
+    sources = {"base": checkpoint.digest(), "adapter": "+".join(map(digest, folders))}
     others, left_out = _others(checkpoint)
     count, kept = len(updates), 0
     try:
@@ -104,92 +92,6 @@ def merge_files(
             f"and give the same command again."
         ) from error
     return MergedFiles(out, count, len(checkpoint.shards), len(checkpoint.shards) if folder is None else kept, left_out)
-
-
-# -- what is added to which tensor ---------------------------------------------------------------------------------
-
-
-def _plan(checkpoint: Checkpoint, folders: Sequence[Path], any_base: bool) -> Updates:
-    """Every adapter checked against the checkpoint, and its chains, still without memory, by the tensors they go into."""
-    model = skeleton(str(checkpoint.folder))
-    held = origins(model, checkpoint.where)
-    planned: Updates = {}
-    for number, folder in enumerate(folders):
-        content = read_adapter(folder)
-        for site in (entry.site for entry in content.entries):
-            _take_dtype(model, site, checkpoint, held)
-        with warnings.catch_warnings():  # there are no weights that could be the right ones
-            warnings.simplefilter("ignore")
-            load(model, folder, name=f"adapter_{number}", any_base=True)
-        found = chains(model, f"adapter_{number}")
-        keys = {site: _keys(model, site, checkpoint, held) for site in found}
-        _check_base(checkpoint, {site.weight: names[0] for site, names in keys.items()}, content, folder, any_base)
-        for site, chain in found.items():
-            refuse_tied(model, site)
-            chain.require_linear(f"{folder} cannot be folded into {site.weight} ({site.role})")
-            for key in keys[site]:
-                one = Update(str(folder), site, chain, content.tensors, content.seed)
-                planned.setdefault(key, []).append(one)
-    return planned
-
-
-Held = dict[nn.Parameter, list[tuple[str, bool]]]
-
-
-def _keys(model: nn.Module, site: Site, checkpoint: Checkpoint, held: Held) -> list[str]:
-    """The tensors of the checkpoint that are the weight of a site: one, or more where a tied one is stored repeatedly."""
-    found = held.get(stored(model, site.weight), [])
-    made = [key for key, converted in found if converted]
-    if made or not found:
-        what = f"makes it from {', '.join(made[:3])}" if made else "finds no tensor of it, or makes it from others,"
-        raise FileError(
-            f"{checkpoint.folder} does not store {site.weight} as it is: transformers {what} while it loads. Merge in memory: "
-            f"from_pretrained, gp.load, gp.merge, save_pretrained."
-        )
-    for key in (key for key, _ in found):
-        place, shape = checkpoint.where[key].tensors[key], tuple(stored(model, site.weight).shape)
-        if place.dtype not in FLOATS:
-            raise FileError(
-                f"{checkpoint.folder} stores {key} as {place.dtype}, to which no update can be added. Merge into the "
-                f"checkpoint that was quantized, and quantize the result."
-            )
-        if place.shape != shape:
-            raise FileError(
-                f"{checkpoint.folder} stores {key} as {place.shape}, where its config.json says {shape}. Usually one of the "
-                f"two files is of another model; copy the whole folder again."
-            )
-    return [key for key, _ in found]
-
-
-def _take_dtype(model: nn.Module, site: Site, checkpoint: Checkpoint, held: Held) -> None:
-    """Make the skeleton's weight of the dtype that is stored, which a chain computes by. What does not fit is told by `load`."""
-    parameter = dict(model.named_parameters(remove_duplicate=False)).get(site.weight)
-    for key, _ in held.get(parameter, []) if parameter is not None else []:
-        dtype = FLOATS.get(checkpoint.where[key].tensors[key].dtype)
-        if parameter is not None and dtype is not None:
-            parameter.data = parameter.data.to(dtype)
-
-
-def _check_base(
-    checkpoint: Checkpoint, keys: dict[str, str], content: AdapterFile, folder: Path, any_base: bool
-) -> None:
-    found = fingerprint({weight: checkpoint.where[key].tensor(key) for weight, key in keys.items()})
-    if found == content.fingerprint:
-        return
-    problem = f"{folder} was trained on other base weights than {checkpoint.folder} holds."
-    if not any_base:
-        raise FileError(
-            f"{problem} Usually that is another checkpoint, or one that was trained further. Name the base that the adapter "
-            f"was made for; if the difference is meant, pass any_base=True (--any-base) and check the outputs."
-        )
-    warnings.warn(f"{problem} It is merged as any_base=True asks; check the outputs.", stacklevel=5)
-
-
-def _digest(adapter: Path) -> str:
-    return hashlib.sha256(b"".join((adapter / name).read_bytes() for name in (DESCRIPTION, TENSORS))).hexdigest()
-
-
-# -- files -----------------------------------------------------------------------------------------------------------
 
 
 def _finished(folder: Path, shard: Shard) -> bool:
