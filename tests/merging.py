@@ -17,6 +17,7 @@ from torch import nn
 
 import graphpeft as gp
 from graphpeft.passes.merge_files import MergedFiles
+from graphpeft.passes.storage import Format
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def prepare(
     shards: bool = True,
     std: float = 0.05,
     spoil: Callable[[nn.Module], None] | None = None,
+    format: Format = "graphpeft",
 ) -> Job:
     """Save a base and an adapter of random numbers; merge in memory and save that, unless the adapter is spoiled."""
     layout = {"max_shard_size": "80KB"} if shards else {}
@@ -64,7 +66,10 @@ def prepare(
     randomize(model, std=std)
     if spoil is not None:
         spoil(model)
-    gp.save(model, folder / "adapter")
+    gp.save(model, folder / "adapter", format=format)
+    if format == "peft":  # what it says, which may be several sites in one
+        gp.remove(model)
+        gp.load(model, folder / "adapter")
     if spoil is None:
         gp.merge(model)
         model.save_pretrained(folder / "expected", **layout)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from checks import build, randomize
 from merging import Job, contents, forked, job_of, prepare
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import MixtralForCausalLM
 from typer.testing import CliRunner
 from zoo import mixtral
 
@@ -38,8 +40,11 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 # -- the same bytes --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rules", [FIRST, SECOND], ids=["first", "second"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bert"])
+@pytest.mark.parametrize(
+    ("name", "rules"),
+    [("llama", FIRST), ("llama", SECOND), ("gpt2", FIRST), ("gpt2", SECOND), ("t5", FIRST), ("bert", SECOND)],
+    ids=["llama-first", "llama-second", "gpt2-first", "gpt2-second", "t5-first", "bert-second"],
+)
 def test_the_bytes_are_those_of_a_merge_in_memory(
     name: str, rules: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -73,6 +78,14 @@ def test_adapters_are_folded_in_order(tmp_path: Path) -> None:
     assert contents(tmp_path / "out") == contents(tmp_path / "expected")
 
 
+@pytest.mark.parametrize(("name", "rules"), [("llama", "qv:dora(r=4)"), ("gpt2", "qv:lora(r=4); mlp:lora(r=2)")])
+def test_an_adapter_in_the_format_of_peft(name: str, rules: str, tmp_path: Path) -> None:
+    found = prepare(tmp_path, build(name), rules, format="peft")
+    assert (found.adapter / "adapter_config.json").exists()
+    found.merge()
+    assert contents(found.out) == found.expected
+
+
 @pytest.mark.parametrize("name", ["gpt2", "t5"])
 def test_a_tied_weight_is_merged_under_its_stored_name(name: str, tmp_path: Path) -> None:
     found = prepare(tmp_path, build(name), "embed:lora(r=2)")
@@ -101,15 +114,23 @@ def test_keys_without_the_prefix_of_the_base_model(tmp_path: Path) -> None:
 
 def test_experts_are_left_alone_or_refused(tmp_path: Path) -> None:
     """Mixtral's experts are stored one by one and fused while they load."""
-    model = mixtral()
-    found = prepare(tmp_path / "attention", model, "qv:lora")
-    assert found.merge().tensors == 4
-    assert contents(found.out) == found.expected
-    experts = prepare(tmp_path / "experts", mixtral(), "experts:lora(r=2)")
+    config = mixtral().config
+    config.num_hidden_layers = 1
+    model = MixtralForCausalLM(config).eval()
+    found = prepare(tmp_path, model, "qv:lora; experts.down:lora(r=2)", spoil=lambda model: None)
     with pytest.raises(FileError, match=r"makes it from model\.layers\.0\S*experts\.0.*gp\.merge, save_pretrained"):
-        experts.merge()
-    assert not experts.out.exists()
-    assert not experts.part.exists()
+        found.merge()
+    assert not found.out.exists()
+    assert not found.part.exists()
+    attention = replace(found, adapter=tmp_path / "attention")
+    gp.remove(model)
+    gp.apply(model, "qv:lora")
+    randomize(model)
+    gp.save(model, attention.adapter)
+    assert attention.merge().tensors == 2
+    gp.merge(model)
+    model.save_pretrained(tmp_path / "expected", max_shard_size="80KB")
+    assert contents(found.out) == contents(tmp_path / "expected")
 
 
 def test_other_files_come_along_but_no_other_weights(tmp_path: Path) -> None:
