@@ -11,6 +11,8 @@ import pytest
 import torch
 import transformers
 
+pytest_plugins = ["browser"]  # one browser for all tests of pages
+
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -14,12 +15,25 @@ import graphpeft as gp
 from graphpeft.onnx.tags import ADAPTER, SCOPES, SITE
 
 
-@pytest.mark.parametrize("options", [{}, {"share": True, "rows": True}, {"quantize": "int8"}])
-def test_what_reads_a_slot_names_its_site_and_its_module(options: dict[str, object], tmp_path: Path) -> None:
-    model = gp.apply(llama().eval(), "qv:lora; down:lora(r=2)")
+def adapted(make: Any, rules: str) -> nn.Module:
+    model = gp.apply(make().eval(), rules)
     for parameter in filter(lambda p: p.requires_grad, model.parameters()):
         nn.init.normal_(parameter, std=0.2)
-    gp.export(model, tmp_path / "out", verify="off", **options)  # type: ignore[arg-type]
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "rules", "options"),
+    [
+        (gpt2, "v:lora; down:lora(r=2)", {}),
+        (llama, "qv:lora; down:lora(r=2)", {"share": True, "rows": True, "quantize": "int8"}),
+    ],
+)
+def test_nodes_name_their_modules_and_what_reads_a_slot_its_site(
+    make: Any, rules: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    model = adapted(make, rules)
+    gp.export(model, tmp_path / "out", verify="off", **options)
     graph = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph
     slots = {value.name for value in graph.input if ".lora_A" in value.name or ".lora_B" in value.name}
     readers = [node for node in graph.node if slots & set(node.input)]
@@ -29,19 +43,9 @@ def test_what_reads_a_slot_names_its_site_and_its_module(options: dict[str, obje
         (slot,) = slots & set(node.input)
         assert slot.partition(".lora_")[0] == props[SITE]
         assert props[ADAPTER] == "slot"
-        assert SCOPES in props
+        assert isinstance(ast.literal_eval(props[SCOPES]), list)
     nameless = [node.name for node in graph.node if SCOPES not in {each.key for each in node.metadata_props}]
     assert len(nameless) < 0.3 * len(graph.node)  # constants of shapes, and what torch made without a module
-
-
-def test_modules_of_the_model_are_found_in_the_graph(tmp_path: Path) -> None:
-    model = gpt2().eval()
-    gp.apply(model, "v:lora")
-    gp.export(model, tmp_path / "out", verify="off")
-    graph = gp.to_networkx(tmp_path / "out")
-    paths = {about["path"] for _, about in graph.nodes(data=True) if about["kind"] == "op" and "path" in about}
-    assert "transformer.h.1.attn.c_attn" in paths
-    assert paths - {""} <= {*dict(model.named_modules())}
-    nodes = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph.node
-    scopes = [each.value for node in nodes for each in node.metadata_props if each.key == SCOPES]
-    assert all(isinstance(ast.literal_eval(text), list) for text in scopes)
+    drawn = gp.to_networkx(tmp_path / "out")
+    paths = {about["path"] for _, about in drawn.nodes(data=True) if about["kind"] == "op" and "path" in about}
+    assert {entry.site.owner for entry in gp.plan(make(), rules).entries} <= paths

@@ -22,7 +22,11 @@ def test_every_example_is_on_the_page() -> None:
     assert set(SHOWN) == set(examples.EXAMPLES)
 
 
-@pytest.mark.parametrize("name", SHOWN)
+SLOW = {"diff of exports"}
+"""It exports twice, as `test_diff.py` does."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in SHOWN])
 def test_an_example_is_what_is_printed(name: str) -> None:
     """But for seconds, what depends on rounding, and what changes with the version of transformers: lines and their numbers."""
     told = [plain(text) for text in (SHOWN[name], str(examples.EXAMPLES[name]()))]

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import browser as browser
 from zoo import llama
 
 import graphpeft as gp

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from browser import browser as browser
 
 import graphpeft as gp
 from graphpeft.inspect.report import page as report_page
