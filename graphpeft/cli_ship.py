@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -24,8 +23,6 @@ def merge(
     debug: Debug = False,
 ) -> None:
     """Fold adapters into a checkpoint on disk, one weight in memory at a time. After a kill, run it again to go on."""
-    # Before torch is loaded: large pages for large matrices, whose making takes a third of the time then (on Linux).
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     with at_work(debug):
         from graphpeft.passes.merge_files import merge_files
 

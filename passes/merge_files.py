@@ -15,7 +15,7 @@ from graphpeft.passes.merge_plan import Updates, digest, plan_updates
 from graphpeft.steps import counted, named, step
 from graphpeft.store import unfinished
 from graphpeft.store.checkpoint import INDEX, WHOLE, Checkpoint, Shard, open_checkpoint
-from graphpeft.store.folding import folded
+from graphpeft.store.folding import Scratch, folded
 
 CHUNK = 1 << 22
 """Bytes that are copied at a time."""
@@ -71,14 +71,14 @@ def merge_files(
     updates = plan_updates(checkpoint, folders, any_base)
     sources = {"base": checkpoint.digest(), "adapter": "+".join(map(digest, folders))}
     others, left_out = _others(checkpoint)
-    count, kept = len(updates), 0
+    count, kept, scratch = len(updates), 0, Scratch()
     try:
         folder = unfinished.begin(out, sources)
         if folder is not None:
             kept = sum(_finished(folder, shard) for shard in checkpoint.shards)
             for shard in checkpoint.shards:
                 if not _finished(folder, shard):
-                    _write(shard, folder, updates)
+                    _write(shard, folder, updates, scratch)
             for path in others:
                 with unfinished.writing(folder / path) as file, (base / path).open("rb") as source:
                     shutil.copyfileobj(source, file, CHUNK)
@@ -99,7 +99,7 @@ def _finished(folder: Path, shard: Shard) -> bool:
     return path.is_file() and path.stat().st_size == shard.size
 
 
-def _write(shard: Shard, folder: Path, updates: Updates) -> None:
+def _write(shard: Shard, folder: Path, updates: Updates, scratch: Scratch) -> None:
     with (
         step(shard.path.name),
         unfinished.writing(folder / shard.path.name) as file,
@@ -108,7 +108,7 @@ def _write(shard: Shard, folder: Path, updates: Updates) -> None:
         file.write(shard.header)
         for name, place in counted(list(shard.tensors.items())):
             if name in updates:
-                for block in folded(name, shard.tensor(name), updates.pop(name)):
+                for block in folded(name, shard.tensor(name), updates.pop(name), scratch):
                     file.write(block.view(torch.uint8).numpy().data)
             else:
                 _copy(source, file, place.begin, place.end)

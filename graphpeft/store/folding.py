@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import cast
 
 import torch
 
-from graphpeft.chain import Chain
+from graphpeft.chain import Chain, Dense, Factor, Stack
 from graphpeft.errors import AdapterError
 from graphpeft.program import Site
 from graphpeft.state import saved
@@ -17,6 +19,21 @@ from graphpeft.weight_form import added, update
 BLOCK = 1 << 15
 """Numbers that are summed at a time: they stay in a cache, and torch takes no second thread for so few. Threads would wait
 for each other after every small step, which on a machine that does other work takes longer than the steps."""
+
+
+@dataclass
+class Scratch:
+    """Memory for large matrices that is kept from one weight to the next: fresh pages cost more than what is computed in
+    them. By place, for several updates of one weight are there at a time."""
+
+    kept: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def matrix(self, place: int, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+        found = self.kept.get(place)
+        if found is None or found.dtype != dtype or found.numel() < rows * columns:
+            self.kept.pop(place, None)
+            found = self.kept[place] = torch.empty(rows * columns, dtype=dtype)
+        return found[: rows * columns].view(rows, columns)
 
 
 @dataclass(frozen=True)
@@ -30,7 +47,7 @@ class Update:
     """Of the whole adapter, as its file names them."""
     seed: int
 
-    def delta(self, weight: torch.Tensor) -> torch.Tensor:
+    def delta(self, weight: torch.Tensor, scratch: Scratch, place: int) -> torch.Tensor:
         """ΔW laid out as the weight is stored; `weight` is the base's."""
         chain, site = self.chain, self.site
         # What sites share is made once, and is no longer on the meta device when the next site comes.
@@ -39,17 +56,31 @@ class Update:
         for key, tensor in saved(site, chain):
             tensor.copy_(self.tensors[key])
         with chain.settled():
-            delta = update(chain, weight, site)
+            delta = _product(chain, scratch, place) if _is_product(chain) else update(chain, weight, site)
         return (delta.transpose(-1, -2) if site.transposed else delta).reshape(weight.shape)
 
 
-def folded(name: str, weight: torch.Tensor, updates: Sequence[Update]) -> Iterator[torch.Tensor]:
+def _is_product(chain: Chain) -> bool:
+    """Whether ΔW is one large product, such as LoRA's, that can be made in memory that is there."""
+    first = chain.factors[0]
+    return type(first) is Dense and len(chain.factors) > 1 and not chain.relative and not isinstance(chain, Stack)
+
+
+def _product(chain: Chain, scratch: Scratch, place: int) -> torch.Tensor:
+    """`chain.delta()`, by the same operations in the same order, without making more than one matrix of its size."""
+    first, *others, last = cast(list[Factor], list(chain.factors))
+    left, right = first.matrix(), reduce(lambda product, factor: factor.times(product), reversed(others), last.matrix())
+    whole = scratch.matrix(place, first.outputs, last.inputs, torch.promote_types(left.dtype, right.dtype))
+    return torch.mm(left, right, out=whole).mul_(chain.scale)
+
+
+def folded(name: str, weight: torch.Tensor, updates: Sequence[Update], scratch: Scratch) -> Iterator[torch.Tensor]:
     """The weight with all updates added in turn, block by block along its first axis; the same numbers as `gp.merge` makes.
 
     Sums are in float32 or wider, and cast last. Raises `AdapterError` if a number of the result is not finite.
     """
     with torch.no_grad():
-        deltas = [each.delta(weight) for each in updates]
+        deltas = [each.delta(weight, scratch, place) for place, each in enumerate(updates)]
         wide = torch.promote_types(weight.dtype, torch.float32)
         rows = max(1, BLOCK * len(weight) // max(1, weight.numel()))
         for start in range(0, len(weight), rows):
