@@ -61,6 +61,7 @@ def apply(
     check_name(module, name)
     made = make_plan(module, found_in(module, inputs), parsed, expect)
     state = insert(module, name, to_text(parsed), seed, made.entries)
+    state.inputs = state.inputs if inputs is None else inputs
     before = state.active
     try:
         initialize(module, name)

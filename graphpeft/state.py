@@ -43,6 +43,8 @@ class State:
     """Base weights as they were before the merge."""
     parked: dict[str, Adapters] = field(default_factory=dict)
     """While merged, the adapters of each owner, taken off the module tree so that the model is plain."""
+    inputs: Any = None
+    """The example call that `apply` was given, for views that capture the model again."""
 
 
 def find_state(model: nn.Module) -> State | None:
@@ -64,6 +66,12 @@ def get_state(model: nn.Module) -> State:
         )
         raise AdapterError(f"{type(model).__name__} has no adapters. {hint}")
     return state
+
+
+def example(model: nn.Module, inputs: Any) -> Any:
+    """These inputs, or else those that the model was adapted with."""
+    state = find_state(model)
+    return state.inputs if inputs is None and state is not None else inputs
 
 
 def names(model: nn.Module, wanted: str | tuple[str, ...] | list[str] | None) -> tuple[str, ...]:

@@ -97,7 +97,7 @@ def diff(before: Any, after: Any = None, *, inputs: Inputs = None, context: int 
         before: whatever `to_networkx` takes: a module, an exported program, an ONNX file or export, a graph. Modules are
             adapted in place, so to see what a pass does, keep `gp.to_networkx(model, values=True)` from before it.
         after: the same; without it, an adapted model's base is compared with the model.
-        inputs: an example call, if none can be made from the model's config.
+        inputs: an example call, if none can be made from the model's config and `apply` was given none.
         context: how many lines around a change are shown.
 
     Raises: `AdapterError` for a single model without adapters; `CaptureError`, `FileError`.

@@ -73,7 +73,7 @@ def to_networkx(model: Any, inputs: Inputs = None, *, adapted: bool = True, valu
     Args:
         model: a module or an exported program; what `graphpeft.export` wrote, as a folder, an `.onnx` file or an
             `onnx_ir.Model`; a `.json` file that `write_graph` wrote; or a graph of networkx, which is returned.
-        inputs: an example call, if none can be made from the model's config.
+        inputs: an example call, if none can be made from the model's config and `apply` was given none.
         values: also note checksums of the weights, so that a comparison sees which have changed.
 
     Raises: `CaptureError`, `FileError`.

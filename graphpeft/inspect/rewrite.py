@@ -24,7 +24,7 @@ from graphpeft.owner import adapt
 from graphpeft.plan import Entry
 from graphpeft.program import Program, Site, stored
 from graphpeft.samples import settled
-from graphpeft.state import chains, find_state, hidden, inactive
+from graphpeft.state import chains, example, find_state, hidden, inactive
 from graphpeft.survey import survey
 
 
@@ -77,7 +77,7 @@ def rewrite(model: nn.Module | ExportedProgram, inputs: Inputs = None) -> Rewrit
     """
     module = as_module(model) if isinstance(model, ExportedProgram) else model
     with inactive(module), hidden(module), settled(module):
-        found = survey(_base(module), inputs)
+        found = survey(_base(module), example(module, inputs))
     branches = tuple(_branches(module))
     served: set[tuple[nn.Module, nn.Parameter]] = set()
     with inactive(module):  # an owner may show an adapted weight under the weight's own name

@@ -21,7 +21,7 @@ from graphpeft.match.products import op
 from graphpeft.program import Site
 from graphpeft.rules import Rule, coerce, fits
 from graphpeft.samples import settled
-from graphpeft.state import find_state, hidden, inactive
+from graphpeft.state import example, find_state, hidden, inactive
 from graphpeft.survey import survey
 
 
@@ -92,7 +92,7 @@ def why(model: nn.Module | ExportedProgram, path: str, rules: Any = None, *, inp
                 f"Near it: {', '.join(near) or 'nothing'}. A glob such as '*.q_proj' means a weight in every layer."
             )
         with settled(module):
-            found = survey(module, inputs)
+            found = survey(module, example(module, inputs))
         work = _Reasons(module, found, asked)
         items = [(one, layer_of(name)) for name in meant for one in work.of(name, on)]
     grouped = folded((replace(one, weight=general(one.weight)), layer) for one, layer in items)

@@ -23,7 +23,7 @@ from graphpeft.passes.verify import Level, verify
 from graphpeft.plan import Entry
 from graphpeft.program import Site, stored
 from graphpeft.rules import parse
-from graphpeft.state import State, chains, find_state
+from graphpeft.state import State, chains, example, find_state
 
 Data = dict[str, Any]
 PACKAGES = ("graphpeft", "torch", "transformers", "onnxruntime")
@@ -84,7 +84,7 @@ def _verification(model: nn.Module, state: State | None, inputs: Inputs, check: 
     if state is None or state.merged:
         return []
     try:
-        checks = verify(model, inputs, check).checks
+        checks = verify(model, example(model, inputs), check).checks
     except GraphPeftError as error:  # a report is to show what is wrong
         return [{"check": "verification", "result": "failed", "figure": str(error)}]
     return [{"check": name, "result": "ok" if good else "failed", "figure": text} for name, good, text in checks]
