@@ -148,8 +148,8 @@ def test_help_shows_every_command_in_its_panel() -> None:
     assert {name: found for name, found in listed.items() if name != "Options"} == {
         "Start": ["demo"],
         "Look at a model": ["plan", "sites", "roles", "methods", "why"],
-        "Look at what was done": ["diff", "report", "graph"],
-        "Ship": ["export", "doctor", "run"],
+        "Look at what was done": ["explain", "diff", "report", "graph"],
+        "Ship": ["merge", "export", "doctor", "run"],
     }
 
 
@@ -287,7 +287,7 @@ def test_what_completion_offers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert {"llama", "llama4", "llama-of-mine/"} <= set(cli_complete.models("llam"))
     assert cli_complete.rules("qk") == ["qkv", "qkvo"]
     assert cli_complete.rules("qv:lora; mlp:l") == ["qv:lora; mlp:lora"]
-    assert cli_complete.passes("mer") == [("merge", PASSES["merge"])]
+    assert dict(cli_complete.passes("mer"))["merge"] == PASSES["merge"]
     assert [name for name, _ in cli_complete.passes("a")] == ["apply", "activate", "all"]
 
 
@@ -326,3 +326,10 @@ print(*(name for name in sys.modules if name.partition(".")[0] in {"torch", "tra
 def test_commands_import_nothing_heavy_before_they_run() -> None:
     found = subprocess.run([sys.executable, "-c", IMPORTED], capture_output=True, text=True, check=True)
     assert found.stdout.split() == []
+
+
+def test_explain(folder: str, tmp_path: Path) -> None:
+    result = run.invoke(app, ["explain", folder, "--rules", "v:lora"])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("default (active): v:lora  —  2 sites, ")
+    assert run.invoke(app, ["explain", folder]).exit_code == 2

@@ -13,7 +13,7 @@ import graphpeft as gp
 from graphpeft.errors import FileError
 
 
-@pytest.mark.parametrize("layers", [2, 32, pytest.param(80, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layers", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (32, 80))])
 def test_a_report_opens_in_time_and_finds_a_site(layers: int, browser: Any, tmp_path: Path) -> None:
     model = gp.apply(llama(layers=layers).eval(), "qv:rlora(r=16); mlp:lora(r=4)")
     path = gp.report(model, tmp_path / "report.html")
