@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import cast
@@ -16,9 +17,8 @@ from graphpeft.program import Site
 from graphpeft.state import saved
 from graphpeft.weight_form import added, update
 
-BLOCK = 1 << 15
-"""Numbers that are summed at a time: they stay in a cache, and torch takes no second thread for so few. Threads would wait
-for each other after every small step, which on a machine that does other work takes longer than the steps."""
+BLOCK = 1 << 17
+"""Numbers that are summed at a time: few enough to stay in a cache."""
 
 
 @dataclass
@@ -81,8 +81,9 @@ def folded(name: str, weight: torch.Tensor, updates: Sequence[Update], scratch: 
     """
     with torch.no_grad():
         deltas = [each.delta(weight, scratch, place) for place, each in enumerate(updates)]
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        rows = max(1, BLOCK * len(weight) // max(1, weight.numel()))
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    rows = max(1, BLOCK * len(weight) // max(1, weight.numel()))
+    with _one_thread():
         for start in range(0, len(weight), rows):
             block = weight[start : start + rows].to(wide)
             for delta in deltas:
@@ -91,6 +92,18 @@ def folded(name: str, weight: torch.Tensor, updates: Sequence[Update], scratch: 
             if not all(math.isfinite(extreme) for extreme in torch.aminmax(block)):
                 raise _endless(name, weight, updates, deltas)
             yield block
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Threads would wait for each other after every small step, which takes longer than the steps on a machine that has
+    other work to do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _endless(
