@@ -14,7 +14,7 @@ from graphpeft.errors import AdapterError, FileError
 from graphpeft.passes.merge_plan import Updates, digest, plan_updates
 from graphpeft.steps import counted, named, step
 from graphpeft.store import unfinished
-from graphpeft.store.checkpoint import INDEX, WHOLE, Checkpoint, Shard, open_checkpoint
+from graphpeft.store.checkpoint import INDEX, WHOLE, Checkpoint, Shard, Stored, open_checkpoint
 from graphpeft.store.folding import Scratch, folded
 
 CHUNK = 1 << 22
@@ -103,25 +103,27 @@ def _write(shard: Shard, folder: Path, updates: Updates, scratch: Scratch) -> No
     with (
         step(shard.path.name),
         unfinished.writing(folder / shard.path.name) as file,
-        shard.path.open("rb", buffering=0) as source,
+        unfinished.behind(file) as write,
+        shard.path.open("rb") as source,
     ):
-        file.write(shard.header)
+        write(shard.header)
         for name, place in counted(list(shard.tensors.items())):
             if name in updates:
                 for block in folded(name, shard.tensor(name), updates.pop(name), scratch):
-                    file.write(block.view(torch.uint8).numpy().data)
+                    write(block.view(torch.uint8).numpy().data)
             else:
-                _copy(source, file, place.begin, place.end)
+                for data in _bytes(source, place):
+                    write(data)
 
 
-def _copy(source: BinaryIO, file: BinaryIO, begin: int, end: int) -> None:
-    source.seek(begin)
-    while begin < end:
-        data = source.read(min(CHUNK, end - begin))
-        if not data:
+def _bytes(source: BinaryIO, place: Stored) -> Iterator[bytes]:
+    """A stored tensor, piece by piece."""
+    source.seek(place.begin)
+    for begin in range(place.begin, place.end, CHUNK):
+        data = source.read(min(CHUNK, place.end - begin))
+        if len(data) < min(CHUNK, place.end - begin):
             raise OSError(f"{source.name} became shorter while it was read")
-        file.write(data)
-        begin += len(data)
+        yield data
 
 
 def _others(checkpoint: Checkpoint) -> tuple[list[Path], tuple[str, ...]]:

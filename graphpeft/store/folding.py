@@ -17,7 +17,7 @@ from graphpeft.program import Site
 from graphpeft.state import saved
 from graphpeft.weight_form import added, update
 
-BLOCK = 1 << 17
+BLOCK = 1 << 19
 """Numbers that are summed at a time: few enough to stay in a cache."""
 
 
@@ -71,7 +71,8 @@ def _product(chain: Chain, scratch: Scratch, place: int) -> torch.Tensor:
     first, *others, last = cast(list[Factor], list(chain.factors))
     left, right = first.matrix(), reduce(lambda product, factor: factor.times(product), reversed(others), last.matrix())
     whole = scratch.matrix(place, first.outputs, last.inputs, torch.promote_types(left.dtype, right.dtype))
-    return torch.mm(left, right, out=whole).mul_(chain.scale)
+    torch.mm(left, right, out=whole)
+    return whole if chain.scale == 1 else whole.mul_(chain.scale)
 
 
 def folded(name: str, weight: torch.Tensor, updates: Sequence[Update], scratch: Scratch) -> Iterator[torch.Tensor]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -79,6 +80,24 @@ def writing(path: Path) -> Iterator[BinaryIO]:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def behind(file: BinaryIO) -> Iterator[Callable[[bytes | memoryview], None]]:
+    """What writes to a file in a thread of its own, so that its caller can make the next piece meanwhile."""
+    last: list[Future[int]] = []
+
+    def settle() -> None:
+        while last:
+            last.pop().result()
+
+    def write(data: bytes | memoryview) -> None:
+        settle()
+        last.append(pool.submit(file.write, data))
+
+    with ThreadPoolExecutor(1) as pool:
+        yield write
+        settle()
 
 
 def _part(out: Path) -> Path:
