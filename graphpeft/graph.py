@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -65,116 +66,126 @@ class _BranchTracer(fx.Tracer):
         return isinstance(m, (nn.Dropout, Transform))
 
 
-def insert_branch(
-    graph: fx.Graph,
-    node: fx.Node,
-    source: fx.Node,
-    site: Site,
-    branch: nn.Module,
-    path: str,
-    dtype: torch.dtype,
-    weight: fx.Node | None = None,
-) -> None:
-    """Inline `branch` after `node` and hand its result to everything that read `node`.
+@dataclass(frozen=True)
+class Splice:
+    """One branch on its way into a graph.
 
-    `weight` is the node of the base weight, which a branch relative to it looks at.
+    Several branches at one node make a chain of sums, each on top of the last, while what they read (the input, the base's
+    own product, the base weight) stays what it is without any.
     """
-    readers = list(node.users)
-    anchor, values, kind = node, [node, source], _Branch
-    if getattr(branch, "relative", False):
-        product, gain = _product_and_gain(graph, node, site, branch, path, cast(fx.Node, weight))
-        anchor, values, kind = gain, [node, source, product, gain], _RelativeBranch
-    inner = _BranchTracer().trace(kind(branch, dtype))
-    env: dict[fx.Node, fx.Node] = {}
-    inputs = iter(values)
-    for inside in inner.nodes:
-        if inside.op == "placeholder":
-            env[inside] = next(inputs)
-        elif inside.op == "output":
-            result = env[cast(fx.Node, inside.args[0])]
-        else:
-            with graph.inserting_after(anchor):
-                anchor = env[inside] = graph.node_copy(inside, env.__getitem__)
-            if inside.op in {"get_attr", "call_module"}:
-                anchor.target = path + str(inside.target).removeprefix("branch")
-            _tag(anchor, node, site, branch, path)
-    for reader in readers:
-        reader.replace_input_with(node, result)
 
+    graph: fx.Graph
+    sums: dict[fx.Node, fx.Node]
+    """The last sum at every node that has one."""
+    site: Site
+    branch: nn.Module
+    path: str
+    """Where the graph's owner keeps the branch."""
 
-def _product_and_gain(
-    graph: fx.Graph, node: fx.Node, site: Site, branch: nn.Module, path: str, weight: fx.Node
-) -> tuple[fx.Node, fx.Node]:
-    """Nodes after a projection: what the weight alone makes of the input, and the branch's gain of its rows."""
-    addend = added_to(node)
-    with graph.inserting_after(node):
-        product = node if addend is None else graph.call_function(torch.sub, (node, addend))
-    module = _module(graph, product, path)
-    with graph.inserting_after(module):
-        matrix = graph.call_function(oriented, (weight, *layout(site)))
-    with graph.inserting_after(matrix):
-        gain = graph.call_method("gain", (module, matrix))
-    for new in (module, matrix, gain, *((product,) if product is not node else ())):
-        _tag(new, node, site, branch, path)
-    return product, gain
+    def before(self, node: fx.Node, source: fx.Node, transform: nn.Module) -> None:
+        """Let the projection `node` read `source` through a transform, the branch's own `before`."""
+        with self.graph.inserting_before(node):
+            new = self.graph.call_module(f"{self.path}.before", (source,))
+        if "val" in source.meta:
+            new.meta["val"] = source.meta["val"]
+        self._tag(new, node, transform, f"{self.path}.before")
+        node.replace_input_with(source, new)
 
+    def beside(self, node: fx.Node, source: fx.Node, dtype: torch.dtype, weight: fx.Node | None) -> None:
+        """Inline the branch, which reads `source`, after the projection `node`.
 
-def insert_before(graph: fx.Graph, node: fx.Node, source: fx.Node, site: Site, transform: nn.Module, path: str) -> None:
-    """Let the projection `node` read `source` through a transform."""
-    with graph.inserting_before(node):
-        new = graph.call_module(path, (source,))
-    if "val" in source.meta:
-        new.meta["val"] = source.meta["val"]
-    _tag(new, node, site, transform, path)
-    node.replace_input_with(source, new)
+        `dtype` is the base weight's, and `weight` its node, which a branch relative to it looks at.
+        """
+        last, readers = self._last(node)
+        anchor, values, kind = last, [last, source], _Branch
+        if self._relative:
+            product, gain = self._product_and_gain(node, last, cast(fx.Node, weight))
+            anchor, values, kind = gain, [last, source, product, gain], _RelativeBranch
+        inner = _BranchTracer().trace(kind(self.branch, dtype))
+        env = dict(zip((n for n in inner.nodes if n.op == "placeholder"), values, strict=True))
+        for inside in inner.nodes:
+            if inside.op == "output":
+                self._close(node, readers, env[cast(fx.Node, inside.args[0])])
+            elif inside.op != "placeholder":
+                with self.graph.inserting_after(anchor):
+                    anchor = env[inside] = self.graph.node_copy(inside, env.__getitem__)
+                if inside.op in {"get_attr", "call_module"}:
+                    anchor.target = self.path + str(inside.target).removeprefix("branch")
+                self._tag(anchor, node)
 
+    def lookup(self, found: Lookup) -> None:
+        """Add the rows that a lookup in an embedding table picks from the branch's update."""
+        last, readers = self._last(found.node)
+        module = self._module(found.node, last)
+        with self.graph.inserting_after(module):
+            result = self.graph.call_method("add_rows", (module, last, found.ids, found.padding_idx))
+        self._tag(result, found.node)
+        self._close(found.node, readers, result, found.node)
 
-def insert_lookup(graph: fx.Graph, found: Lookup, site: Site, branch: nn.Module, path: str) -> None:
-    """Add the rows that a lookup in an embedding table picks from the branch's update."""
-    readers = list(found.node.users)
-    module = _module(graph, found.node, path)
-    with graph.inserting_after(module):
-        result = graph.call_method("add_rows", (module, found.node, found.ids, found.padding_idx))
-    _tag(module, found.node, site, branch, path)
-    _stand_in(result, found.node, readers, site, branch, path)
+    def onto(self, weight: fx.Node) -> None:
+        """The weight form inside a graph: whatever reads `weight` reads weight + delta."""
+        last, readers = self._last(weight)
+        anchor = module = self._module(weight, last)
+        base: tuple[fx.Node, ...] = ()
+        if self._relative:
+            with self.graph.inserting_after(module):
+                anchor = self.graph.call_function(oriented, (weight, *layout(self.site)))
+            self._tag(anchor, weight)
+            base = (anchor,)
+        with self.graph.inserting_after(anchor):
+            delta = self.graph.call_method("delta", (module, *base))
+        with self.graph.inserting_after(delta):
+            result = self.graph.call_function(added, (last, delta, self.site.transposed))
+        for new in (delta, result):
+            self._tag(new, weight)
+        self._close(weight, readers, result, weight)
 
+    @property
+    def _relative(self) -> bool:
+        return bool(getattr(self.branch, "relative", False))
 
-def insert_sum(graph: fx.Graph, weight: fx.Node, site: Site, branch: nn.Module, path: str) -> None:
-    """The weight form inside a graph: whatever reads `weight` reads weight + delta."""
-    readers = list(weight.users)
-    module = _module(graph, weight, path)
-    anchor, base = module, cast(tuple[fx.Node, ...], ())
-    if getattr(branch, "relative", False):
-        with graph.inserting_after(module):
-            anchor = graph.call_function(oriented, (weight, *layout(site)))
-        base = (anchor,)
-    with graph.inserting_after(anchor):
-        delta = graph.call_method("delta", (module, *base))
-    with graph.inserting_after(delta):
-        result = graph.call_function(added, (weight, delta, site.transposed))
-    for new in dict.fromkeys((module, anchor, delta)):
-        _tag(new, weight, site, branch, path)
-    _stand_in(result, weight, readers, site, branch, path)
+    def _last(self, node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
+        """The last sum at a node, which is the node itself where there is none, and what reads it."""
+        last = self.sums.get(node, node)
+        return last, list(last.users)
 
+    def _close(self, node: fx.Node, readers: list[fx.Node], result: fx.Node, alike: fx.Node | None = None) -> None:
+        """Hand a sum to what read the last one; `alike` is of the same shape and dtype."""
+        if alike is not None and "val" in alike.meta:
+            result.meta["val"] = alike.meta["val"]
+        for reader in readers:
+            reader.replace_input_with(self.sums.get(node, node), result)
+        self.sums[node] = result
 
-def _module(graph: fx.Graph, after: fx.Node, path: str) -> fx.Node:
-    """The branch itself, whose method runs as one call: not every factor's matrix can be traced."""
-    with graph.inserting_after(after):
-        return graph.create_node("get_attr", path)
+    def _product_and_gain(self, node: fx.Node, last: fx.Node, weight: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """Nodes for what the weight alone makes of the input, and for the branch's gain of its rows."""
+        addend = added_to(node)
+        product = node
+        if addend is not None:
+            with self.graph.inserting_after(last):
+                product = self.graph.call_function(torch.sub, (node, addend))
+            self._tag(product, node)
+        module = self._module(node, last if addend is None else product)
+        with self.graph.inserting_after(module):
+            matrix = self.graph.call_function(oriented, (weight, *layout(self.site)))
+        with self.graph.inserting_after(matrix):
+            gain = self.graph.call_method("gain", (module, matrix))
+        for new in (matrix, gain):
+            self._tag(new, node)
+        return product, gain
 
+    def _module(self, node: fx.Node, after: fx.Node) -> fx.Node:
+        """The branch itself, whose method runs as one call: not every factor's matrix can be traced."""
+        with self.graph.inserting_after(after):
+            module = self.graph.create_node("get_attr", self.path)
+        self._tag(module, node)
+        return module
 
-def _stand_in(result: fx.Node, node: fx.Node, readers: list[fx.Node], site: Site, branch: nn.Module, path: str) -> None:
-    if "val" in node.meta:
-        result.meta["val"] = node.meta["val"]  # same shape, same dtype
-    _tag(result, node, site, branch, path)
-    for reader in readers:
-        reader.replace_input_with(node, result)
-
-
-def _tag(new: fx.Node, site_node: fx.Node, site: Site, branch: nn.Module, path: str) -> None:
-    """Where an inserted node belongs, so that viewers and the ONNX exporter group it with its module."""
-    stack = dict(site_node.meta.get("nn_module_stack", {}))
-    full = f"{site.owner}.{path}" if site.owner else path
-    stack[full] = (full, f"{type(branch).__module__}.{type(branch).__qualname__}")
-    new.meta["nn_module_stack"] = stack
-    new.meta["graphpeft"] = path
+    def _tag(self, new: fx.Node, node: fx.Node, module: nn.Module | None = None, path: str | None = None) -> None:
+        """Where an inserted node belongs, so that viewers and the ONNX exporter group it with its module."""
+        kind, path = type(module or self.branch), path or self.path
+        stack = dict(node.meta.get("nn_module_stack", {}))
+        full = f"{self.site.owner}.{path}" if self.site.owner else path
+        stack[full] = (full, f"{kind.__module__}.{kind.__qualname__}")
+        new.meta["nn_module_stack"] = stack
+        new.meta["graphpeft"] = path

@@ -20,8 +20,8 @@ from torch import fx, nn
 
 from graphpeft.adapters import HOME, Adapters, adapted_parameter, home
 from graphpeft.errors import AdapterError
-from graphpeft.graph import insert_before, insert_branch, insert_lookup, insert_sum, strip_checks
-from graphpeft.match.owners import Uses, forget_constants, lookups, projections, readers, trace
+from graphpeft.graph import Splice, strip_checks
+from graphpeft.match.owners import Uses, forget_constants, trace
 from graphpeft.meta import fill_shapes
 from graphpeft.mode import set_mode
 from graphpeft.program import Site
@@ -216,7 +216,7 @@ def lower(owner: nn.Module, adapters: Adapters) -> fx.Graph:
         if (branch, parameter) in served or (site.form == "weight" and adapters.base is None):
             continue
         served.add((branch, parameter))
-        if not adapt(owner, graph, uses, site, branch, path, parameter):
+        if not adapt(graph, uses, site, branch, path, parameter):
             raise AdapterError(
                 f"The code of {site.owner or type(owner).__name__} has no use of {site.weight}, so its adapter would be "
                 f"ignored. Usually the file was made for another version of the model, or `forward` was replaced on the "
@@ -226,30 +226,22 @@ def lower(owner: nn.Module, adapters: Adapters) -> fx.Graph:
     return graph
 
 
-def adapt(
-    owner: nn.Module,
-    graph: fx.Graph,
-    uses: Uses,
-    site: Site,
-    branch: nn.Module,
-    path: str,
-    parameter: nn.Parameter,
-) -> bool:
+def adapt(graph: fx.Graph, uses: Uses, site: Site, branch: nn.Module, path: str, parameter: nn.Parameter) -> bool:
     """Put one branch at every use of its weight; whether there was any."""
-    nodes = uses.near(parameter)
+    splice = Splice(graph, uses.sums, site, branch, path)
     before = getattr(branch, "before", None)
     if before is not None:
-        for affine in projections(owner, nodes, parameter):
-            insert_before(graph, affine.node, affine.input, site, before, f"{path}.before")
-    products, picks = projections(owner, nodes, parameter), lookups(owner, nodes, parameter)
+        for affine in uses.of(parameter)[0]:
+            splice.before(affine.node, affine.input, before)
+        uses.forget(parameter)
+    products, picks, reads = uses.of(parameter)
     relative = getattr(branch, "relative", False)
     if site.form == "weight" or (relative and (picks or not branch.beside)):
-        found = readers(owner, nodes, parameter)
-        for node in found:
-            insert_sum(graph, node, site, branch, path)
-        return bool(found)
+        for node in reads:
+            splice.onto(node)
+        return bool(reads)
     for affine in products:
-        insert_branch(graph, affine.node, affine.input, site, branch, path, parameter.dtype, affine.weight)
+        splice.beside(affine.node, affine.input, parameter.dtype, affine.weight)
     for pick in picks:
-        insert_lookup(graph, pick, site, branch, path)
+        splice.lookup(pick)
     return bool(products or picks)

@@ -193,6 +193,25 @@ def test_updates_add_up() -> None:
     assert delta(outputs(model, example), expected) < 1e-12
 
 
+@pytest.mark.parametrize("exported", [False, True])
+@pytest.mark.parametrize("order", [("one", "two"), ("two", "one")])
+def test_an_update_relative_to_the_base_does_not_see_its_neighbor(order: tuple[str, str], exported: bool) -> None:
+    """DoRA scales what the base weight makes, whatever else is added there; merging never sees another adapter's sum."""
+    model = build("gpt2", dtype=torch.float64)
+    example = call("gpt2", model)
+    if exported:
+        example = (), {**example[1], "use_cache": False}
+        model = torch.export.export(model, *example).module()
+    for name, method in (("one", "dora(r=2)"), ("two", "lora(r=2)")):
+        gp.apply(model, f"linear:{method}; embed:{method}", name=name)
+        randomize(model, name)
+    gp.activate(model, order)
+    expected = outputs(model, example)
+    gp.merge(model)
+    # float64; the two ways of taking DoRA's norm differ by rounding.
+    assert delta(outputs(model, example), expected) < 1e-12
+
+
 def test_removing_one_of_two_leaves_the_other() -> None:
     model, example = two()
     base = Snapshot.of(build("gpt2", dtype=torch.float64))

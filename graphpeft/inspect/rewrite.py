@@ -123,7 +123,7 @@ def _part(
         if (branch.chain, parameter) in served or not branch.path.startswith(prefix):
             continue
         site = replace(branch.place, owner="")  # here the whole graph is what is rewritten
-        if adapt(model, after, uses, site, branch.chain, branch.path.removeprefix(prefix), parameter):
+        if adapt(after, uses, site, branch.chain, branch.path.removeprefix(prefix), parameter):
             served.add((branch.chain, parameter))  # places of a tied weight share the parameter
     fill_shapes(after, model)
     return Part(path, model, before, after, frozenset(node.name for node in program.constants))

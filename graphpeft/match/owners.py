@@ -101,10 +101,26 @@ class Uses:
 
     def __init__(self, owner: nn.Module, graph: fx.Graph) -> None:
         self.reads: dict[int, list[fx.Node]] = {}
+        self.sums: dict[fx.Node, fx.Node] = {}
+        """What branches put on top of nodes, which stay in the graph beneath."""
+        self._owner = owner
+        self._found: dict[nn.Parameter, tuple[list[Affine], list[Lookup], list[fx.Node]]] = {}
         self.place = {node: number for number, node in enumerate(graph.nodes)}
         for node in graph.nodes:
             if node.op == "get_attr":
                 self.reads.setdefault(id(_attribute(owner, str(node.target))), []).append(node)
+
+    def of(self, parameter: nn.Parameter) -> tuple[list[Affine], list[Lookup], list[fx.Node]]:
+        """A parameter's projections, lookups and readers, as they were before a branch came in between."""
+        if parameter not in self._found:
+            nodes = self.near(parameter)
+            looked = self._owner, nodes, parameter
+            self._found[parameter] = projections(*looked), lookups(*looked), readers(*looked)
+        return self._found[parameter]
+
+    def forget(self, parameter: nn.Parameter) -> None:
+        """Look again: what its projections read has changed."""
+        self._found.pop(parameter, None)
 
     def near(self, parameter: nn.Parameter) -> list[fx.Node]:
         """In graph order, the nodes that read a parameter, and all that may be a product or a lookup with it."""
