@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from graphpeft.passes.merge import merge as merge
     from graphpeft.passes.merge import unmerge as unmerge
     from graphpeft.passes.merge_files import merge_files as merge_files
+    from graphpeft.passes.per_row import per_row as per_row
     from graphpeft.passes.rename import rename as rename
     from graphpeft.passes.storage import load as load
     from graphpeft.passes.storage import push_to_hub as push_to_hub
@@ -67,6 +68,7 @@ HOMES = {
     "merge_files": "passes.merge_files",
     "parameter_groups": "train.groups",
     "penalty": "train.penalty",
+    "per_row": "passes.per_row",
     "plan": "apply",
     "push_to_hub": "passes.storage",
     "remove": "passes.activate",

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from graphpeft.errors import AdapterError
 from graphpeft.program import Site, stored
+from graphpeft.rows import Rows
 
 HOME = "adapters"
 """Attribute of an owner under which its adapters live."""
@@ -22,7 +23,7 @@ class Adapters(nn.Module):
         super().__init__()
         self.sites: dict[str, dict[str, Site]] = {}
         self.active: tuple[str, ...] = ()
-        self.base: fx.Graph | None = None
+        self.base_graph: fx.Graph | None = None
         """The base graph of a `GraphModule` owner; other owners are traced anew from their own class."""
         self.mode: bool | None = None
         """For such an owner, the mode that `train()` or `eval()` asked for; `None` as long as neither was called."""
@@ -32,6 +33,8 @@ class Adapters(nn.Module):
         """While the owner's `forward` runs, its adapted weights, by name and by whether gradients are recorded."""
         self.guests: set[str] = set()
         """Branches that another owner's tied weight brought along: a state dict holds them there alone."""
+        self.by_row: Rows | None = None
+        """While every row of a batch has adapters of its own, what says which rows."""
         self.register_state_dict_post_hook(_leave_out_guests)
         self.register_load_state_dict_pre_hook(_let_guests_be)
 
@@ -127,7 +130,7 @@ def settle(owner: nn.Module, path: str) -> Adapters:
         )
     fresh = Adapters()
     if isinstance(owner, fx.GraphModule):
-        fresh.base = copy.deepcopy(owner.graph)
+        fresh.base_graph = copy.deepcopy(owner.graph)
         fresh.refusals = {n: owner.__dict__.pop(n) for n in ("train", "eval") if n in owner.__dict__}
     owner.add_module(HOME, fresh)
     return fresh

@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from graphpeft.chain import Transform
+from graphpeft.errors import AdapterError
 from graphpeft.match.owners import Lookup
 from graphpeft.match.products import added_to, op
 from graphpeft.program import Site, layout, oriented
@@ -81,6 +82,8 @@ class Splice:
     branch: nn.Module
     path: str
     """Where the graph's owner keeps the branch."""
+    rows: bool = False
+    """Whether the branch acts on those rows alone that the owner's `Rows` names."""
 
     def before(self, node: fx.Node, source: fx.Node, transform: nn.Module) -> None:
         """Let the projection `node` read `source` through a transform, the branch's own `before`."""
@@ -101,11 +104,14 @@ class Splice:
         if self._relative:
             product, gain = self._product_and_gain(node, last, cast(fx.Node, weight))
             anchor, values, kind = gain, [last, source, product, gain], _RelativeBranch
+        index = None
+        if self.rows:  # a gain, the fourth, is one for all rows
+            anchor, index, values[:3] = self._pick(node, anchor, source, values[:3])
         inner = _BranchTracer().trace(kind(self.branch, dtype))
         env = dict(zip((n for n in inner.nodes if n.op == "placeholder"), values, strict=True))
         for inside in inner.nodes:
             if inside.op == "output":
-                self._close(node, readers, env[cast(fx.Node, inside.args[0])])
+                self._close(node, readers, self._put_back(node, last, index, env[cast(fx.Node, inside.args[0])]))
             elif inside.op != "placeholder":
                 with self.graph.inserting_after(anchor):
                     anchor = env[inside] = self.graph.node_copy(inside, env.__getitem__)
@@ -116,14 +122,22 @@ class Splice:
     def lookup(self, found: Lookup) -> None:
         """Add the rows that a lookup in an embedding table picks from the branch's update."""
         last, readers = self._last(found.node)
-        module = self._module(found.node, last)
-        with self.graph.inserting_after(module):
-            result = self.graph.call_method("add_rows", (module, last, found.ids, found.padding_idx))
+        anchor = module = self._module(found.node, last)
+        index, values = None, [last, found.ids]
+        if self.rows:
+            anchor, index, values = self._pick(found.node, module, found.ids, values)
+        with self.graph.inserting_after(anchor):
+            result = self.graph.call_method("add_rows", (module, *values, found.padding_idx))
         self._tag(result, found.node)
-        self._close(found.node, readers, result, found.node)
+        self._close(found.node, readers, self._put_back(found.node, last, index, result), found.node)
 
     def onto(self, weight: fx.Node) -> None:
         """The weight form inside a graph: whatever reads `weight` reads weight + delta."""
+        if self.rows:
+            raise AdapterError(
+                f"{self.site.weight} ({self.site.role}) is read as weight + ΔW, which is one for the whole batch. Run the rows "
+                f"of each adapter apart, or leave that site out of its rules."
+            )
         last, readers = self._last(weight)
         anchor = module = self._module(weight, last)
         base: tuple[fx.Node, ...] = ()
@@ -139,6 +153,32 @@ class Splice:
         for new in (delta, result):
             self._tag(new, weight)
         self._close(weight, readers, result, weight)
+
+    def _pick(
+        self, node: fx.Node, anchor: fx.Node, source: fx.Node, values: list[fx.Node]
+    ) -> tuple[fx.Node, fx.Node, list[fx.Node]]:
+        """The last node that is new, the indices of the branch's own rows, and those rows of the values."""
+        home, adapter, key = self.path.split(".")
+        with self.graph.inserting_after(anchor):
+            anchor = index = self.graph.call_module(f"{home}.by_row", (source, adapter, key))
+        self._tag(index, node)
+        picked = []
+        for value in values:
+            with self.graph.inserting_after(anchor):
+                anchor = self.graph.call_function(torch.index_select, (value, 0, index))
+            self._tag(anchor, node)
+            picked.append(anchor)
+        return anchor, index, picked
+
+    def _put_back(self, node: fx.Node, last: fx.Node, index: fx.Node | None, result: fx.Node) -> fx.Node:
+        """All rows, of which those that the branch acts on are its result. In place: nothing else reads the rows as they were,
+        and a copy for every adapter would take longer than the adapters do."""
+        if index is None:
+            return result
+        with self.graph.inserting_after(result):
+            whole = self.graph.call_method("index_copy_", (last, 0, index, result))
+        self._tag(whole, node)
+        return whole
 
     @property
     def _relative(self) -> bool:

@@ -117,8 +117,8 @@ def restore(owner: nn.Module) -> None:
         owner.__class__ = owner.base_class  # type: ignore[assignment]
         forget_constants(owner)
     adapters = home(owner)
-    if isinstance(owner, fx.GraphModule) and adapters is not None and adapters.base is not None:
-        owner.graph = copy.deepcopy(adapters.base)
+    if isinstance(owner, fx.GraphModule) and adapters is not None and adapters.base_graph is not None:
+        owner.graph = copy.deepcopy(adapters.base_graph)
 
 
 def vacate(owner: nn.Module, keep_mode: bool = False) -> Adapters | None:
@@ -153,7 +153,8 @@ def relower(owner: nn.Module) -> None:
     adapters = home(owner)
     if isinstance(owner, fx.GraphModule) and adapters is not None:
         graph = lower(owner, adapters)
-        fill_shapes(graph, owner)
+        if adapters.by_row is None:  # for a while, in which nobody looks at shapes
+            fill_shapes(graph, owner)
         if adapters.mode is not None:
             set_mode(graph, adapters.mode)
         _inject(owner, {"__call__": _call}, AdaptedGraph)
@@ -188,7 +189,8 @@ _BOOKKEEPING = frozenset(nn.Module().__dict__)
 def _signature(owner: nn.Module, adapters: Adapters) -> Hashable:
     """Everything that the lowered code of an `nn.Linear` depends on: its bias, dtype and the make-up of its branches."""
     branches = tuple((path, site.rows, _make_up(branch)) for site, branch, path in adapters.running())
-    return tuple((n, p.dtype) for n, p in owner.named_parameters(recurse=False)), branches
+    held = tuple((n, p.dtype) for n, p in owner.named_parameters(recurse=False))
+    return held, branches, adapters.by_row is None
 
 
 def _make_up(module: nn.Module) -> Hashable:
@@ -207,16 +209,16 @@ def _inject(owner: nn.Module, members: Mapping[str, Any], mixin: type = Adapted)
 
 def lower(owner: nn.Module, adapters: Adapters) -> fx.Graph:
     """The owner's base graph with every active branch put wherever the owner uses its weight."""
-    base = adapters.base if adapters.base is not None else trace(owner, keep=True)
+    base = adapters.base_graph if adapters.base_graph is not None else trace(owner, keep=True)
     graph = fx.Graph() if base is None else strip_checks(copy.deepcopy(base))
     uses = Uses(owner, graph)
     served: set[tuple[nn.Module, nn.Parameter]] = set()  # places of a tied weight may share the owner
     for site, branch, path in adapters.running():
         parameter = adapted_parameter(owner, site)
-        if (branch, parameter) in served or (site.form == "weight" and adapters.base is None):
+        if (branch, parameter) in served or (site.form == "weight" and adapters.base_graph is None):
             continue
         served.add((branch, parameter))
-        if not adapt(graph, uses, site, branch, path, parameter):
+        if not adapt(graph, uses, site, branch, path, parameter, rows=adapters.by_row is not None):
             raise AdapterError(
                 f"The code of {site.owner or type(owner).__name__} has no use of {site.weight}, so its adapter would be "
                 f"ignored. Usually the file was made for another version of the model, or `forward` was replaced on the "
@@ -226,9 +228,17 @@ def lower(owner: nn.Module, adapters: Adapters) -> fx.Graph:
     return graph
 
 
-def adapt(graph: fx.Graph, uses: Uses, site: Site, branch: nn.Module, path: str, parameter: nn.Parameter) -> bool:
-    """Put one branch at every use of its weight; whether there was any."""
-    splice = Splice(graph, uses.sums, site, branch, path)
+def adapt(
+    graph: fx.Graph,
+    uses: Uses,
+    site: Site,
+    branch: nn.Module,
+    path: str,
+    parameter: nn.Parameter,
+    rows: bool = False,
+) -> bool:
+    """Put one branch at every use of its weight, with `rows` for those of a batch that are its own; whether there was any."""
+    splice = Splice(graph, uses.sums, site, branch, path, rows)
     before = getattr(branch, "before", None)
     if before is not None:
         for affine in uses.of(parameter)[0]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphpeft.adapters import home, places, settle
+from graphpeft.adapters import Adapters, home, places, settle
 from graphpeft.chain import Chain, Factor, Transform
 from graphpeft.errors import AdapterError
 from graphpeft.owner import STATE, vacate
@@ -20,10 +20,10 @@ from graphpeft.steps import named
 
 def check_name(model: nn.Module, name: str) -> None:
     """Raise `AdapterError` unless `name` is free on the model and fit for a module's name, and the model not merged."""
-    if not re.fullmatch(r"[A-Za-z_]\w*", name) or hasattr(nn.ModuleDict, name) or hasattr(nn.Module(), name):
+    if not re.fullmatch(r"[A-Za-z_]\w*", name) or hasattr(nn.ModuleDict, name) or hasattr(Adapters(), name):
         raise AdapterError(
             f"{name!r} cannot name an adapter: names become part of parameter names. Use letters, digits and "
-            f"underscores, as in 'default' or 'task_1', and no name that torch.nn.Module uses."
+            f"underscores, as in 'default' or 'task_1', and no name that torch.nn.Module or graphpeft's own uses."
         )
     state = find_state(model)
     if state is not None and name in state.adapters:

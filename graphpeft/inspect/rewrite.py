@@ -89,8 +89,8 @@ def rewrite(model: nn.Module | ExportedProgram, inputs: Inputs = None) -> Rewrit
 def _base(module: nn.Module) -> nn.Module:
     """A graph module has its base graph at hand; other modules are captured with their adapters at rest."""
     adapters = home(module)
-    if isinstance(module, fx.GraphModule) and adapters is not None and adapters.base is not None:
-        return fx.GraphModule(module, copy.deepcopy(adapters.base))
+    if isinstance(module, fx.GraphModule) and adapters is not None and adapters.base_graph is not None:
+        return fx.GraphModule(module, copy.deepcopy(adapters.base_graph))
     return module
 
 
