@@ -54,7 +54,9 @@ class _RelativeBranch(_Branch):
         accumulate: Any = self.branch.accumulate
         values = (y, x, product, gain)
         if self.cast is None:
-            return cast(torch.Tensor, accumulate(*values))
+            made = accumulate(*values)
+            narrow = torch.promote_types(self.dtype, torch.float32) != self.dtype
+            return cast(torch.Tensor, made.to(self.dtype) if narrow else made)  # a gain is float32 or better
         return cast(torch.Tensor, accumulate(*(value.to(self.cast) for value in values)).to(self.dtype))
 
 

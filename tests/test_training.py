@@ -1,4 +1,4 @@
-"""Training an adapted model: Hugging Face's Trainer, gradient checkpointing, and PEFT's losses step by step."""
+"""Training an adapted model: Hugging Face's Trainer, and PEFT's losses step by step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 import transformers
 from checks import adapters, build, call, outputs, randomize
 from torch import Tensor, nn
-from zoo import t5
 
 import graphpeft as gp
 
@@ -72,78 +71,6 @@ def test_trainer(name: str, checkpointing: bool, tmp_path: Any) -> None:
     now = dict(model.named_parameters())
     assert all(torch.equal(now[n], base[n]) for n in base)
     assert all(not torch.equal(p, start[n]) for n, p in adapters(model).items())
-
-
-def without_dropout(model: nn.Module) -> nn.Module:
-    """So that a forward pass can be compared with its recomputation."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model.train()
-
-
-def gradients(model: nn.Module, example: Any) -> dict[str, Tensor]:
-    model.zero_grad(set_to_none=True)
-    model(**example[1]).logits.pow(2).sum().backward()
-    found = {n: p.grad for n, p in adapters(model).items()}
-    assert all(g is not None for g in found.values())
-    return found
-
-
-def agree(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    for name, grad in one.items():
-        # Gradients are summed over the uses of an activation in another order: some bits of float32.
-        assert (grad - other[name]).abs().max() < 1e-4 * other[name].abs().max(), name
-
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*checkpointing.*is deprecated:FutureWarning")
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])
-def test_gradient_checkpointing_keeps_the_gradients(name: str) -> None:
-    """Reentrant checkpoints pass gradients on only to inputs that ask for some, and the embedding is frozen:
-    transformers asks for it by itself, whether checkpointing is switched on before or after `apply`."""
-    model = t5(dropout_rate=0.0) if name == "t5" else build(name)
-    example = call(name, model)
-    gp.apply(without_dropout(model), "qv:lora; up:rlora")
-    randomize(model)
-    expected = gradients(model, example)
-    for options in (None, {"use_reentrant": True}, {"use_reentrant": False}):
-        model.gradient_checkpointing_enable(options)
-        assert model.is_gradient_checkpointing
-        found = gradients(model, example)
-        agree(found, expected)
-        model.gradient_checkpointing_disable()
-
-
-def test_checkpointing_before_apply() -> None:
-    model = without_dropout(build("llama"))
-    model.gradient_checkpointing_enable({"use_reentrant": True})
-    example = call("llama", model)
-    gp.apply(model, "qv:lora")
-    randomize(model)
-    found = gradients(model, example)
-    model.gradient_checkpointing_disable()
-    expected = gradients(model, example)
-    agree(found, expected)
-
-
-def test_reentrant_checkpoints_of_a_vision_model_fail_aloud() -> None:
-    """transformers asks for no gradient of an image: torch then refuses to run backward, rather than training nothing."""
-    model = without_dropout(build("vit"))
-    gp.apply(model, "qv:lora")
-    example = call("vit", model)
-    model.gradient_checkpointing_enable({"use_reentrant": True})
-    with (
-        pytest.raises(RuntimeError, match="does not require grad"),
-        pytest.warns(UserWarning, match="None of the inputs"),
-    ):
-        gradients(model, example)
-    model.enable_input_require_grads()  # the remedy
-    gradients(model, example)
-    model.gradient_checkpointing_disable()
-    model.gradient_checkpointing_enable()
-    gradients(model, example)
 
 
 def same_start(ours: nn.Module, theirs: nn.Module, name: Callable[[str], str]) -> int:
