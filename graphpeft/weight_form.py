@@ -12,17 +12,21 @@ from torch import nn
 from graphpeft.adapters import HOME, Adapters, slot
 from graphpeft.program import Site, layout, oriented
 
+Named = tuple[str, Site]
+"""The name of an adapter, and one of its sites."""
+
 
 def weight_form(adapters: Adapters, forward: Callable[..., Any]) -> dict[str, Any]:
     """Members of a class whose instances show weight + delta under the weight's own name; the parameter itself stays.
 
     `forward` is what the class would run otherwise.
     """
-    by_weight: dict[str, list[Site]] = {}
-    for site, _, _ in adapters.running():
-        if site.form == "weight":
-            by_weight.setdefault(site.weight.rpartition(".")[2], []).append(site)
-    shown = {name: property(_adapted_weight(name, tuple(sites))) for name, sites in by_weight.items()}
+    by_weight: dict[str, list[Named]] = {}
+    for adapter in adapters.active:
+        for site, _, _ in adapters.branches(adapter):
+            if site.form == "weight":
+                by_weight.setdefault(site.weight.rpartition(".")[2], []).append((adapter, site))
+    shown = {name: property(_adapted_weight(name, tuple(places))) for name, places in by_weight.items()}
     return {**shown, "forward": _keeping(forward)}
 
 
@@ -46,9 +50,7 @@ def _keeping(forward: Callable[..., Any]) -> Any:
     return kept
 
 
-def _adapted_weight(name: str, sites: tuple[Site, ...]) -> Any:
-    places = tuple((site, slot(site)) for site in sites)
-
+def _adapted_weight(name: str, places: tuple[Named, ...]) -> Any:
     def read(self: nn.Module) -> torch.Tensor:
         adapters = cast(Adapters, self._modules[HOME])
         # A weight made without gradients is not one to train with.
@@ -56,11 +58,9 @@ def _adapted_weight(name: str, sites: tuple[Site, ...]) -> Any:
         if adapters.shown is not None and key in adapters.shown:
             return adapters.shown[key]
         base = weight = cast(torch.Tensor, self._parameters[name])
-        for adapter in adapters.active:
-            modules = cast(nn.ModuleDict, adapters._modules[adapter])
-            for site, place in places:
-                if place in modules:
-                    weight = fold(weight, site, update(modules[place], base, site))
+        for adapter, site in places:
+            branches = cast(nn.ModuleDict, adapters._modules[adapter])
+            weight = fold(weight, site, update(branches[slot(site)], base, site))
         if adapters.shown is not None:
             adapters.shown[key] = weight
         return weight

@@ -69,7 +69,7 @@ TARGETS = {
     "emb_conv1d": ("embed", "path(conv1d)"),
     "conv2d": ("conv", "path(lin0)"),
     "mha": ("qv", "o"),
-} | {name: ("qv", "down") for name in TRANSFORMERS}
+} | dict.fromkeys(TRANSFORMERS, ("qv", "down"))
 """Two sets of sites that have nothing in common."""
 METHODS = {
     "lora": "lora(r=4, alpha=8)",
@@ -113,7 +113,7 @@ def run(name: str, model: nn.Module) -> list[Tensor]:
     return outputs(model, example(name, next(model.parameters()).dtype))
 
 
-def apply(name: str, model: nn.Module, rules: str, std: float | None = 0.2, **options: Any) -> nn.Module:
+def apply(name: str, model: nn.Module, rules: str, /, std: float | None = 0.2, **options: Any) -> nn.Module:
     """`gp.apply` by the model's example; then random numbers, for a fresh adapter changes nothing."""
     gp.apply(model, rules, inputs=given(name, next(model.parameters()).dtype), **options)
     model.eval()
