@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from graphpeft.passes.storage import load as load
     from graphpeft.passes.storage import push_to_hub as push_to_hub
     from graphpeft.passes.storage import save as save
+    from graphpeft.passes.swap import swap as swap
     from graphpeft.passes.verify import verify as verify
     from graphpeft.runtime import Session as Session
     from graphpeft.train.groups import parameter_groups as parameter_groups
@@ -75,6 +76,7 @@ HOMES = {
     "report": "inspect.report.write",
     "save": "passes.storage",
     "sites": "apply",
+    "swap": "passes.swap",
     "to_networkx": "inspect.network",
     "trainable": "apply",
     "unmerge": "passes.merge",

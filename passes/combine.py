@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from graphpeft.chain import Chain
+from graphpeft.chain import Chain, Dense
 from graphpeft.errors import AdapterError
 from graphpeft.methods import LoRA
 from graphpeft.passes.insert import check_name, insert
@@ -101,7 +102,7 @@ def combine(
         entries,
     )
     for site, chain in chains(model, name).items():
-        _fill(chain, *made[site], site)
+        fill(chain, *made[site], site)
     set_active(model, (name,))
     return model
 
@@ -189,12 +190,14 @@ def _nearest(total: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return root.unsqueeze(-1) * v[..., :rank, :], u[..., :rank] * root.unsqueeze(-2)
 
 
-def _fill(chain: Chain, a: Tensor, b: Tensor, site: Site) -> None:
-    left, right = list(chain.factors)[-2:]
+def fill(chain: Chain, a: Tensor, b: Tensor, site: Site) -> None:
+    """Give a plain LoRA chain the values of a pair with B A = ΔW, of its own rank or, filled up with zeros, a lower one."""
+    left, right = (cast(Dense, factor) for factor in list(chain.factors)[-2:])
     if site.rows and b.shape[-2] == site.full:
         b = torch.cat([b[..., start:stop, :] for start, stop in site.rows], -2)
-    left.weight.copy_(b)  # type: ignore[operator]
-    right.weight.copy_(a)  # type: ignore[operator]
+    missing = right.weight.shape[-2] - a.shape[-2]
+    left.weight.copy_(F.pad(b / chain.scale, (0, missing)))
+    right.weight.copy_(F.pad(a, (0, 0, 0, missing)))
 
 
 def _rules(model: nn.Module, chosen: Sequence[str], rank: int) -> str:

@@ -116,21 +116,11 @@ def load(
     was trained on other base weights.
     """
     place = hub.local(folder, revision)
-    if (place / CONFIG).is_file() and not (place / DESCRIPTION).is_file():
-        check_name(model, name or "default")
-        content = read_peft(model, place, _sites(model), any_base=any_base, strict=strict)
-    else:
-        content = read_adapter(place)
+    content = read(model, place, name, None, any_base=any_base, strict=strict)
     chosen = name or content.name
-    check_name(model, chosen)
-    _check_sites(model, content, place)
-    _check_tensors(content, place)
-    _check_base(model, content, place, any_base)
     before = state.active if (state := find_state(model)) else ()
-    insert(model, chosen, content.rules, content.seed, content.entries)
+    attach(model, chosen, content)
     try:
-        initialize(model, chosen)
-        _fill(model, chosen, content)
         with step("activate", model):
             set_active(model, (chosen,))
     except BaseException:
@@ -139,6 +129,34 @@ def load(
             set_active(model, before)
         raise
     return model
+
+
+def read(
+    model: nn.Module, folder: Path, name: str | None, sites: tuple[Site, ...] | None, *, any_base: bool, strict: bool
+) -> AdapterFile:
+    """What a folder holds, checked against the model; PEFT's names are looked up among `sites`, or all that are found."""
+    if (folder / CONFIG).is_file() and not (folder / DESCRIPTION).is_file():
+        check_name(model, name or "default")
+        found = _sites(model) if sites is None else sites
+        content = read_peft(model, folder, found, any_base=any_base, strict=strict)
+    else:
+        content = read_adapter(folder)
+    check_name(model, name or content.name)
+    _check_sites(model, content, folder)
+    _check_tensors(content, folder)
+    _check_base(model, content, folder, any_base)
+    return content
+
+
+def attach(model: nn.Module, name: str, content: AdapterFile) -> None:
+    """Put an adapter onto the model without activating it; if that fails the model is as it was."""
+    insert(model, name, content.rules, content.seed, content.entries)
+    try:
+        initialize(model, name)
+        _fill(model, name, content)
+    except BaseException:
+        remove(model, name)
+        raise
 
 
 def _sites(model: nn.Module) -> tuple[Site, ...]:
@@ -160,7 +178,7 @@ def _check_base(model: nn.Module, content: AdapterFile, folder: Path, any_base: 
             f"{found} Usually another checkpoint was loaded, or it was trained further. Load the base that the adapter was "
             f"made for; if the difference is meant, pass any_base=True and check the outputs."
         )
-    warnings.warn(f"{found} The adapter is loaded as any_base=True asks; check its outputs.", stacklevel=3)
+    warnings.warn(f"{found} The adapter is loaded as any_base=True asks; check its outputs.", stacklevel=4)
 
 
 def _fingerprint(model: nn.Module, entries: tuple[Entry, ...]) -> str:
