@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, cast, get_args
 
@@ -33,25 +32,15 @@ class Part:
     chain: Chain
     base: Tensor
 
-    @contextmanager
-    def as_trained(self) -> Iterator[None]:
-        """Without the strength that the adapter may have been activated with."""
-        strength, self.chain.strength = self.chain.strength, 1.0
-        try:
-            with self.chain.settled():
-                yield
-        finally:
-            self.chain.strength = strength
-
     def pair(self) -> tuple[Tensor, Tensor]:
         """A `(r, inputs)` and B `(outputs, r)` with B A = ΔW. Raises `AdapterError` where there is none."""
-        with self.as_trained():
+        with self.chain.as_trained():
             a, b = self.chain.to_lora()
         return a.float(), b.float()
 
     def delta(self, site: Site) -> Tensor:
         """ΔW, `(outputs, inputs)`, of which every site has one."""
-        with self.as_trained():
+        with self.chain.as_trained():
             return update(self.chain, self.base, site).float()
 
 

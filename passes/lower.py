@@ -10,6 +10,7 @@ from graphpeft.errors import AdapterError
 from graphpeft.methods import LoRA
 from graphpeft.passes.replace import replace_branches
 from graphpeft.plan import Entry
+from graphpeft.program import Site
 from graphpeft.state import chains, get_state, names, refuse_merged
 from graphpeft.steps import named
 
@@ -25,13 +26,16 @@ def lower(model: nn.Module, name: str | None = None) -> nn.Module:
     """
     refuse_merged(model, "lower")
     state = get_state(model)
+    lowered: dict[str, dict[Site, tuple[Entry, Chain]]] = {}
     for adapter in names(model, name):
-        lowered = {}
         found = chains(model, adapter)
-        for entry in state.adapters[adapter].entries:
-            if not isinstance(entry.method, LoRA):
-                lowered[entry.site] = _plain(entry, found[entry.site], adapter)
-        replace_branches(model, adapter, lowered)
+        lowered[adapter] = {
+            entry.site: _plain(entry, found[entry.site], adapter)
+            for entry in state.adapters[adapter].entries
+            if not isinstance(entry.method, LoRA)
+        }
+    for adapter, made in lowered.items():
+        replace_branches(model, adapter, made)
     return model
 
 
@@ -41,7 +45,7 @@ def _plain(entry: Entry, chain: Chain, adapter: str) -> tuple[Entry, Chain]:
         raise AdapterError(
             f"Adapter {adapter!r} has no values at {site.weight}: it is on the meta device. Load weights first."
         )
-    with torch.no_grad(), chain.settled():
+    with torch.no_grad(), chain.as_trained():
         try:
             a, b = chain.to_lora()
         except AdapterError as error:
@@ -51,6 +55,7 @@ def _plain(entry: Entry, chain: Chain, adapter: str) -> tuple[Entry, Chain]:
     made = Entry(site, LoRA(r=a.shape[-2]), entry.rule)
     with torch.device(chain.device):
         plain = made.build().to(chain.dtype)
+    plain.strength = chain.strength
     left, right = list(plain.factors)[-2:]
     with torch.no_grad():
         left.weight.copy_(b)  # type: ignore[operator]

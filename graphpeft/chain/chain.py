@@ -154,6 +154,16 @@ class Chain(nn.Module):
             for module, training in modes:
                 module.training = training
 
+    @contextmanager
+    def as_trained(self) -> Iterator[None]:
+        """Settled, and without the strength that the adapter may have been activated with."""
+        strength, self.strength = self.strength, 1.0
+        try:
+            with self.settled():
+                yield
+        finally:
+            self.strength = strength
+
     def __matmul__(self, other: Factor | Chain) -> Chain:
         right = other if isinstance(other, Chain) else Chain([other])
         if self.probability:

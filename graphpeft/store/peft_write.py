@@ -152,7 +152,7 @@ def _loose(listed: Iterable[Place]) -> bool:
 
 def _pair(model: nn.Module, entry: Entry, chain: Chain, dora: bool) -> Pair:
     """The pair of one site as tall as the whole weight."""
-    with chain.settled():
+    with chain.as_trained():
         if type(entry.method) in (LoRA, DoRA):
             left, right = list(chain.factors)[-2:]
             assert isinstance(left, Weighted)
