@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 from torch import fx, nn
@@ -13,6 +14,8 @@ from graphpeft.adapters import places
 from graphpeft.program import Site
 from graphpeft.store.peft_config import targeted
 from graphpeft.store.peft_layout import PREFIX, NoEquivalent, Place, conv1d, modules, nesting, place
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def locate(
@@ -52,18 +55,21 @@ def _by_holder(model: nn.Module, found: Iterable[Site]) -> dict[tuple[int, str],
 def _site(
     model: nn.Module, weight: str, holders: Mapping[tuple[int, str], Site], paths: Mapping[str, nn.Module]
 ) -> Site | None:
-    """The site of a weight as dataflow found it, or, of a linear map or table that it never saw, by its path."""
+    """The site of a weight as dataflow found it, or, of a linear map, table or convolution that it never saw, by its path."""
     path, _, leaf = weight.rpartition(".")
     module: Any = paths.get(path)
     if module is None or leaf not in module._parameters:
         return None
     if (id(module), leaf) in holders:
         return holders[id(module), leaf]
-    transposed = conv1d(module)
-    if not (isinstance(module, (nn.Linear, nn.Embedding)) or transposed) or isinstance(model, fx.GraphModule):
+    transposed, conv = conv1d(module), isinstance(module, CONVOLUTIONS)
+    known = transposed or conv or isinstance(module, (nn.Linear, nn.Embedding))
+    if not known or isinstance(model, fx.GraphModule):
         return None
-    rows, columns = module.weight.shape
-    shape = (columns, rows) if transposed else (rows, columns)
+    rows, *columns = module.weight.shape
+    shape = (columns[0], rows) if transposed else (rows, prod(columns))
     digits = re.search(r"(?:^|\.)(\d+)\.", weight)
-    role, layer = "embed" if isinstance(module, nn.Embedding) else "other", int(digits[1]) if digits else None
-    return Site(role, weight, None, False, layer, shape, owner=path, full=shape[0], transposed=transposed)
+    role = "conv" if conv else "embed" if isinstance(module, nn.Embedding) else "other"
+    layer = int(digits[1]) if digits else None
+    made = Site(role, weight, None, False, layer, shape, owner=path, full=shape[0], transposed=transposed)
+    return replace(made, form="weight") if conv else made
