@@ -224,17 +224,6 @@ def test_removing_one_of_two_leaves_the_other() -> None:
     assert list(model.state_dict()) == list(base.tensors)
 
 
-def test_merging_some_of_the_adapters() -> None:
-    model, example = two()
-    gp.activate(model, "one")
-    alone = outputs(model, example)
-    gp.activate(model, None)
-    gp.merge(model, "one")
-    assert delta(outputs(model, example), alone) < 1e-12
-    gp.unmerge(model)
-    assert same(outputs(model, example), outputs(build("gpt2", dtype=torch.float64), example))
-
-
 def test_the_same_seed_gives_the_same_adapter_in_any_order() -> None:
     first, second = build("llama"), build("llama")
     gp.apply(first, "qv:lora", name="a", seed=3)
@@ -250,20 +239,6 @@ def test_the_same_seed_gives_the_same_adapter_in_any_order() -> None:
     third = build("llama")
     gp.apply(third, "qv:lora", name="a", seed=4)
     assert not same(adapters(third, "a").values(), adapters(first, "a").values())
-
-
-def test_a_name_that_begins_like_another() -> None:
-    model = build("llama")
-    for name in ("task", "task_1", "q", "default"):
-        gp.apply(model, "q:lora(r=1)", name=name)
-    gp.remove(model, "task")
-    assert [len(adapters(model, name)) for name in ("task_1", "q", "default")] == [4, 4, 4]
-    example = call("llama", model)
-    randomize(model, "q")
-    gp.activate(model, "task_1")
-    idle = outputs(model, example)
-    gp.activate(model, "q")
-    assert delta(outputs(model, example), idle) > 1e-4
 
 
 def test_disabled_is_restored_after_an_error() -> None:

@@ -139,16 +139,16 @@ class Cell:
     name: str
     method: str
 
-    def base(self) -> nn.Module:
-        return fresh(self.name)
+    def base(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        return fresh(self.name, dtype)
 
-    def untrained(self) -> nn.Module:
-        return copy.deepcopy(_made(self.name, self.method))
+    def untrained(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        return copy.deepcopy(_made(self.name, self.method, dtype))
 
-    def adapted(self) -> nn.Module:
+    def adapted(self, dtype: torch.dtype = torch.float32, std: float = 0.2) -> nn.Module:
         """With random numbers in the adapter, as training would leave it."""
-        model = self.untrained()
-        randomize(model, std=0.2)
+        model = self.untrained(dtype)
+        randomize(model, std=std)
         return model
 
     def run(self, model: nn.Module) -> list[Tensor]:
@@ -159,8 +159,16 @@ class Cell:
 
 
 @cache
-def _made(name: str, method: str) -> nn.Module:
-    return apply(name, fresh(name), rules(name, method), std=None)
+def _made(name: str, method: str, dtype: torch.dtype) -> nn.Module:
+    return apply(name, fresh(name, dtype), rules(name, method), std=None)
+
+
+def models(*more: str) -> pytest.MarkDecorator:
+    """Parametrize a test by the hand-made models and these; the others are marked as slow."""
+    default = {*HAND_MADE, *more}
+    return pytest.mark.parametrize(
+        "name", [name if name in default else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+    )
 
 
 def _by_default(model: str, method: str) -> bool:

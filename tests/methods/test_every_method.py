@@ -12,7 +12,6 @@ from torch import nn
 
 import graphpeft as gp
 from graphpeft.chain import RankGate
-from graphpeft.errors import AdapterError
 from graphpeft.methods import names
 from graphpeft.program import matrix
 from graphpeft.state import chains
@@ -43,7 +42,8 @@ def test_no_method_is_left_out() -> None:
     assert {rule.partition("(")[0] for rule in METHODS} == set(names())
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])  # gpt2: q and v are rows of one transposed weight
+# gpt2: q and v are rows of one transposed weight. Other models: tests/behaviors.
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", METHODS)
 def test_life(name: str, method: str, tmp_path: Path) -> None:
     model = build(name)
@@ -149,16 +149,3 @@ def test_a_compiled_model_has_no_graph_break(method: str) -> None:
     compiled(*args, **kwargs).logits.square().mean().backward()
     trained: list[nn.Parameter] = list(adapters(model).values())
     assert any(p.grad is not None and p.grad.any() for p in trained)
-
-
-@pytest.mark.parametrize("method", SAMPLES)
-def test_what_is_not_finite_is_not_merged(method: str) -> None:
-    model = gp.apply(build("llama"), f"q:{method}")
-    randomize(model)
-    held = Snapshot.of(model)
-    first = next(iter(adapters(model).values()))
-    first.data.view(-1)[0] = float("nan")
-    with pytest.raises(AdapterError, match=r"has NaN or infinite values; the model is unchanged"):
-        gp.merge(model)
-    first.data.copy_(held.tensors[next(n for n, p in model.named_parameters() if p is first)])
-    held.check(model)
