@@ -40,6 +40,9 @@ def test_b16_gradients_reach_the_adapter_and_what_else_is_told_to_train(cell: Ce
 @cells()
 def test_b17_three_steps_move_the_adapter_and_leave_the_base(cell: Cell) -> None:
     model = cell.adapted()
+    for name, parameter in adapters(model).items():
+        if name.endswith("logits"):
+            parameter.data.fill_(4.0)  # B-LoRA's gates nearly always open: what is shut for three steps does not train
     before = cell.run(model)
     start = {n: p.detach().clone() for n, p in model.train().named_parameters()}
     # All parameters, as many scripts do: those that get no gradient stay.
@@ -50,8 +53,8 @@ def test_b17_three_steps_move_the_adapter_and_leave_the_base(cell: Cell) -> None
         optimizer.step()
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, start[n])}
     assert moved <= set(adapters(model))
-    # A gate that was drawn wholly open or shut three times has no gradient of the loss.
-    assert moved >= {name for name in adapters(model) if not name.endswith("logits")}
+    # A gate that was drawn wholly open has no gradient of the loss, nor then a range, for nothing is rounded.
+    assert moved >= {name for name in adapters(model) if not name.endswith(("logits", "log_range"))}
     model.eval()
     assert not same(cell.run(model), before)
     with gp.disabled(model):
