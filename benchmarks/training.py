@@ -1,0 +1,152 @@
+"""What a training step with adapters costs in time and memory: graphpeft beside PEFT, interleaved in one run.
+
+`python benchmarks/training.py` trains MiniLM (batch 16, length 64) and a Llama of 6 layers and width 768 (batch 4, length 128),
+with LoRA of rank 8 on q and v or on all linear maps, the base in float32 or bfloat16, adapters in float32, AdamW. Time is CPU
+time on one thread, as a ratio to the frozen model: a pass forward, and back to the embeddings, without gradients of weights,
+which is the least that training below the last layer takes. Medians over rounds in which all contenders run in turn.
+
+Memory is what a process needs at most during a step beyond what it holds between steps: activations, gradients, and what is
+computed with. On Linux, with the allocator told to give freed tensors back at once; each contender has a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+from torch import nn
+
+import graphpeft as gp
+from graphpeft.demo.model import load
+
+MODELS = {"minilm": (16, 64), "llama": (4, 128)}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TARGETS = {
+    ("qv", "minilm"): ["query", "value"],
+    ("qv", "llama"): ["q_proj", "v_proj"],
+    ("linear", "minilm"): ["query", "key", "value", "dense"],
+    ("linear", "llama"): ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}
+TOOLS = ("frozen", "graphpeft", "peft")
+
+
+def base(name: str, dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    if name == "llama":
+        config = transformers.LlamaConfig(
+            vocab_size=512, hidden_size=768, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=12
+        )
+        return transformers.LlamaForCausalLM(config).to(dtype).train()
+    return load(2)[0].encoder.to(dtype).train()
+
+
+def made(tool: str, name: str, targets: str, dtype: torch.dtype) -> nn.Module:
+    model = base(name, dtype)
+    if tool == "graphpeft":
+        return gp.apply(model, f"{targets}:lora(r=8)")
+    if tool == "peft":
+        return peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=8, target_modules=TARGETS[targets, name]))
+    return model.requires_grad_(False)
+
+
+def step(tool: str, name: str, model: nn.Module) -> Callable[[], None]:
+    """One step of training, or for the frozen model the same without weights to train."""
+    batch, length = MODELS[name]
+    ids = torch.randint(3, 500, (batch, length), generator=torch.Generator().manual_seed(0))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
+    call = {"use_cache": False} if name == "llama" else {}
+    mask = torch.ones_like(ids)
+    embed = model.get_input_embeddings() if tool == "frozen" else None
+
+    def run() -> None:
+        given = {"input_ids": ids} if embed is None else {"inputs_embeds": embed(ids).requires_grad_()}
+        output = model(**given, attention_mask=mask, **call)
+        value = output.logits if name == "llama" else output.last_hidden_state
+        value.float().square().mean().backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return run
+
+
+def seconds(name: str, targets: str, dtype: str, rounds: int) -> dict[str, list[float]]:
+    runs = {tool: step(tool, name, made(tool, name, targets, DTYPES[dtype])) for tool in TOOLS}
+    times: dict[str, list[float]] = {tool: [] for tool in runs}
+    for i in range(rounds + 1):
+        for tool, run in runs.items():
+            start = time.process_time()
+            run()
+            if i:
+                times[tool].append(time.process_time() - start)
+    return times
+
+
+def status(field: str) -> int:
+    """Of this process, in kB."""
+    found = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(found.split()[1])
+
+
+def peak(tool: str, name: str, targets: str, dtype: str) -> float:
+    """In MB. To be run in a process of its own."""
+    run = step(tool, name, made(tool, name, targets, DTYPES[dtype]))
+    for _ in range(2):
+        run()
+    gc.collect()
+    rest = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    for _ in range(2):
+        run()
+    return (status("VmHWM") - rest) / 1024
+
+
+def memory(*case: str) -> float:
+    """The peak of a case in a process of its own."""
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, __file__, "--peak", *case]
+    return float(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.peak:
+        print(peak(*options.peak))
+        return
+    print(
+        f"{'':<22} {'graphpeft':>18} {'PEFT':>18} {'ours / theirs':>16} {'peak MB, frozen':>16} {'graphpeft':>10} {'PEFT':>7}"
+    )
+    for name in MODELS:
+        for targets in ("qv", "linear"):
+            for dtype in DTYPES:
+                times = seconds(name, targets, dtype, options.rounds)
+                cells = []
+                for one, other in (("graphpeft", "frozen"), ("peft", "frozen"), ("graphpeft", "peft")):
+                    ratios = [a / b for a, b in zip(times[one], times[other], strict=True)]
+                    low, middle, high = statistics.quantiles(ratios, n=4)
+                    cells.append(f"{middle:.2f} ({low:.2f}-{high:.2f})")
+                peaks = [memory(tool, name, targets, dtype) for tool in TOOLS]
+                print(
+                    f"{name + ' ' + targets + ' ' + dtype:<22} {cells[0]:>18} {cells[1]:>18} {cells[2]:>16} "
+                    f"{peaks[0]:>16.0f} {peaks[1]:>10.0f} {peaks[2]:>7.0f}",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
