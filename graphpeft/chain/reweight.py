@@ -60,8 +60,9 @@ class Magnitude(Reweight):
             torch.no_grad()
         ):  # ‖W + B A‖² = ‖W‖² + 2 ⟨W Aᵀ, B⟩ + ⟨B A Aᵀ, B⟩, row by row, without a matrix as large as W
             a, b = pair
-            squares = _norms(weight).square() + ((2 * (weight @ a.t()) + b @ (a @ a.t())) * b).sum(-1)
-            norms = squares.clamp_min(0).sqrt()
+            base, more = _norms(weight), ((2 * (weight @ a.t()) + b @ (a @ a.t())) * b).sum(-1)
+            # A square root need not give back to the bit what was squared, and at the start the gain is 1.
+            norms = torch.where(more == 0, base, (base.square() + more).clamp_min(0).sqrt())
         return self._gain(norms)
 
     def _gain(self, norms: Tensor) -> Tensor:

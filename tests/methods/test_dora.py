@@ -145,6 +145,14 @@ def test_of_a_stack_of_experts_each_has_its_own_norms() -> None:
     torch.testing.assert_close(norms, stack.reweight.magnitude.value.abs(), atol=1e-12, rtol=0)
 
 
+def test_it_starts_at_a_gain_of_one_to_the_bit() -> None:
+    chain = DoRA(r=4).chain(Site("q", "q.weight", None, False, 0, (4096, 64)))
+    for seed in range(60):  # √(x²) of some 1 in 100,000 is off by a bit where torch takes its square root from MKL
+        weight = torch.rand(4096, 64, generator=torch.Generator().manual_seed(seed)) * 10 ** (seed / 10 - 3)
+        chain.reset(0, "q", weight)
+        assert torch.equal(chain.gain(weight), torch.ones(4096))
+
+
 def test_without_its_length_it_is_lora() -> None:
     """The gradient at the start, where the norms are constants: that of LoRA for B, none for A."""
     weight = torch.randn(10, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
