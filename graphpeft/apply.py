@@ -21,6 +21,7 @@ from graphpeft.passes.insert import check_name, insert
 from graphpeft.passes.verify import Level
 from graphpeft.plan import Plan, make_plan
 from graphpeft.program import Site
+from graphpeft.quantized import refuse_cut
 from graphpeft.rules import Rule, coerce, to_text
 from graphpeft.samples import settled
 from graphpeft.state import hidden, inactive, set_active
@@ -59,6 +60,7 @@ def apply(
     parsed = coerce(rules)
     module = as_module(model) if isinstance(model, ExportedProgram) else model
     check_name(module, name)
+    refuse_cut(module)
     made = make_plan(module, found_in(module, inputs), parsed, expect)
     state = insert(module, name, to_text(parsed), seed, made.entries)
     state.inputs = state.inputs if inputs is None else inputs

@@ -26,6 +26,7 @@ from graphpeft.meta import with_shapes
 from graphpeft.owner import evaluating
 from graphpeft.passes.functional import functional
 from graphpeft.program import Program, stored
+from graphpeft.quantized import in_floats
 from graphpeft.samples import sample_inputs, without_cache
 from graphpeft.steps import named
 from graphpeft.unfold import unfold
@@ -49,15 +50,16 @@ def capture(model: nn.Module | ExportedProgram, inputs: Inputs = None, *, blocks
         model = as_module(model)
     if isinstance(model, fx.GraphModule) and is_aten(model.graph):
         return _whole(model)
-    try:
-        example = example_call(model, inputs)
-        with quiet(model), with_shapes(model) as fitting:
-            exported = _export_any(model, example, fitting(example), blocks)
-    except CaptureError:
-        raise
-    except Exception as error:
-        raise CaptureError(explain(model, error, inputs is None)) from error
-    return _lifted(model, exported)
+    with in_floats(model):
+        try:
+            example = example_call(model, inputs)
+            with quiet(model), with_shapes(model) as fitting:
+                exported = _export_any(model, example, fitting(example), blocks)
+        except CaptureError:
+            raise
+        except Exception as error:
+            raise CaptureError(explain(model, error, inputs is None)) from error
+        return _lifted(model, exported)
 
 
 def _export_any(model: nn.Module, example: Call, fitting: Call, blocks: bool) -> ExportedProgram:

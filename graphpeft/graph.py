@@ -29,9 +29,12 @@ def strip_checks(graph: fx.Graph) -> fx.Graph:
 
 
 class _Branch(nn.Module):
-    """y + branch(x) as one traceable function, with casts only where base and adapter differ in dtype."""
+    """y + branch(x) as one traceable function, with casts only where base and adapter differ in dtype.
 
-    def __init__(self, branch: nn.Module, dtype: torch.dtype):
+    Without a `dtype` the base computes in that of its input, whatever it is.
+    """
+
+    def __init__(self, branch: nn.Module, dtype: torch.dtype | None):
         super().__init__()
         self.branch = branch
         kinds = {t.dtype for t in (*branch.parameters(), *branch.buffers()) if t.is_floating_point()}
@@ -42,7 +45,7 @@ class _Branch(nn.Module):
         accumulate: Any = self.branch.accumulate
         if self.cast is None:
             return cast(torch.Tensor, accumulate(y, x))
-        return cast(torch.Tensor, accumulate(y.to(self.cast), x.to(self.cast)).to(self.dtype))
+        return cast(torch.Tensor, accumulate(y.to(self.cast), x.to(self.cast)).to(self.dtype or y.dtype))
 
 
 class _RelativeBranch(_Branch):
@@ -55,9 +58,9 @@ class _RelativeBranch(_Branch):
         values = (y, x, product, gain)
         if self.cast is None:
             made = accumulate(*values)
-            narrow = torch.promote_types(self.dtype, torch.float32) != self.dtype
+            narrow = self.dtype is not None and torch.promote_types(self.dtype, torch.float32) != self.dtype
             return cast(torch.Tensor, made.to(self.dtype) if narrow else made)  # a gain is float32 or better
-        return cast(torch.Tensor, accumulate(*(value.to(self.cast) for value in values)).to(self.dtype))
+        return cast(torch.Tensor, accumulate(*(value.to(self.cast) for value in values)).to(self.dtype or y.dtype))
 
 
 class _BranchTracer(fx.Tracer):
@@ -96,10 +99,10 @@ class Splice:
         self._tag(new, node, transform, f"{self.path}.before")
         node.replace_input_with(source, new)
 
-    def beside(self, node: fx.Node, source: fx.Node, dtype: torch.dtype, weight: fx.Node | None) -> None:
+    def beside(self, node: fx.Node, source: fx.Node, dtype: torch.dtype | None, weight: fx.Node | None) -> None:
         """Inline the branch, which reads `source`, after the projection `node`.
 
-        `dtype` is the base weight's, and `weight` its node, which a branch relative to it looks at.
+        `dtype` is the base weight's, unless it is packed, and `weight` its node, which a branch relative to it looks at.
         """
         last, readers = self._last(node)
         anchor, values, kind = last, [last, source], _Branch

@@ -25,6 +25,7 @@ from graphpeft.match.owners import Uses, forget_constants, trace
 from graphpeft.meta import fill_shapes
 from graphpeft.mode import set_mode
 from graphpeft.program import Site
+from graphpeft.quantized import KEPT, Kept, packed, weight_node
 from graphpeft.weight_form import weight_form
 
 
@@ -172,8 +173,16 @@ def relower(owner: nn.Module) -> None:
     members: dict[str, Any] = {"forward": type(owner).forward, "graph": None}
     if "branch" in forms:
         graph = lower(owner, adapters)
+        kept = packed(owner)
+        if kept:
+            owner.__dict__[KEPT] = (
+                None  # FX asks for all that a graph reads, and the class that has it is yet to be made
+            )
         code = fx.GraphModule(owner, graph, type(owner).__name__)
         members = {"forward": type(code).forward, "graph": graph, "code": code.code}
+        if kept:
+            del owner.__dict__[KEPT]
+            members[KEPT] = property(Kept)
     if "weight" in forms:
         members |= weight_form(adapters, members["forward"])
     _inject(owner, members)
@@ -250,8 +259,9 @@ def adapt(
         for node in reads:
             splice.onto(node)
         return bool(reads)
+    dtype = parameter.dtype if parameter.is_floating_point() else None
     for affine in products:
-        splice.beside(affine.node, affine.input, parameter.dtype, affine.weight)
+        splice.beside(affine.node, affine.input, dtype, weight_node(affine.node, affine.weight))
     for pick in picks:
         splice.lookup(pick)
     return bool(products or picks)

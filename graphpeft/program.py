@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import fx, nn
 
+from graphpeft.quantized import Kept, dense
+
 Rows = tuple[tuple[int, int], ...]
 """Half-open runs of output features, such as `((0, 64), (128, 192))`."""
 
@@ -83,9 +85,14 @@ def stored(model: nn.Module, name: str) -> nn.Parameter:
     return dict(model.get_submodule(path).named_parameters(recurse=False, remove_duplicate=False))[leaf]
 
 
+def values(model: nn.Module, name: str) -> torch.Tensor:
+    """The parameter's numbers in floats, without gradients: of a quantized one those that it stands for."""
+    return dense(stored(model, name), model.get_submodule(name.rpartition(".")[0])).detach()
+
+
 def matrix(model: nn.Module, site: Site) -> torch.Tensor:
     """The adapted rows of a site's base weight, `(outputs, inputs)`; of stacked matrices `(stack, outputs, inputs)`."""
-    return oriented(stored(model, site.weight).detach(), *layout(site))
+    return oriented(values(model, site.weight), *layout(site))
 
 
 Layout = tuple[tuple[int, ...], bool, Rows | None]
@@ -98,8 +105,8 @@ def layout(site: Site) -> Layout:
     return ((site.stack, *shape) if site.stack else shape), site.transposed, site.rows
 
 
-def oriented(weight: torch.Tensor, shape: tuple[int, ...], transposed: bool, rows: Rows | None) -> torch.Tensor:
+def oriented(weight: torch.Tensor | Kept, shape: tuple[int, ...], transposed: bool, rows: Rows | None) -> torch.Tensor:
     """The adapted rows of a weight, `(outputs, inputs)` or a stack of such."""
-    found = weight.reshape(shape)
+    found = dense(weight).reshape(shape)
     found = found.transpose(-1, -2) if transposed else found
     return found if rows is None else torch.cat([found[..., a:b, :] for a, b in rows], -2)

@@ -16,7 +16,8 @@ from graphpeft.chain.transform import stored_tensors
 from graphpeft.errors import AdapterError
 from graphpeft.owner import STATE, relower
 from graphpeft.plan import Entry
-from graphpeft.program import Site
+from graphpeft.program import Site, values
+from graphpeft.quantized import dense
 
 
 @dataclass
@@ -105,6 +106,13 @@ def chains(model: nn.Module, name: str) -> dict[Site, Chain]:
         assert adapters is not None, f"the owner {path} lost its adapters"
         found.update({site: branch for site, branch, _ in adapters.branches(name) if isinstance(branch, Chain)})
     return {e.site: found[e.site] for e in state.adapters[name].entries}
+
+
+def base_weight(model: nn.Module, name: str) -> torch.Tensor:
+    """A weight as it was before any merge, without gradients; of a quantized one the floats that it stands for."""
+    state = find_state(model)
+    original = state.originals.get(name) if state else None
+    return values(model, name) if original is None else dense(original).detach()
 
 
 def saved(site: Site, chain: Chain) -> list[tuple[str, torch.Tensor]]:

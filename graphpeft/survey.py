@@ -16,14 +16,21 @@ from graphpeft.errors import CaptureError
 from graphpeft.match.find import Found, find
 from graphpeft.passes.normalize import normalize
 from graphpeft.program import Program, Site
+from graphpeft.quantized import in_floats
 from graphpeft.samples import sample_calls
 
 
 def survey(model: nn.Module, inputs: Inputs = None) -> Found:
     """Sites of the model as `inputs` runs it; without inputs, as example calls made from the configs run all its parts.
 
-    Raises `CaptureError` when nothing can be captured; a part that cannot is noted in `Found.unreached`.
+    Of quantized weights, the shapes are seen that they stand for. Raises `CaptureError` when nothing can be captured; a part
+    that cannot is noted in `Found.unreached`.
     """
+    with in_floats(model):
+        return _survey(model, inputs)
+
+
+def _survey(model: nn.Module, inputs: Inputs) -> Found:
     if inputs is not None or isinstance(model, fx.GraphModule) or not hasattr(model, "config"):
         return find(normalize(capture(model, inputs)))
     program, error = _attempt(model)

@@ -15,7 +15,7 @@ from graphpeft.errors import AdapterError
 from graphpeft.methods import LoRA
 from graphpeft.passes.insert import check_name, insert
 from graphpeft.plan import Entry
-from graphpeft.program import Site, stored
+from graphpeft.program import Site, values
 from graphpeft.rules import parse, to_text
 from graphpeft.state import chains, get_state, names, refuse_merged, set_active
 from graphpeft.steps import named
@@ -112,7 +112,7 @@ def _parts(model: nn.Module, weights: Mapping[str, float]) -> dict[Site, list[Pa
         for site, chain in chains(model, name).items():
             if chain.device.type == "meta":
                 raise AdapterError(f"Adapter {name!r} has no values at {site.weight}: it is on the meta device.")
-            found.setdefault(site, []).append(Part(float(weight), chain, stored(model, site.weight).detach()))
+            found.setdefault(site, []).append(Part(float(weight), chain, values(model, site.weight)))
     return found
 
 

@@ -31,6 +31,7 @@ from graphpeft.parity import Runner, Step
 from graphpeft.part import Part, Pass
 from graphpeft.parts import parts
 from graphpeft.passes.merge import merge, unmerge
+from graphpeft.quantized import quantized
 from graphpeft.runtime import Session
 from graphpeft.slots import fingerprint
 from graphpeft.state import get_state, names, set_active
@@ -99,6 +100,7 @@ def export(
     if compact and (rows or merged):
         raise ExportError("compact=True has no rows=True, and nothing to hold open with merged=True. Choose one.")
     chosen = _chosen(model, merged, adapters)
+    _refuse_quantized(model)
     with quiet(model), _restored(model), staged(Path(path)) as folder:
         limit = parity.tolerance(model)
         pieces = [Part(name, flat, folder, limit) for name, flat in parts(model, inputs, cached=cache)]
@@ -275,6 +277,17 @@ def _chosen(model: nn.Module, merged: bool, adapters: str | Sequence[str] | None
     if Path(REPORT).stem in chosen:
         raise ExportError(f"No adapter can be called {Path(REPORT).stem!r}: its sidecar would be the report {REPORT}.")
     return tuple(dict.fromkeys(chosen))
+
+
+def _refuse_quantized(model: nn.Module) -> None:
+    """torch.onnx has no operators for what torchao and bitsandbytes compute with."""
+    found = quantized(model)
+    if found:
+        name, known = next(iter(found.items()))
+        raise ExportError(
+            f"{name} is quantized by {known}, of which there is no ONNX graph. Load the base in floats, gp.load(model, folder, "
+            f'any_base=True), and gp.export(model, path, quantize="int4") or "int8", which quantizes for ONNX Runtime.'
+        )
 
 
 @contextmanager

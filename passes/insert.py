@@ -14,6 +14,7 @@ from graphpeft.errors import AdapterError
 from graphpeft.owner import STATE, vacate
 from graphpeft.plan import Entry
 from graphpeft.program import stored
+from graphpeft.quantized import library
 from graphpeft.state import Adapter, State, find_state, refuse_merged
 from graphpeft.steps import named
 
@@ -99,12 +100,18 @@ def _withdraw(owner: nn.Module, name: str) -> None:
 
 
 def _branch(model: nn.Module, entry: Entry, shared: dict[str, Any]) -> Chain:
-    """An empty branch on the weight's device, in float32 where the base is in half precision."""
+    """An empty branch on the weight's device, in float32 where the base is in half precision or packed integers."""
     weight = stored(model, entry.site.weight)
     _check(model, entry)
-    half = weight.dtype in (torch.float16, torch.bfloat16)
+    wide = weight.dtype in (torch.float32, torch.float64)
     with torch.device(weight.device):
-        chain = entry.build().to(torch.float32 if half else weight.dtype)
+        chain = entry.build().to(weight.dtype if wide else torch.float32)
+    known = library(weight)
+    if known and (entry.site.form == "weight" or not chain.beside):
+        raise AdapterError(
+            f"{entry.site.weight} ({entry.site.role}) is quantized by {known}, and `{entry.rule}` needs weight + ΔW in floats on "
+            f"every call there. Choose a method that runs beside the weight, such as lora, or load the base in floats."
+        )
     for place in places(entry.site):
         if chain.before is not None and (place.form == "weight" or place.rows or place.role == "embed" or place.stack):
             raise AdapterError(

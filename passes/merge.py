@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -10,26 +11,33 @@ from torch import fx, nn
 from graphpeft.adapters import places
 from graphpeft.errors import AdapterError
 from graphpeft.owner import reoccupy, vacate
-from graphpeft.program import Site, stored
+from graphpeft.passes.requantize import Requantized, Rounding, refuse_quantized, requantized
+from graphpeft.program import Site, stored, values
+from graphpeft.quantized import library
 from graphpeft.state import chains, get_state, names, owners, refuse_merged, set_active
 from graphpeft.steps import named
 from graphpeft.weight_form import fold, update
 
 
 @named("merge")
-def merge(model: nn.Module, name: str | Sequence[str] | None = None) -> None:
+def merge(model: nn.Module, name: str | Sequence[str] | None = None, *, requantize: Any = None) -> Requantized | None:
     """Fold adapters (the active ones without a name) into the weights, in place.
 
     W + ΔW is summed in float32 or wider and cast to the weight's dtype last. Afterwards the model is plain: its own
     classes, no extra parameters. The original weights are kept, so that `unmerge` gives them back to the bit.
+
+    A quantized weight would be rounded again, so it is refused, unless `requantize` is the torchao config that the weights
+    were quantized by; then what the rounding cost is returned, which prints as a table.
+
     Raises `AdapterError`, and changes nothing, if the model is merged already, an adapter is unknown, a delta is
-    not finite, or a weight is tied to one that the adapter does not touch.
+    not finite, a weight is tied to one that the adapter does not touch, or is quantized and cannot be requantized.
     """
     state = get_state(model)
     refuse_merged(model, "merge")
     folded = state.active if name is None else names(model, name if isinstance(name, str) else tuple(name))
     if not folded:
         raise AdapterError("No adapter is active, so there is nothing to merge. Name one: gp.merge(model, 'default').")
+    _refuse_quantized(model, folded, requantize)
     updated: dict[nn.Parameter, torch.Tensor] = {}
     for adapter in folded:
         for site, chain in chains(model, adapter).items():
@@ -37,10 +45,16 @@ def merge(model: nn.Module, name: str | Sequence[str] | None = None) -> None:
             parameter = stored(model, site.weight)
             chain.require_linear(f"{adapter!r} cannot be folded into {site.weight} ({site.role})")
             with torch.no_grad(), chain.settled():
-                weight = updated.get(parameter, parameter.detach())
+                base = values(model, site.weight)
+                weight = updated.get(parameter, base)
                 wide = torch.promote_types(weight.dtype, torch.float32)
-                updated[parameter] = fold(weight.to(wide), site, _finite(update(chain, parameter, site), adapter, site))
+                updated[parameter] = fold(weight.to(wide), site, _finite(update(chain, base, site), adapter, site))
     weights = {e.site.weight: stored(model, e.site.weight) for a in state.adapters.values() for e in a.entries}
+    lost: dict[nn.Parameter, Rounding] = {}
+    for path, parameter in weights.items():
+        if parameter in updated and parameter not in lost and library(parameter):
+            total = updated[parameter]
+            updated[parameter], lost[parameter] = requantized(path, parameter.detach(), total, requantize)
     active = state.active
     for path, owner in owners(model, tuple(state.adapters)).items():
         adapters = vacate(owner, keep_mode=True)
@@ -51,6 +65,7 @@ def merge(model: nn.Module, name: str | Sequence[str] | None = None) -> None:
     for parameter, value in updated.items():
         parameter.data.copy_(value)  # rounds once, to the weight's own dtype
     state.merged, state.active = folded, active
+    return Requantized(tuple(lost.values())) if requantize is not None else None
 
 
 @named("unmerge")
@@ -66,6 +81,16 @@ def unmerge(model: nn.Module) -> None:
     active = state.active
     state.originals, state.parked, state.merged = {}, {}, ()
     set_active(model, active)
+
+
+def _refuse_quantized(model: nn.Module, folded: Sequence[str], config: Any) -> None:
+    known: dict[str, list[str]] = {}
+    for site in (site for adapter in folded for site in chains(model, adapter)):
+        whose = library(stored(model, site.weight))
+        if whose == "bitsandbytes" or (whose and config is None):
+            known.setdefault(whose, []).append(site.weight)
+    for made_by, weights in known.items():
+        refuse_quantized(weights, made_by)
 
 
 def _finite(delta: torch.Tensor, adapter: str, site: Site) -> torch.Tensor:

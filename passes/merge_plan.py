@@ -112,7 +112,7 @@ def _check_base(
     """As `gp.load` does it; adapters of PEFT's say nothing of their base."""
     if not content.fingerprint:
         return
-    if content.fingerprint == fingerprint({name: checkpoint.where[key].glimpse(key) for name, key in keys.items()}):
+    if content.fingerprint == fingerprint(keys, lambda name: checkpoint.where[keys[name]].glimpse(keys[name])):
         return
     problem = f"{folder} was trained on other base weights than {checkpoint.folder} holds."
     if not any_base:

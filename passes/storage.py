@@ -20,8 +20,9 @@ from graphpeft.passes.initialize import initialize
 from graphpeft.passes.insert import check_name, insert
 from graphpeft.plan import Entry
 from graphpeft.program import Site, stored
+from graphpeft.quantized import shape as float_shape
 from graphpeft.samples import settled
-from graphpeft.state import chains, find_state, get_state, hidden, inactive, names, saved, set_active
+from graphpeft.state import base_weight, chains, find_state, get_state, hidden, inactive, names, saved, set_active
 from graphpeft.steps import step
 from graphpeft.store import hub
 from graphpeft.store.native import DESCRIPTION, AdapterFile, fingerprint, read_adapter, write_adapter
@@ -175,22 +176,19 @@ def _check_base(model: nn.Module, content: AdapterFile, folder: Path, any_base: 
     found = f"{folder} was trained on other base weights than {type(model).__name__} has now."
     if not any_base:
         raise FileError(
-            f"{found} Usually another checkpoint was loaded, or it was trained further. Load the base that the adapter was "
-            f"made for; if the difference is meant, pass any_base=True and check the outputs."
+            f"{found} Usually another checkpoint was loaded, or it was trained further, or one of the two is quantized. Load the "
+            f"base that the adapter was made for; if the difference is meant, pass any_base=True and check the outputs."
         )
     warnings.warn(f"{found} The adapter is loaded as any_base=True asks; check its outputs.", stacklevel=4)
 
 
 def _fingerprint(model: nn.Module, entries: tuple[Entry, ...]) -> str:
-    state = find_state(model)
-    originals = state.originals if state else {}
-    paths = dict.fromkeys(e.site.weight for e in entries)
-    return fingerprint({p: originals.get(p, stored(model, p)) for p in paths})
+    return fingerprint((e.site.weight for e in entries), lambda name: base_weight(model, name))
 
 
 def _check_sites(model: nn.Module, content: AdapterFile, folder: Path) -> None:
     """Every weight that the file names is there with the shape it had, before anything is allocated."""
-    shapes = {n: tuple(p.shape) for m_path, m in model.named_modules() for n, p in _own(m_path, m)}
+    shapes = {n: float_shape(p, m) for m_path, m in model.named_modules() for n, p in _own(m_path, m)}
     for site in (place for entry in content.entries for place in places(entry.site)):
         shape, wanted = shapes.get(site.weight), _shape(site)
         if shape is None or not _fits(shape, wanted):

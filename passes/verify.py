@@ -17,7 +17,8 @@ from graphpeft.chain import Chain, Transform
 from graphpeft.errors import VerifyError
 from graphpeft.owner import Adapted, relower
 from graphpeft.passes.merge import merge, unmerge
-from graphpeft.program import Site, stored
+from graphpeft.program import Site, stored, values
+from graphpeft.quantized import library
 from graphpeft.state import chains, get_state, inactive, owners
 from graphpeft.steps import named
 from graphpeft.weight_form import update
@@ -130,12 +131,14 @@ def _outputs(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], rep
             report.add("identity", moved == 0, f"adapters move the output by {moved:.1e}, expected 0 at initialization")
         else:
             acts = any(
-                update(c, stored(model, s.weight), s).any() for a in state.active for s, c in chains(model, a).items()
+                update(c, values(model, s.weight), s).any() for a in state.active for s, c in chains(model, a).items()
             )
             report.add("effect", moved > 0 or not acts, f"adapters move the output by up to {moved:.1e}")
         rounded = any(chain.before is not None for a in state.active for chain in chains(model, a).values())
         if rounded:
             report.add("merge", True, "not tried: an adapter that rounds its input does not merge")
+        elif any(library(stored(model, s.weight)) for a in state.active for s in chains(model, a)):
+            report.add("merge", True, "not tried: quantized weights would be rounded anew")
         elif state.active:
             before = {
                 e.site.weight: stored(model, e.site.weight).detach().clone()

@@ -84,7 +84,15 @@ def outputs(model: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]]) -
 
 def same(one: Iterable[Tensor], other: Iterable[Tensor]) -> bool:
     """Equal to the bit."""
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    return all(_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Tensors made of others, as torchao's are, by what they are made of."""
+    flatten: Any = getattr(a, "__tensor_flatten__", None)
+    if flatten is None:
+        return torch.equal(a, b)
+    return type(a) is type(b) and all(torch.equal(getattr(a, name), getattr(b, name)) for name in flatten()[0])
 
 
 def delta(one: Iterable[Tensor], other: Iterable[Tensor]) -> float:

@@ -12,8 +12,8 @@ from graphpeft.inspect.network import general
 from graphpeft.inspect.numbers import Numbers, numbers
 from graphpeft.inspect.table import folded, layers_text, names_text, role_text, rows_text, site_dict, size_text
 from graphpeft.inspect.view import Grid, View
-from graphpeft.program import Site, stored
-from graphpeft.state import chains, get_state
+from graphpeft.program import Site
+from graphpeft.state import base_weight, chains, get_state
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def explain(model: nn.Module, fold: bool = True) -> Explanation:
         sites, tensors = [], dict[int, int]()
         for entry, (site, chain) in zip(adapter.entries, chains(model, name).items(), strict=True):
             tensors |= {id(p): p.numel() for p in chain.parameters()}
-            weight = state.originals.get(site.weight, stored(model, site.weight))
+            weight = base_weight(model, site.weight)
             form, count = site.form if chain.beside else "weight", sum(p.numel() for p in chain.parameters())
             sites.append(Adapted(site, str(entry.method), form, chain.rank, count, numbers(chain, weight, site)))
         made.append(Adapter(name, status, adapter.rules, sum(tensors.values()), tuple(sites)))

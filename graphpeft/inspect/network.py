@@ -25,6 +25,7 @@ from graphpeft.inspect.suggest import any_layer
 from graphpeft.match.fused import concrete
 from graphpeft.match.products import op
 from graphpeft.meta import is_fake
+from graphpeft.quantized import dense, library
 from graphpeft.state import find_state
 
 if TYPE_CHECKING:
@@ -170,7 +171,8 @@ class _Builder:
 
 
 def checksum(tensor: torch.Tensor) -> int:
-    """The same for equal values; CRC-32 of the bytes."""
+    """The same for equal values; CRC-32 of the bytes, of a quantized tensor those of its floats."""
+    tensor = dense(tensor) if library(tensor) == "torchao" else tensor
     return zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 

@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from graphpeft.match.products import PICKS, SAME, TRANSPOSES, Affine, behind_transposes, op, read_affine
 from graphpeft.program import Program, stored
+from graphpeft.quantized import kept_graph, packed
 
 
 def locate(program: Program, node: fx.Node, weight: str) -> tuple[str, Literal["branch", "weight"]]:
@@ -73,6 +74,8 @@ def trace(module: nn.Module, keep: bool = False) -> fx.Graph | None:
         return module.graph
     if "forward" in module.__dict__:
         return None
+    if packed(module):
+        return kept_graph(module)
     before = set(module.__dict__)
     try:
         return _Tracer().trace(module)

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -184,13 +184,15 @@ def _size(value: Any, least: int = 1) -> int:
     return value
 
 
-def fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
+def fingerprint(names: Iterable[str], weight_of: Callable[[str], torch.Tensor]) -> str:
     """A digest of base weights: names, shapes and 64 values of each, enough to tell one checkpoint from another.
 
-    Values count as rounded to bfloat16, so that a float32 checkpoint and its bfloat16 copy are one base.
+    Values count as rounded to bfloat16, so that a float32 checkpoint and its bfloat16 copy are one base. Weights are asked
+    for one after the other: floats of a quantized one are made for it.
     """
     digest = hashlib.sha256()
-    for name, weight in sorted(weights.items()):
+    for name in sorted(set(names)):
+        weight = weight_of(name)
         digest.update(f"{name}{tuple(weight.shape)}".encode())
         if not weight.is_meta:
             step = max(1, weight.numel() // 64)

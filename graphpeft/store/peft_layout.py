@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 
 from graphpeft.adapters import Adapters
 from graphpeft.program import Site, stored
+from graphpeft.quantized import shape as float_shape
 
 PREFIX = "base_model.model."
 BANK = "base_model"
@@ -86,7 +87,7 @@ def place(model: nn.Module, site: Site, nested: Mapping[str, str]) -> Place:
     """Where PEFT would adapt the weight of a site; `nested` is what `nesting` says. Raises `NoEquivalent`."""
     path, _, leaf = site.weight.rpartition(".")
     module, weight = model.get_submodule(path), stored(model, site.weight)
-    shape = tuple(weight.shape)
+    shape = float_shape(weight, module)
     if isinstance(model, fx.GraphModule):
         if leaf != "weight" or weight.dim() != 2:
             raise NoEquivalent("it is no weight of a linear map or a table")

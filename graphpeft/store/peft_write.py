@@ -18,8 +18,8 @@ from graphpeft.chain import Chain, Diag, Magnitude, Projection, Weighted
 from graphpeft.errors import AdapterError
 from graphpeft.methods import DoRA, LoRA, VeRA
 from graphpeft.plan import Entry
-from graphpeft.program import Site, layout, oriented, stored
-from graphpeft.state import chains, get_state
+from graphpeft.program import Site, layout, oriented
+from graphpeft.state import base_weight, chains, get_state
 from graphpeft.store.files import write
 from graphpeft.store.peft_config import CONFIG, TENSORS, pattern, selection
 from graphpeft.store.peft_layout import BANK, NoEquivalent, Place, bare, modules, nesting, place
@@ -182,7 +182,7 @@ def _index(site: Site) -> list[int]:
 
 def _magnitude(model: nn.Module, site: Site, chain: Chain) -> Tensor:
     """DoRA's lengths of all rows of the weight: rows that no site has keep the lengths that they have in the base."""
-    weight = get_state(model).originals.get(site.weight, stored(model, site.weight)).detach()
+    weight = base_weight(model, site.weight)
     whole = replace(site, rows=None, shape=(site.full or site.outputs, site.inputs))
     lengths = torch.linalg.vector_norm(oriented(weight, *layout(whole)).to(chain.dtype), dim=-1)
     assert isinstance(chain.reweight, Magnitude)

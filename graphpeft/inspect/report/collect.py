@@ -21,9 +21,9 @@ from graphpeft.inspect.table import names_text, role_text, rows_text, size_text
 from graphpeft.inspect.tally import Tally, tally
 from graphpeft.passes.verify import Level, verify
 from graphpeft.plan import Entry
-from graphpeft.program import Site, stored
+from graphpeft.program import Site
 from graphpeft.rules import parse
-from graphpeft.state import State, chains, example, find_state
+from graphpeft.state import State, base_weight, chains, example, find_state
 
 Data = dict[str, Any]
 PACKAGES = ("graphpeft", "torch", "transformers", "onnxruntime")
@@ -95,7 +95,7 @@ def _sites(rewritten: Rewrite, state: State, drawn: list[Block]) -> Iterator[Dat
         found = chains(rewritten.model, name)
         for entry in adapter.entries:
             chain = found[entry.site]
-            weight = state.originals.get(entry.site.weight, stored(rewritten.model, entry.site.weight))
+            weight = base_weight(rewritten.model, entry.site.weight)
             yield _site(name, entry, chain, numbers(chain, weight, entry.site), drawn)
 
 

@@ -1,0 +1,173 @@
+"""Base weights in few bits: what is known of torchao's tensors and bitsandbytes' modules, and the floats they stand for.
+
+torchao's weight is a tensor of a class of its own in an ordinary `nn.Linear`, with the shape and the dtype of the float that
+it stands for. bitsandbytes' is packed, in a module that alone knows how to use it: such an owner is kept whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from graphpeft.errors import AdapterError
+
+Library = Literal["torchao", "bitsandbytes"]
+
+
+def library(weight: Tensor) -> Library | None:
+    """Whose quantized weight this is; `None` for any other. Imports neither package."""
+    package = type(weight).__module__.partition(".")[0]
+    if package == "torchao":
+        return "torchao"
+    # What bitsandbytes has not packed yet, or keeps in half precision to train, is in floats.
+    return "bitsandbytes" if package == "bitsandbytes" and not weight.is_floating_point() else None
+
+
+def packed(module: nn.Module) -> bool:
+    """Whether the module is a linear layer of bitsandbytes, whose weight has neither the shape nor the dtype of the matrix."""
+    weight = module._parameters.get("weight")
+    return isinstance(module, nn.Linear) and weight is not None and library(weight) == "bitsandbytes"
+
+
+def shape(weight: Tensor, holder: nn.Module) -> tuple[int, ...]:
+    """Of the floats that a weight stands for."""
+    if packed(holder) and weight is holder._parameters["weight"]:
+        return cast(int, holder.out_features), cast(int, holder.in_features)
+    return tuple(weight.shape)
+
+
+class Kept:
+    """A packed module as it is without adapters, for its rewritten graph to call and to ask for its weight."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, x: Tensor) -> Tensor:
+        base: Any = type(self.module)
+        return base.base_class.forward(self.module, x)
+
+    def dense(self) -> Tensor:
+        return dense(cast(Tensor, self.module._parameters["weight"]), self.module)
+
+
+def dense(weight: Tensor | Kept, holder: nn.Module | None = None) -> Tensor:
+    """The floats that a weight stands for, `(out, in)`; a weight in floats itself. bitsandbytes asks for the module too."""
+    if isinstance(weight, Kept):
+        return weight.dense()
+    known = library(weight)
+    if known is None:
+        return weight
+    if known == "torchao":
+        return weight.detach().dequantize()
+    import bitsandbytes as bnb
+
+    kinds: Any = bnb.nn
+    if isinstance(weight, kinds.Params4bit):
+        if holder is not None and getattr(weight.quant_state, "packing_format_for_cpu", False):
+            holder.state_dict()  # takes back the order that a CPU's fast kernel asks for, which nothing else can read
+        found = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+    else:  # the first forward pass takes the scales from the weight to the module's state
+        scales = cast(Any, weight).SCB if cast(Any, weight).SCB is not None else cast(Any, holder).state.SCB
+        found = bnb.functional.int8_vectorwise_dequant(weight.data, scales)
+    return found
+
+
+KEPT = "kept"
+"""Attribute of an adapted owner that is its `Kept`."""
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, kept: Kept) -> Tensor:
+    """A packed module's own forward, in a graph that says which weight it uses, so that it is found as a projection."""
+    return kept(x)
+
+
+def kept_graph(owner: nn.Module) -> fx.Graph:
+    """The graph of a packed owner: one call of it as it is."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    weight = graph.create_node("get_attr", "weight")
+    bias = None if owner._parameters.get("bias") is None else graph.create_node("get_attr", "bias")
+    kept = graph.create_node("get_attr", KEPT)
+    graph.output(graph.call_function(linear, (x, weight, bias, kept)))
+    return graph
+
+
+def weight_node(projection: fx.Node, weight: fx.Node) -> fx.Node:
+    """The node to take the weight's floats from: of a packed owner's projection its `Kept`."""
+    return cast(fx.Node, projection.args[3]) if projection.target is linear else weight
+
+
+class _StandIn(nn.Linear):
+    """What a capture sees of a packed layer; like that, it computes in the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+@contextmanager
+def in_floats(model: nn.Module) -> Iterator[None]:
+    """The model with weights in floats for a while, of the quantized ones' shapes and without their values."""
+    modules = list(model.modules())
+    packs = {child: _stand_in(child) for child in modules if packed(child)}
+    children = [(m._modules, n, c) for m in modules for n, c in m._modules.items() if c in packs]
+    weights = [(m._parameters, n, p) for m in modules for n, p in m._parameters.items()
+               if p is not None and library(p) == "torchao"]  # fmt: skip
+    made = {p: _valueless(tuple(p.shape), p.dtype, p.device) for _, _, p in weights}
+    try:
+        for held, name, child in children:
+            held[name] = packs[child]
+        for parameters, name, weight in weights:
+            parameters[name] = made[weight]
+        yield
+    finally:
+        for held, name, child in children:
+            held[name] = child
+        for parameters, name, weight in weights:
+            parameters[name] = weight
+
+
+def _stand_in(module: nn.Module) -> nn.Module:
+    weight = cast(Tensor, module._parameters["weight"])
+    made = _StandIn(1, 1, bias=False, device="meta").train(module.training)
+    made.out_features, made.in_features = shape(weight, module)
+    made.weight = _valueless((made.out_features, made.in_features), torch.float32, weight.device)
+    made.register_parameter("bias", module._parameters["bias"])
+    return made
+
+
+def _valueless(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    """A parameter on the device that takes no memory: one number seen from everywhere."""
+    return nn.Parameter(torch.zeros((), dtype=dtype, device=device).expand(shape), requires_grad=False)
+
+
+def quantized(model: nn.Module) -> dict[str, Library]:
+    """Every quantized weight of a model by its path, and whose it is."""
+    found = {name: library(p) for name, p in model.named_parameters()}
+    return {name: known for name, known in found.items() if known is not None}
+
+
+def refuse_cut(model: nn.Module) -> None:
+    """Raise `AdapterError` if a quantized layer hands no gradient on: adapters before it would train on a part of theirs."""
+    tried: set[tuple[str, str]] = set()
+    for path, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if not isinstance(module, nn.Linear) or weight is None or library(weight) != "torchao" or weight.is_meta:
+            continue
+        kind = type(weight).__name__, repr(cast(Any, weight).__tensor_flatten__()[1])
+        if kind in tried:
+            continue
+        tried.add(kind)
+        with torch.enable_grad():
+            x = torch.zeros(1, weight.shape[1], dtype=weight.dtype, device=weight.device, requires_grad=True)
+            passes = F.linear(x, weight).requires_grad
+        if not passes:
+            raise AdapterError(
+                f"{path} is quantized by torchao so that it rounds its input too, and hands no gradient on: adapters before it "
+                f"would be trained on a part of theirs. Train on a base whose weights alone are quantized, as by "
+                f"Int8WeightOnlyConfig; gp.load(model, folder) puts the trained adapter on this one."
+            )
