@@ -16,6 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from graphpeft.errors import ExportError
+from graphpeft.store.swap import swap
+from graphpeft.store.unfinished import flush
 
 REPORT = "graphpeft.json"
 
@@ -84,18 +86,22 @@ def sizes(folder: Path) -> dict[str, int]:
 def staged(target: Path) -> Iterator[Path]:
     """Yield a new folder beside `target` that takes its place at the end, or vanishes if an error is raised.
 
+    It is flushed to the disk before; a kill at any moment leaves the old folder or the new one, and the other one beside it.
+
     A target that exists is replaced as a whole if it is empty or an earlier export with nothing else in it.
 
     Raises:
         ExportError: the target holds something that no export wrote.
     """
-    target = target.absolute()
+    target = recovered(target.absolute())
     _refuse_foreign(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
     fresh.mkdir()
     try:
         yield fresh
+        for path in (*fresh.rglob("*"), fresh):
+            flush(path)
         _refuse_foreign(target)
         _replace(target, fresh)
     except OSError as error:
@@ -109,15 +115,28 @@ def staged(target: Path) -> Iterator[Path]:
 def _replace(target: Path, fresh: Path) -> None:
     if not target.exists():
         fresh.rename(target)
-        return
-    old = fresh.with_name(fresh.name + ".old")
-    target.rename(old)
-    try:
-        fresh.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-    shutil.rmtree(old)
+    elif not swap(target, fresh):
+        old = _old(target)
+        shutil.rmtree(old, ignore_errors=True)  # of an export that was killed when it had all but this to do
+        target.rename(old)
+        try:
+            fresh.rename(target)
+        except OSError:
+            old.rename(target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    flush(target.parent)
+
+
+def recovered(target: Path) -> Path:
+    """The folder, put back where a kill between two renames took it from its place; they are one step where there is `swap`."""
+    if target.name and not target.exists() and _old(target).is_dir():
+        _old(target).rename(target)
+    return target
+
+
+def _old(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")
 
 
 def _refuse_foreign(target: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from graphpeft.adapter_file import read
+from graphpeft.deploy import recovered
 from graphpeft.errors import AdapterError, FileError
 from graphpeft.layout import b_of
 from graphpeft.runtime import Session
@@ -29,7 +30,7 @@ def doctor(folder: str | Path, adapter: str | Path | None = None) -> list[Findin
 
     Raises `FileError` if there is no folder.
     """
-    folder = Path(folder)
+    folder = recovered(Path(folder))
     if not folder.is_dir():
         raise FileError(f"{folder}: there is no such folder. Pass what export() wrote.")
     try:

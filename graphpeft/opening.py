@@ -43,7 +43,7 @@ def as_pairs(model: nn.Module, names: Sequence[str]) -> Iterator[Opened]:
     adapters = {name: chains(model, name) for name in names}
     sites = {site.weight: site for found in adapters.values() for site in found}
     slots = {weight: slot_at(site, f"rank_{i}") for i, (weight, site) in enumerate(sites.items())}
-    pairs = {name: _arrays(model, lower(found)) for name, found in adapters.items()}
+    pairs = {name: _arrays(model, name, lower(found)) for name, found in adapters.items()}
     branches = {site: SlotBranch(slots[weight], stored(model, weight)) for weight, site in sites.items()}
     fed: dict[str, Tensor] = {}
     for site, branch in branches.items():
@@ -67,6 +67,10 @@ def as_trained(model: nn.Module, names: Sequence[str]) -> Iterator[Opened]:
     first = held[names[0]]
     for name in names[1:]:
         _require_alike(model, names[0], name)
+    for name, key, tensor in (
+        (n, k, t) for n, found in held.items() for keys in found.values() for k, t in keys.items()
+    ):
+        _require_finite(tensor.detach(), f"{key} of adapter {name!r}")
     values = {name: {key: t.detach().cpu().numpy() for keys in found.values() for key, t in keys.items()}
               for name, found in held.items()}  # fmt: skip
     slots = tuple(Held(site, tuple((key, tuple(t.shape)) for key, t in keys.items())) for site, keys in first.items())
@@ -115,12 +119,23 @@ def _require_alike(model: nn.Module, one: str, other: str) -> None:
         )
 
 
-def _arrays(model: nn.Module, lowered: Mapping[str, tuple[Tensor, Tensor]]) -> Pairs:
+def _arrays(model: nn.Module, adapter: str, lowered: Mapping[str, tuple[Tensor, Tensor]]) -> Pairs:
     found = {}
     for weight, (a, b) in lowered.items():
         dtype = stored(model, weight).dtype
-        found[named(weight)] = (_numpy(a.to(dtype)), _numpy(b.to(dtype)))
+        pair = a.to(dtype), b.to(dtype)
+        for side, tensor in zip("AB", pair, strict=True):
+            _require_finite(tensor, f"{side} of adapter {adapter!r} at {weight}")
+        found[named(weight)] = (_numpy(pair[0]), _numpy(pair[1]))
     return found
+
+
+def _require_finite(tensor: Tensor, name: str) -> None:
+    if not torch.isfinite(tensor).all():
+        raise ExportError(
+            f"{name} has NaN or infinite values in {str(tensor.dtype).removeprefix('torch.')}; nothing was written. Usually "
+            f"training diverged, or half precision is too narrow for it. Load an earlier checkpoint, or export in float32."
+        )
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:

@@ -24,6 +24,7 @@ import numpy as np
 import onnxruntime as ort
 
 from graphpeft.adapter_file import SUFFIX, read, write
+from graphpeft.deploy import recovered
 from graphpeft.errors import AdapterError, FileError
 from graphpeft.generation import Generator
 from graphpeft.layout import Arrays, Held, Pairs, bank, blended, filled
@@ -58,7 +59,7 @@ class Session:
         options: ort.SessionOptions | None = None,
         adapters: bool = True,
     ) -> None:
-        self.folder = Path(folder)
+        self.folder = recovered(Path(folder))
         paths = {part: path for part in PARTS if (path := self.folder / f"{part}.onnx").is_file()}
         if not paths:
             raise FileError(f"{self.folder}: there is no model.onnx. A session opens a folder written by export().")

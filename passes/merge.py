@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,6 +55,7 @@ def merge(model: nn.Module, name: str | Sequence[str] | None = None, *, requanti
         if parameter in updated and parameter not in lost and library(parameter):
             total = updated[parameter]
             updated[parameter], lost[parameter] = requantized(path, parameter.detach(), total, requantize)
+    _refuse_overflow(weights, updated)
     active = state.active
     for path, owner in owners(model, tuple(state.adapters)).items():
         adapters = vacate(owner, keep_mode=True)
@@ -81,6 +82,17 @@ def unmerge(model: nn.Module) -> None:
     active = state.active
     state.originals, state.parked, state.merged = {}, {}, ()
     set_active(model, active)
+
+
+def _refuse_overflow(weights: Mapping[str, nn.Parameter], updated: Mapping[nn.Parameter, torch.Tensor]) -> None:
+    """What is finite in float32 may be more than half precision holds."""
+    for path, parameter in weights.items():
+        total = updated.get(parameter)
+        if total is not None and not library(parameter) and not torch.isfinite(total.to(parameter.dtype)).all():
+            raise AdapterError(
+                f"{path} with the update added has NaN or infinite values in {str(parameter.dtype).removeprefix('torch.')}; the "
+                f"model is unchanged. Usually the update is too large for half precision. Merge in float32, or train it again."
+            )
 
 
 def _refuse_quantized(model: nn.Module, folded: Sequence[str], config: Any) -> None:

@@ -53,11 +53,11 @@ def finish(out: Path) -> None:
     """Put the finished folder in its place."""
     part = _part(out)
     for folder in (part, *(path for path in part.rglob("*") if path.is_dir())):
-        _flush(folder)
+        flush(folder)
     if out.exists():
         out.rmdir()
     part.rename(out)
-    _flush(out.parent)
+    flush(out.parent)
     _note(out).unlink()
 
 
@@ -123,10 +123,10 @@ def _noted(part: Path, note: Path) -> dict[str, str] | None:
     )
 
 
-def _flush(folder: Path) -> None:
-    """Names of files to the disk, where the system can."""
+def flush(path: Path) -> None:
+    """A finished file, or the names of the files in a folder, to the disk, where the system can."""
     try:
-        handle = os.open(folder, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY)
     except OSError:  # Windows opens no folders
         return
     try:
