@@ -22,6 +22,7 @@ from graphpeft import hf
 from graphpeft.blocks import Folding, kinds
 from graphpeft.diagnose import explain
 from graphpeft.errors import CaptureError
+from graphpeft.hooked import unhooked
 from graphpeft.meta import with_shapes
 from graphpeft.owner import evaluating
 from graphpeft.passes.functional import functional
@@ -53,7 +54,7 @@ def capture(model: nn.Module | ExportedProgram, inputs: Inputs = None, *, blocks
     with in_floats(model):
         try:
             example = example_call(model, inputs)
-            with quiet(model), with_shapes(model) as fitting:
+            with quiet(model), unhooked(model), with_shapes(model) as fitting:
                 exported = _export_any(model, example, fitting(example), blocks)
         except CaptureError:
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, cast
 
 import torch
@@ -31,21 +32,30 @@ def strip_checks(graph: fx.Graph) -> fx.Graph:
 class _Branch(nn.Module):
     """y + branch(x) as one traceable function, with casts only where base and adapter differ in dtype.
 
+    They are to the dtypes found at run time: FSDP2's mixed precision runs with other parameters than the graph was made for.
+
     Without a `dtype` the base computes in that of its input, whatever it is.
     """
 
     def __init__(self, branch: nn.Module, dtype: torch.dtype | None):
         super().__init__()
         self.branch = branch
-        kinds = {t.dtype for t in (*branch.parameters(), *branch.buffers()) if t.is_floating_point()}
-        self.cast = next(iter(kinds)) if kinds and kinds != {dtype} else None
-        self.dtype = dtype
+        tensors = {
+            n: t.dtype for n, t in (*branch.named_parameters(), *branch.named_buffers()) if t.is_floating_point()
+        }
+        self.like = next((n for n in tensors if set(tensors.values()) != {dtype}), None)
+        """Path of a tensor that has the dtype to cast to."""
+        self.narrow = dtype is not None and torch.promote_types(dtype, torch.float32) != dtype
+
+    def sum(self, *values: torch.Tensor) -> torch.Tensor:
+        accumulate: Any = self.branch.accumulate
+        if self.like is None:
+            return cast(torch.Tensor, accumulate(*values))
+        kind = reduce(getattr, self.like.split("."), cast(Any, self.branch)).dtype
+        return cast(torch.Tensor, accumulate(*(value.to(kind) for value in values)).to(values[0].dtype))
 
     def forward(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        accumulate: Any = self.branch.accumulate
-        if self.cast is None:
-            return cast(torch.Tensor, accumulate(y, x))
-        return cast(torch.Tensor, accumulate(y.to(self.cast), x.to(self.cast)).to(self.dtype or y.dtype))
+        return self.sum(y, x)
 
 
 class _RelativeBranch(_Branch):
@@ -54,13 +64,8 @@ class _RelativeBranch(_Branch):
     def forward(  # type: ignore[override]
         self, y: torch.Tensor, x: torch.Tensor, product: torch.Tensor, gain: torch.Tensor
     ) -> torch.Tensor:
-        accumulate: Any = self.branch.accumulate
-        values = (y, x, product, gain)
-        if self.cast is None:
-            made = accumulate(*values)
-            narrow = self.dtype is not None and torch.promote_types(self.dtype, torch.float32) != self.dtype
-            return cast(torch.Tensor, made.to(self.dtype) if narrow else made)  # a gain is float32 or better
-        return cast(torch.Tensor, accumulate(*(value.to(self.cast) for value in values)).to(self.dtype or y.dtype))
+        made = self.sum(y, x, product, gain)
+        return made.to(y.dtype) if self.narrow and self.like is None else made  # a gain is float32 or better
 
 
 class _BranchTracer(fx.Tracer):

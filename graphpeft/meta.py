@@ -55,12 +55,12 @@ def fill_shapes(graph: fx.Graph, owner: nn.Module) -> None:
         for node in graph.nodes:
             if "graphpeft" in node.meta and "val" not in node.meta:
                 value = _value(node, owner, mode)
-                if not isinstance(value, nn.Module):
+                if isinstance(value, torch.Tensor):
                     node.meta["val"] = value
 
 
 def _value(node: fx.Node, owner: nn.Module, mode: FakeTensorMode) -> Any:
-    """What an inserted node returns: a fake tensor, or the branch itself, one of whose methods is called."""
+    """What an inserted node returns: a fake tensor, a dtype, or the branch itself, one of whose methods is called."""
     if node.op == "get_attr":
         path, _, leaf = str(node.target).rpartition(".")
         held = getattr(owner.get_submodule(path), leaf)

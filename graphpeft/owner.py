@@ -21,6 +21,7 @@ from torch import fx, nn
 from graphpeft.adapters import HOME, Adapters, adapted_parameter, home
 from graphpeft.errors import AdapterError
 from graphpeft.graph import Splice, strip_checks
+from graphpeft.hooked import become, replaced
 from graphpeft.match.owners import Uses, forget_constants, trace
 from graphpeft.meta import fill_shapes
 from graphpeft.mode import set_mode
@@ -115,11 +116,30 @@ STATE = "_graphpeft"
 def restore(owner: nn.Module) -> None:
     """Give the owner its own code back."""
     if isinstance(owner, Adapted):
-        owner.__class__ = owner.base_class  # type: ignore[assignment]
+        become(owner, _without(type(owner)))
         forget_constants(owner)
     adapters = home(owner)
     if isinstance(owner, fx.GraphModule) and adapters is not None and adapters.base_graph is not None:
         owner.graph = copy.deepcopy(adapters.base_graph)
+
+
+def refuse_replaced(owner: nn.Module) -> None:
+    """Raise `AdapterError` if other code on the instance hides the owner's graph, and would go on as it is."""
+    if isinstance(owner, Adapted) and owner.graph is not None and replaced(owner):
+        raise AdapterError(
+            f"`forward` of a {owner.base_class.__name__} was replaced on the instance after its adapters came, and would go on "
+            f"as it is. Usually accelerate prepared the model for mixed precision. Take that off first: "
+            f"accelerator.unwrap_model(model, keep_fp32_wrapper=False)."
+        )
+
+
+def _without(kind: type) -> type[nn.Module]:
+    """A class without adapters; what was put on top of them meanwhile, as FSDP2 does, stays."""
+    if "base_class" in kind.__dict__:
+        return cast(type[nn.Module], kind.base_class)  # type: ignore[attr-defined]
+    bases = tuple(_without(base) if issubclass(base, Adapted) else base for base in kind.__bases__)
+    members = {name: value for name, value in kind.__dict__.items() if name not in {"__dict__", "__weakref__"}}
+    return cast(type[nn.Module], type(kind)(kind.__name__.replace("Adapted", "", 1), bases, members))
 
 
 def vacate(owner: nn.Module, keep_mode: bool = False) -> Adapters | None:
@@ -140,8 +160,10 @@ def vacate(owner: nn.Module, keep_mode: bool = False) -> Adapters | None:
 
 def reoccupy(owner: nn.Module, adapters: Adapters) -> None:
     """Put adapters that `vacate` took off back on, with none active."""
-    first = next(owner.parameters(), None)
-    owner.add_module(HOME, adapters if first is None else adapters.to(first.device))
+    first, mine = (next(module.parameters(), None) for module in (owner, adapters))
+    if first is not None and (mine is None or mine.device != first.device):
+        adapters.to(first.device)
+    owner.add_module(HOME, adapters)
     for name in adapters.refusals:
         owner.__dict__.pop(name, None)
     adapters.active = ()
@@ -165,10 +187,10 @@ def relower(owner: nn.Module) -> None:
         return
     forms = {site.form for site, _, _ in adapters.running()}
     # A `forward` on the instance hides the class's: `lower` has to see it, and refuse.
-    plain = type(owner) is nn.Linear and "forward" not in owner.__dict__ and forms == {"branch"}
+    plain = type(owner) is nn.Linear and not replaced(owner) and forms == {"branch"}
     key = _signature(owner, adapters) if plain else None
     if key is not None and key in _lowered:
-        owner.__class__ = _lowered[key]
+        become(owner, _lowered[key])
         return
     members: dict[str, Any] = {"forward": type(owner).forward, "graph": None}
     if "branch" in forms:
@@ -213,7 +235,7 @@ def _inject(owner: nn.Module, members: Mapping[str, Any], mixin: type = Adapted)
     base = type(owner)
     about = f"{base.__name__} with adapters."
     names = {"base_class": base, "dtypes": _dtypes(owner), "__module__": __name__, "__doc__": about}
-    owner.__class__ = type(f"Adapted{base.__name__.removesuffix('Impl')}", (mixin, base), {**names, **members})
+    become(owner, type(f"Adapted{base.__name__.removesuffix('Impl')}", (mixin, base), {**names, **members}))
 
 
 def lower(owner: nn.Module, adapters: Adapters) -> fx.Graph:

@@ -9,7 +9,9 @@ from typing import Literal
 import torch
 from torch import fx, nn
 
+from graphpeft.hooked import fetched
 from graphpeft.quantized import Kept, dense
+from graphpeft.sharded import whole
 
 Rows = tuple[tuple[int, int], ...]
 """Half-open runs of output features, such as `((0, 64), (128, 192))`."""
@@ -86,8 +88,11 @@ def stored(model: nn.Module, name: str) -> nn.Parameter:
 
 
 def values(model: nn.Module, name: str) -> torch.Tensor:
-    """The parameter's numbers in floats, without gradients: of a quantized one those that it stands for."""
-    return dense(stored(model, name), model.get_submodule(name.rpartition(".")[0])).detach()
+    """The parameter's numbers in floats, whole and without gradients, wherever they are kept: of a quantized one those that
+    it stands for."""
+    holder = model.get_submodule(name.rpartition(".")[0])
+    with fetched(holder):
+        return whole(dense(stored(model, name), holder)).detach()
 
 
 def matrix(model: nn.Module, site: Site) -> torch.Tensor:

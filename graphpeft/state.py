@@ -14,10 +14,11 @@ from graphpeft.adapters import HOME, Adapters, home, places
 from graphpeft.chain import Chain, Factor
 from graphpeft.chain.transform import stored_tensors
 from graphpeft.errors import AdapterError
-from graphpeft.owner import STATE, relower
+from graphpeft.owner import STATE, refuse_replaced, relower
 from graphpeft.plan import Entry
 from graphpeft.program import Site, values
 from graphpeft.quantized import dense
+from graphpeft.sharded import whole
 
 
 @dataclass
@@ -108,11 +109,16 @@ def chains(model: nn.Module, name: str) -> dict[Site, Chain]:
     return {e.site: found[e.site] for e in state.adapters[name].entries}
 
 
+def branches(model: nn.Module, *names: str) -> list[nn.Module]:
+    """Every module of the branches of some adapters, once."""
+    return list(dict.fromkeys(m for name in names for chain in chains(model, name).values() for m in chain.modules()))
+
+
 def base_weight(model: nn.Module, name: str) -> torch.Tensor:
-    """A weight as it was before any merge, without gradients; of a quantized one the floats that it stands for."""
+    """A weight as it was before any merge, whole and without gradients; of a quantized one the floats that it stands for."""
     state = find_state(model)
     original = state.originals.get(name) if state else None
-    return values(model, name) if original is None else dense(original).detach()
+    return values(model, name) if original is None else whole(dense(original)).detach()
 
 
 def saved(site: Site, chain: Chain) -> list[tuple[str, torch.Tensor]]:
@@ -141,7 +147,10 @@ def refuse_merged(model: nn.Module, action: str) -> None:
 def set_active(model: nn.Module, active: tuple[str, ...]) -> None:
     """Make exactly `active` run and train, lowering the owners that change."""
     state = get_state(model)
-    for module in owners(model, tuple(state.adapters)).values():
+    found = owners(model, tuple(state.adapters)).values()
+    for module in found:
+        refuse_replaced(module)
+    for module in found:
         adapters = home(module)
         if adapters is None:
             continue

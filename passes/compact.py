@@ -10,6 +10,7 @@ from graphpeft.errors import AdapterError
 from graphpeft.passes.replace import replace_branches
 from graphpeft.plan import Entry
 from graphpeft.program import Site
+from graphpeft.sharded import ELSEWHERE, refuse_sharded
 from graphpeft.state import chains, get_state, names, refuse_merged
 from graphpeft.steps import named
 
@@ -26,6 +27,7 @@ def compact(model: nn.Module, name: str | None = None) -> nn.Module:
     stacked experts, the model is merged, tensors are on the meta device, or activations are rounded that it never saw.
     """
     refuse_merged(model, "compact")
+    refuse_sharded(model, "compact", ELSEWHERE)
     made: dict[str, dict[Site, Made | None]] = {}
     for adapter in names(model, name):
         made[adapter] = _smaller(model, adapter)

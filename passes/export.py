@@ -33,6 +33,7 @@ from graphpeft.parts import parts
 from graphpeft.passes.merge import merge, unmerge
 from graphpeft.quantized import quantized
 from graphpeft.runtime import Session
+from graphpeft.sharded import ELSEWHERE, refuse_sharded
 from graphpeft.slots import fingerprint
 from graphpeft.state import get_state, names, set_active
 from graphpeft.steps import named
@@ -266,6 +267,13 @@ def _moves(want: Sequence[Outputs], base: Sequence[Outputs]) -> bool:
 
 def _chosen(model: nn.Module, merged: bool, adapters: str | Sequence[str] | None) -> tuple[str, ...]:
     state = get_state(model)
+    refuse_sharded(model, "export", ELSEWHERE)
+    absent = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if absent is not None:
+        raise ExportError(
+            f"{absent} has no values here: it is on the meta device. Usually accelerate offloaded it. Load the model whole and "
+            f"the adapter with gp.load."
+        )
     if not merged:
         chosen = names(model, adapters if adapters is None or isinstance(adapters, str) else tuple(adapters))
     elif adapters is not None:

@@ -14,4 +14,5 @@ def initialize(model: nn.Module, name: str) -> None:
     """Give every branch of the adapter its initial values; on the meta device there are none to give."""
     seed = get_state(model).adapters[name].seed
     for site, chain in chains(model, name).items():
-        chain.reset(seed, site.key, matrix(model, site))
+        reads = chain.start is not None or chain.relative
+        chain.reset(seed, site.key, matrix(model, site) if reads else None)

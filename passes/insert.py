@@ -11,10 +11,12 @@ from torch import nn
 from graphpeft.adapters import Adapters, home, places, settle
 from graphpeft.chain import Chain, Factor, Transform
 from graphpeft.errors import AdapterError
+from graphpeft.hooked import device_of
 from graphpeft.owner import STATE, vacate
 from graphpeft.plan import Entry
 from graphpeft.program import stored
 from graphpeft.quantized import library
+from graphpeft.sharded import refuse_sharded
 from graphpeft.state import Adapter, State, find_state, refuse_merged
 from graphpeft.steps import named
 
@@ -33,6 +35,9 @@ def check_name(model: nn.Module, name: str) -> None:
             f"ran twice. Pass name= for a second adapter, or call gp.remove(model, {name!r}) first."
         )
     refuse_merged(model, "add an adapter")
+    refuse_sharded(
+        model, "add an adapter", "Call gp.apply or gp.load first, and fully_shard or accelerator.prepare after it."
+    )
 
 
 @named("insert")
@@ -104,7 +109,7 @@ def _branch(model: nn.Module, entry: Entry, shared: dict[str, Any]) -> Chain:
     weight = stored(model, entry.site.weight)
     _check(model, entry)
     wide = weight.dtype in (torch.float32, torch.float64)
-    with torch.device(weight.device):
+    with torch.device(device_of(model.get_submodule(entry.site.weight.rpartition(".")[0]), weight)):
         chain = entry.build().to(weight.dtype if wide else torch.float32)
     known = library(weight)
     if known and (entry.site.form == "weight" or not chain.beside):

@@ -11,6 +11,7 @@ from graphpeft.methods import LoRA
 from graphpeft.passes.replace import replace_branches
 from graphpeft.plan import Entry
 from graphpeft.program import Site
+from graphpeft.sharded import ELSEWHERE, refuse_sharded
 from graphpeft.state import chains, get_state, names, refuse_merged
 from graphpeft.steps import named
 
@@ -25,6 +26,7 @@ def lower(model: nn.Module, name: str | None = None) -> nn.Module:
     no bottleneck, a merged model, or tensors on the meta device.
     """
     refuse_merged(model, "lower")
+    refuse_sharded(model, "lower", ELSEWHERE)
     state = get_state(model)
     lowered: dict[str, dict[Site, tuple[Entry, Chain]]] = {}
     for adapter in names(model, name):

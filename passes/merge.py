@@ -10,11 +10,13 @@ from torch import fx, nn
 
 from graphpeft.adapters import places
 from graphpeft.errors import AdapterError
-from graphpeft.owner import reoccupy, vacate
+from graphpeft.hooked import offloaded
+from graphpeft.owner import refuse_replaced, reoccupy, vacate
 from graphpeft.passes.requantize import Requantized, Rounding, refuse_quantized, requantized
 from graphpeft.program import Site, stored, values
 from graphpeft.quantized import library
-from graphpeft.state import chains, get_state, names, owners, refuse_merged, set_active
+from graphpeft.sharded import alike, gathered, whole
+from graphpeft.state import branches, chains, get_state, names, owners, refuse_merged, set_active
 from graphpeft.steps import named
 from graphpeft.weight_form import fold, update
 
@@ -38,17 +40,15 @@ def merge(model: nn.Module, name: str | Sequence[str] | None = None, *, requanti
     if not folded:
         raise AdapterError("No adapter is active, so there is nothing to merge. Name one: gp.merge(model, 'default').")
     _refuse_quantized(model, folded, requantize)
-    updated: dict[nn.Parameter, torch.Tensor] = {}
+    for owner in owners(model, tuple(state.adapters)).values():
+        refuse_replaced(owner)
     for adapter in folded:
         for site, chain in chains(model, adapter).items():
             _refuse_tied(model, site)
-            parameter = stored(model, site.weight)
+            _refuse_offloaded(model, site)
             chain.require_linear(f"{adapter!r} cannot be folded into {site.weight} ({site.role})")
-            with torch.no_grad(), chain.settled():
-                base = values(model, site.weight)
-                weight = updated.get(parameter, base)
-                wide = torch.promote_types(weight.dtype, torch.float32)
-                updated[parameter] = fold(weight.to(wide), site, _finite(update(chain, base, site), adapter, site))
+    with gathered(model, branches(model, *folded)):
+        updated = _updated(model, folded)
     weights = {e.site.weight: stored(model, e.site.weight) for a in state.adapters.values() for e in a.entries}
     lost: dict[nn.Parameter, Rounding] = {}
     for path, parameter in weights.items():
@@ -67,6 +67,22 @@ def merge(model: nn.Module, name: str | Sequence[str] | None = None, *, requanti
         parameter.data.copy_(value)  # rounds once, to the weight's own dtype
     state.merged, state.active = folded, active
     return Requantized(tuple(lost.values())) if requantize is not None else None
+
+
+@torch.no_grad()
+def _updated(model: nn.Module, folded: Sequence[str]) -> dict[nn.Parameter, torch.Tensor]:
+    """The new values of every weight, in float32 or wider, where the weight is sharded like it."""
+    updated: dict[nn.Parameter, torch.Tensor] = {}
+    for adapter in folded:
+        for site, chain in chains(model, adapter).items():
+            parameter = stored(model, site.weight)
+            base = values(model, site.weight)
+            weight = whole(updated.get(parameter, base))
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            with chain.settled():
+                delta = _finite(update(chain, base, site), adapter, site)
+            updated[parameter] = alike(fold(weight.to(wide), site, delta), parameter)
+    return updated
 
 
 @named("unmerge")
@@ -112,6 +128,14 @@ def _finite(delta: torch.Tensor, adapter: str, site: Site) -> torch.Tensor:
             f"unchanged. Usually training diverged: load an earlier checkpoint or lower the learning rate."
         )
     return delta
+
+
+def _refuse_offloaded(model: nn.Module, site: Site) -> None:
+    if offloaded(model.get_submodule(site.weight.rpartition(".")[0])):
+        raise AdapterError(
+            f"{site.weight} is offloaded: accelerate keeps its values elsewhere and would not see them change. Save the adapter "
+            f"and merge it on disk, with gp.merge_files or `graphpeft merge`, or load the model without offloading."
+        )
 
 
 def _refuse_tied(model: nn.Module, site: Site) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Iterable
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,7 +23,19 @@ from graphpeft.plan import Entry
 from graphpeft.program import Site, stored
 from graphpeft.quantized import shape as float_shape
 from graphpeft.samples import settled
-from graphpeft.state import base_weight, chains, find_state, get_state, hidden, inactive, names, saved, set_active
+from graphpeft.sharded import gathered, written
+from graphpeft.state import (
+    base_weight,
+    branches,
+    chains,
+    find_state,
+    get_state,
+    hidden,
+    inactive,
+    names,
+    saved,
+    set_active,
+)
 from graphpeft.steps import step
 from graphpeft.store import hub
 from graphpeft.store.native import DESCRIPTION, AdapterFile, fingerprint, read_adapter, write_adapter
@@ -45,6 +58,8 @@ def save(model: nn.Module, folder: str | Path, name: str | None = None, format: 
     that no site has, and of its several sites one LoRA of the summed rank. VeRA goes as VeRA. Every other method goes as
     the plain LoRA that it equals, as `gp.lower` makes it, so that it does not load as that method again.
 
+    Of a model sharded by FSDP2 every process has to call it: the tensors are gathered, and the first process writes them.
+
     Raises `AdapterError`, and writes nothing, if the model has several adapters and none is named, or for a site whose
     update PEFT cannot hold; `FileError` if the folder holds an adapter in the other format.
     """
@@ -64,21 +79,30 @@ def save(model: nn.Module, folder: str | Path, name: str | None = None, format: 
             f"are not saved with it. Save them yourself: torch.save or safetensors on model.state_dict().",
             stacklevel=2,
         )
-    other = Path(folder) / (DESCRIPTION if format == "peft" else CONFIG)
+    with gathered(model, branches(model, chosen)):
+        written(model, Path(folder), partial(_write, model, chosen, format))
+    return Path(folder)
+
+
+def _write(model: nn.Module, name: str, format: Format, folder: Path) -> None:
+    other = folder / (DESCRIPTION if format == "peft" else CONFIG)
     if other.exists():
         raise FileError(
             f"{other} is an adapter in another format, which would stay beside this one. Name another folder."
         )
     if format == "peft":
-        write_peft(model, chosen, Path(folder))
-        return Path(folder)
-    adapter = state.adapters[chosen]
-    tensors = {key: p for site, chain in chains(model, chosen).items() for key, p in saved(site, chain)}
-    content = AdapterFile(
-        chosen, adapter.rules, adapter.seed, adapter.entries, tensors, _fingerprint(model, adapter.entries)
-    )
-    write_adapter(Path(folder), content)
-    return Path(folder)
+        write_peft(model, name, folder)
+        return
+    adapter = get_state(model).adapters[name]
+    tensors = {key: p for site, chain in chains(model, name).items() for key, p in saved(site, chain)}
+    absent = next((key for key, tensor in tensors.items() if tensor.is_meta), None)
+    if absent is not None:
+        raise AdapterError(
+            f"{absent} has no values to save: it is on the meta device. Usually accelerate offloaded the adapter with its "
+            f"model. Call dispatch_model before gp.apply, which then leaves the adapter where it trains."
+        )
+    base = _fingerprint(model, adapter.entries)
+    write_adapter(folder, AdapterFile(name, adapter.rules, adapter.seed, adapter.entries, tensors, base))
 
 
 def push_to_hub(

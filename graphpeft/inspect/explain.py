@@ -13,7 +13,8 @@ from graphpeft.inspect.numbers import Numbers, numbers
 from graphpeft.inspect.table import folded, layers_text, names_text, role_text, rows_text, site_dict, size_text
 from graphpeft.inspect.view import Grid, View
 from graphpeft.program import Site
-from graphpeft.state import base_weight, chains, get_state
+from graphpeft.sharded import gathered
+from graphpeft.state import State, base_weight, branches, chains, get_state
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,11 @@ def explain(model: nn.Module, fold: bool = True) -> Explanation:
     Raises `AdapterError` for a model without adapters.
     """
     state = get_state(model)
+    with gathered(model, branches(model, *state.adapters)):
+        return Explanation(_adapters(model, state), fold)
+
+
+def _adapters(model: nn.Module, state: State) -> tuple[Adapter, ...]:
     made = []
     for name, adapter in state.adapters.items():
         status = "merged" if name in state.merged else "active" if name in state.active else "resting"
@@ -80,7 +86,7 @@ def explain(model: nn.Module, fold: bool = True) -> Explanation:
             form, count = site.form if chain.beside else "weight", sum(p.numel() for p in chain.parameters())
             sites.append(Adapted(site, str(entry.method), form, chain.rank, count, numbers(chain, weight, site)))
         made.append(Adapter(name, status, adapter.rules, sum(tensors.values()), tuple(sites)))
-    return Explanation(tuple(made), fold)
+    return tuple(made)
 
 
 def _grid(adapter: Adapter, title: str, fold: bool) -> Grid:

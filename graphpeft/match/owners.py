@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import fx, nn
 
+from graphpeft.hooked import replaced
 from graphpeft.match.products import PICKS, SAME, TRANSPOSES, Affine, behind_transposes, op, read_affine
 from graphpeft.program import Program, stored
 from graphpeft.quantized import kept_graph, packed
@@ -38,7 +39,7 @@ def _holder(model: nn.Module, path: str, parameter: nn.Parameter) -> str:
 
 
 def _traceable(owner: nn.Module, parameter: nn.Parameter) -> bool:
-    if type(owner) is nn.Linear and "forward" not in owner.__dict__:
+    if type(owner) is nn.Linear and not replaced(owner):
         return True
     graph = trace(owner)
     return graph is not None and bool(
@@ -72,7 +73,7 @@ def trace(module: nn.Module, keep: bool = False) -> fx.Graph | None:
     is to run."""
     if isinstance(module, fx.GraphModule):
         return module.graph
-    if "forward" in module.__dict__:
+    if replaced(module):
         return None
     if packed(module):
         return kept_graph(module)

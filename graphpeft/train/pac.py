@@ -20,7 +20,8 @@ from graphpeft.chain import Noise, Weighted
 from graphpeft.chain.seeds import generator
 from graphpeft.errors import AdapterError, RuleError
 from graphpeft.owner import relower
-from graphpeft.state import find_state, get_state, names, owners, refuse_merged
+from graphpeft.sharded import gathered, refuse_sharded
+from graphpeft.state import branches, find_state, get_state, names, owners, refuse_merged
 from graphpeft.train.penalty import objectives
 from graphpeft.train.tensors import trained, weighted
 
@@ -73,6 +74,7 @@ class PAC:
         weight of a factor, or if the model is merged.
         """
         refuse_merged(model, "attach noise")
+        refuse_sharded(model, "attach noise", "Attach it before fully_shard or accelerator.prepare.")
         state = get_state(model)
         chosen = state.active if name is None else names(model, name)
         factors = {factor: stacked for each in chosen for factor, stacked in trained(model, each).items()}
@@ -122,7 +124,9 @@ class PAC:
 
     def kl(self, model: nn.Module) -> Tensor:
         """KL(posterior ‖ prior) over all tensors, a scalar."""
-        return torch.stack([noise.kl(factor.weight) for factor, noise in self._noises(model)]).sum()
+        mine = (name for name, adapter in get_state(model).adapters.items() if adapter.objective is self)
+        with gathered(model, branches(model, *mine)):
+            return torch.stack([noise.kl(factor.weight) for factor, noise in self._noises(model)]).sum()
 
     def penalty(self, model: nn.Module) -> Tensor:
         """What the bound adds to the training loss; zero in the second stage."""

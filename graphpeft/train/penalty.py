@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from graphpeft.chain import Transform
-from graphpeft.state import chains, get_state
+from graphpeft.sharded import gathered
+from graphpeft.state import branches, chains, get_state
 from graphpeft.train.tensors import weighted
 
 if TYPE_CHECKING:
@@ -28,9 +29,15 @@ def objectives(model: nn.Module) -> dict[str, PAC]:
 def penalty(model: nn.Module) -> Tensor:
     """What the active adapters' transforms and objectives add to the loss: a differentiable scalar, 0 if nothing.
 
+    Of a model sharded by FSDP2 it is computed in every process from gathered tensors, and its gradients are the shards'.
     Raises `AdapterError` for a model without adapters.
     """
     active = get_state(model).active
+    with gathered(model, branches(model, *active)):
+        return _penalty(model, active)
+
+
+def _penalty(model: nn.Module, active: tuple[str, ...]) -> Tensor:
     modules = (m for name in active for chain in chains(model, name).values() for m in chain.modules())
     transforms: dict[Transform, Tensor | None] = {m: None for m in modules if isinstance(m, Transform)}
     factors = (factor for name in active for factor in weighted(model, name))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import peft
@@ -10,33 +9,10 @@ import pytest
 import torch
 import transformers
 from checks import adapters, build, call, outputs, randomize
-from torch import Tensor, nn
+from steps import batches, same_start, train
+from torch import Tensor
 
 import graphpeft as gp
-
-
-def batches(name: str, steps: int) -> list[dict[str, Tensor]]:
-    """The same random batches every time; three classes for the classifier, next tokens otherwise."""
-    generator = torch.Generator().manual_seed(7)
-    made = []
-    for _ in range(steps):
-        ids = torch.randint(3, 128, (4, 9), generator=generator)
-        labels = torch.randint(0, 3, (4,), generator=generator) if name == "bert" else ids
-        made.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
-    return made
-
-
-def train(model: Any, data: list[dict[str, Tensor]], lr: float = 1e-2) -> list[float]:
-    """Losses of AdamW, one step per batch."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
-    losses = []
-    for batch in data:
-        loss = model(**batch).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
 
 
 class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -71,20 +47,6 @@ def test_trainer(name: str, checkpointing: bool, tmp_path: Any) -> None:
     now = dict(model.named_parameters())
     assert all(torch.equal(now[n], base[n]) for n in base)
     assert all(not torch.equal(p, start[n]) for n, p in adapters(model).items())
-
-
-def same_start(ours: nn.Module, theirs: nn.Module, name: Callable[[str], str]) -> int:
-    """Give PEFT's adapter the initial weights of ours; returns how many projections there are."""
-    named = dict(theirs.named_parameters())
-    count = 0
-    for path, module in ours.named_modules():
-        slots = getattr(module, "adapters", None)
-        for chain in slots.default.values() if isinstance(slots, nn.Module) else ():
-            B, A = chain.factors
-            for letter, factor in (("A", A), ("B", B)):
-                named[name(f"{path}.lora_{letter}.default.weight")].data.copy_(factor.weight.data)
-            count += 1
-    return count
 
 
 @pytest.mark.parametrize(
