@@ -27,6 +27,7 @@ from graphpeft.meta import fill_shapes
 from graphpeft.mode import set_mode
 from graphpeft.program import Site
 from graphpeft.quantized import KEPT, Kept, packed, weight_node
+from graphpeft.sharded import sharded
 from graphpeft.weight_form import weight_form
 
 
@@ -133,12 +134,18 @@ def refuse_replaced(owner: nn.Module) -> None:
         )
 
 
+MADE = frozenset({"__dict__", "__weakref__", "forward", "__call__", "_wrapped_call"})
+"""Members of a class that Python or `fx.GraphModule` makes anew."""
+
+
 def _without(kind: type) -> type[nn.Module]:
     """A class without adapters; what was put on top of them meanwhile, as FSDP2 does, stays."""
     if "base_class" in kind.__dict__:
         return cast(type[nn.Module], kind.base_class)  # type: ignore[attr-defined]
     bases = tuple(_without(base) if issubclass(base, Adapted) else base for base in kind.__bases__)
-    members = {name: value for name, value in kind.__dict__.items() if name not in {"__dict__", "__weakref__"}}
+    members = {name: value for name, value in kind.__dict__.items() if name not in MADE}
+    if issubclass(kind, fx.GraphModule):
+        members["__call__"] = _call
     return cast(type[nn.Module], type(kind)(kind.__name__.replace("Adapted", "", 1), bases, members))
 
 
@@ -176,7 +183,8 @@ def relower(owner: nn.Module) -> None:
     adapters = home(owner)
     if isinstance(owner, fx.GraphModule) and adapters is not None:
         graph = lower(owner, adapters)
-        if adapters.by_row is None:  # for a while, in which nobody looks at shapes
+        # Nobody looks at shapes while rows differ, nor in a sharded model, where they are those of parts.
+        if adapters.by_row is None and not sharded(owner):
             fill_shapes(graph, owner)
         if adapters.mode is not None:
             set_mode(graph, adapters.mode)

@@ -49,14 +49,19 @@ def alike(value: Tensor, parameter: Any) -> Tensor:
     return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
+def reshard(model: nn.Module) -> None:
+    """Have the shards be the model's parameters again, where FSDP2 kept whole ones after a forward pass."""
+    for unit in _units(model) if sharded(model) else ():
+        unit.reshard()
+
+
 @contextmanager
 def gathered(model: nn.Module, inside: Iterable[nn.Module]) -> Iterator[None]:
     """The parameters of some modules of a sharded model whole for a while; every process has to enter."""
     if not sharded(model):
         yield
         return
-    for unit in _units(model):
-        unit.reshard()
+    reshard(model)
     held = {(m, n): p for m in inside for n, p in m._parameters.items() if p is not None and _split(p)}
     made = {parameter: whole(parameter) for parameter in dict.fromkeys(held.values())}
     try:

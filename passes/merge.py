@@ -15,7 +15,7 @@ from graphpeft.owner import refuse_replaced, reoccupy, vacate
 from graphpeft.passes.requantize import Requantized, Rounding, refuse_quantized, requantized
 from graphpeft.program import Site, stored, values
 from graphpeft.quantized import library
-from graphpeft.sharded import alike, gathered, whole
+from graphpeft.sharded import alike, gathered, reshard, whole
 from graphpeft.state import branches, chains, get_state, names, owners, refuse_merged, set_active
 from graphpeft.steps import named
 from graphpeft.weight_form import fold, update
@@ -91,6 +91,7 @@ def unmerge(model: nn.Module) -> None:
     state = get_state(model)
     if not state.merged:
         raise AdapterError(f"Nothing is merged into {type(model).__name__}. gp.merge(model) folds the active adapters.")
+    reshard(model)
     for path, original in state.originals.items():
         stored(model, path).data.copy_(original)
     for path, adapters in state.parked.items():

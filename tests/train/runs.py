@@ -1,15 +1,10 @@
-"""Small training runs that tests compare: with Trainer, and in a plain loop, in one process or in several.
-
-As a script, under torchrun, it writes what process 0 found: `runs.py RESULT.json`.
-"""
+"""Small training runs that tests compare: with Trainer, and in a plain loop, in one process or in several."""
 
 from __future__ import annotations
 
 import copy
-import json
-import os
-import sys
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -80,14 +75,20 @@ def state(model: nn.Module) -> dict[str, list[float]]:
 
 
 def plain_loop(
-    model: Any, pac: gp.PAC, micro: int = BATCH, adds: bool = True, workers: int = 1, rank: int = 0
+    model: Any,
+    pac: gp.PAC,
+    micro: int = BATCH,
+    adds: bool = True,
+    workers: int = 1,
+    rank: int = 0,
+    wrap: Callable[[Any], Any] = DistributedDataParallel,
 ) -> list[float]:
     """Mean losses of SGD on all rows, `micro` at a time; the penalty is added by the optimizer or to the loss."""
+    runs = wrap(model) if workers > 1 else model
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=RATE)
     if adds:
         gp.add_penalties(model, optimizer)
-    runs = DistributedDataParallel(model) if workers > 1 else model
     mine = Rows().ids[rank::workers].split(micro)
     found = []
     for step in range(STEPS):
@@ -128,12 +129,3 @@ def everything(workers: int = 1, rank: int = 0) -> dict[str, Any]:
         disturb()
         found[f"loop {adds}"] = plain_loop(model, pac, adds=adds, workers=workers, rank=rank), [], state(model)
     return found
-
-
-if __name__ == "__main__":
-    tf.logging.disable_progress_bar()
-    dist.init_process_group("gloo")
-    content = everything(dist.get_world_size(), dist.get_rank())
-    if int(os.environ["RANK"]) == 0:
-        Path(sys.argv[1]).write_text(json.dumps(content))
-    dist.destroy_process_group()
