@@ -21,6 +21,8 @@ Library = Literal["torchao", "bitsandbytes"]
 
 def library(weight: Tensor) -> Library | None:
     """Whose quantized weight this is; `None` for any other. Imports neither package."""
+    if type(weight) is Tensor or type(weight) is nn.Parameter:  # torch.compile cannot ask a class for its module
+        return None
     package = type(weight).__module__.partition(".")[0]
     if package == "torchao":
         return "torchao"
