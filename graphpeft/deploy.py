@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from graphpeft.errors import ExportError
-from graphpeft.store.swap import swap
+from graphpeft.store.exchange import exchange
 from graphpeft.store.unfinished import flush
 
 REPORT = "graphpeft.json"
@@ -115,7 +115,7 @@ def staged(target: Path) -> Iterator[Path]:
 def _replace(target: Path, fresh: Path) -> None:
     if not target.exists():
         fresh.rename(target)
-    elif not swap(target, fresh):
+    elif not exchange(target, fresh):
         old = _old(target)
         shutil.rmtree(old, ignore_errors=True)  # of an export that was killed when it had all but this to do
         target.rename(old)
@@ -129,7 +129,7 @@ def _replace(target: Path, fresh: Path) -> None:
 
 
 def recovered(target: Path) -> Path:
-    """The folder, put back where a kill between two renames took it from its place; they are one step where there is `swap`."""
+    """The folder, put back where a kill between two renames took it from its place; they are one step where there is `exchange`."""
     if target.name and not target.exists() and _old(target).is_dir():
         _old(target).rename(target)
     return target

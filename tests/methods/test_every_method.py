@@ -113,7 +113,12 @@ def test_the_same_seed_gives_the_same_adapter_in_any_order(method: str) -> None:
     assert all(drawn) == fixed
 
 
-@pytest.mark.parametrize("method", SAMPLES)
+NEW_OPERATORS = {"rlora(r=16)", "blora(r=4)", "dora(r=4)"}
+FIRST = [m if m in NEW_OPERATORS else pytest.param(m, marks=pytest.mark.slow) for m in SAMPLES]
+"""By default those methods alone that bring operators which no other has."""
+
+
+@pytest.mark.parametrize("method", FIRST)
 def test_exported_code_has_nothing_that_only_training_needs(method: str) -> None:
     model = gp.apply(build("llama"), f"qv:{method}")
     randomize(model)
@@ -131,12 +136,7 @@ def test_exported_code_has_nothing_that_only_training_needs(method: str) -> None
     assert not any(p for p, _ in model.named_parameters() if "adapters" in p)
 
 
-NEW_OPERATORS = {"rlora(r=16)", "blora(r=4)", "dora(r=4)"}
-
-
-@pytest.mark.parametrize(
-    "method", [m if m in NEW_OPERATORS else pytest.param(m, marks=pytest.mark.slow) for m in SAMPLES]
-)
+@pytest.mark.parametrize("method", FIRST)
 def test_a_compiled_model_has_no_graph_break(method: str) -> None:
     """Nor do its steps of training, whose backward pass is traced too, differ from those of the model as it is."""
     torch._dynamo.reset()

@@ -23,7 +23,7 @@ from graphpeft.doctor import doctor
 from graphpeft.errors import AdapterError, ExportError
 from graphpeft.passes.export import export
 from graphpeft.runtime import Session
-from graphpeft.store.swap import swap
+from graphpeft.store.exchange import exchange
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked, so that each costs no imports")
 
@@ -66,7 +66,7 @@ def test_killed_at_random(
     kills: int, exchanged: bool, versions: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not exchanged:  # as on a system that cannot do it in one step
-        monkeypatch.setattr(deploy, "swap", lambda one, other: False)
+        monkeypatch.setattr(deploy, "exchange", lambda one, other: False)
     target = tmp_path / "deploy"
     shutil.copytree(versions[0], target)
     rng, found, away = random.Random(0), set(), 0
@@ -117,12 +117,12 @@ def test_folders_exchange_names(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
-    if not swap(tmp_path / "a", tmp_path / "b"):
+    if not exchange(tmp_path / "a", tmp_path / "b"):
         pytest.skip("this file system cannot")
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["b"]
     assert [p.name for p in (tmp_path / "b").iterdir()] == ["a"]
     with pytest.raises(FileNotFoundError):
-        swap(tmp_path / "a", tmp_path / "c")
+        exchange(tmp_path / "a", tmp_path / "c")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
