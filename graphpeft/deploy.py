@@ -129,7 +129,7 @@ def _replace(target: Path, fresh: Path) -> None:
 
 
 def recovered(target: Path) -> Path:
-    """The folder, put back where a kill between two renames took it from its place; they are one step where there is `exchange`."""
+    """The folder, put back where a kill took it from its place, between the two renames that stand in for `exchange`."""
     if target.name and not target.exists() and _old(target).is_dir():
         _old(target).rename(target)
     return target
