@@ -29,6 +29,7 @@ PASSES = {
     "lower": "adapters as plain LoRA",
     "combine": "several adapters as one",
     "rename": "another name for an adapter",
+    "swap": "another adapter's numbers into the tensors of one",
     "export": "reference to write, as below, and all checks",
     "reference": "PyTorch's outputs, to compare with",
     "translate": "torch.onnx",

@@ -153,7 +153,11 @@ HYBRIDS: dict[str, tuple[str, str, dict[str, Any], int]] = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n in {"jamba", "qwen3_next", "llama4"} else n for n in HYBRIDS]
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.slow) if n in {"jamba", "qwen3_next", "llama4", "gpt_oss"} else n
+        for n in HYBRIDS
+    ],
 )
 def test_each_kind_of_a_hybrid_has_its_own_representative(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cls, config, sizes, left_out = HYBRIDS[name]

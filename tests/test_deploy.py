@@ -81,7 +81,11 @@ except Exception as error:
 
 @pytest.mark.parametrize(
     ("limit", "rule"),
-    [(2048, "qv:lora(r=2)"), (8192, "qv:lora(r=2)"), (65536, "qv:lora(r=400)")],
+    [
+        pytest.param(2048, "qv:lora(r=2)", marks=pytest.mark.slow),
+        (8192, "qv:lora(r=2)"),
+        pytest.param(65536, "qv:lora(r=400)", marks=pytest.mark.slow),
+    ],
     ids=["first weight", "between weights", "adapter"],
 )
 def test_a_disk_that_fills_half_way_leaves_nothing(tmp_path: Path, limit: int, rule: str) -> None:

@@ -812,7 +812,13 @@ def test_a_file_from_before_stacks_and_tied_weights_is_read(tmp_path: Path) -> N
 # -- export --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["embedding", "conv2d grouped", "mixtral batched", "gpt-oss batched", "tied gpt2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("embedding", "conv2d grouped", "mixtral batched", "tied gpt2"),
+        pytest.param("gpt-oss batched", marks=pytest.mark.slow),
+    ],
+)
 def test_export_folded_in(name: str, tmp_path: Path) -> None:
     model, sites, (args, kwargs) = made(name, torch.float32)
     adapt(model, sites)

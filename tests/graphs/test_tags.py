@@ -26,7 +26,12 @@ def adapted(make: Any, rules: str) -> nn.Module:
     ("make", "rules", "options"),
     [
         (gpt2, "v:lora; down:lora(r=2)", {}),
-        (llama, "qv:lora; down:lora(r=2)", {"share": True, "rows": True, "quantize": "int8"}),
+        pytest.param(
+            llama,
+            "qv:lora; down:lora(r=2)",
+            {"share": True, "rows": True, "quantize": "int8"},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_nodes_name_their_modules_and_what_reads_a_slot_its_site(

@@ -158,6 +158,7 @@ def test_the_dump_of_an_export(exported: tuple[Seen, Path]) -> None:
     assert re.search(r"^    gemm +\d+\.\d{3} +\d+ .*\+2 Gemm", table, re.M)
 
 
+@pytest.mark.slow
 def test_two_graphs_nest_under_their_names(tmp_path: Path) -> None:
     model = t5(num_layers=1).eval()
     gp.apply(model, "qv:lora(r=2)")

@@ -18,10 +18,8 @@ HERE = Path(__file__).parent
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
-@pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any], Path]:
+def both(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Path]:
     """What one process and two found, and the folder of what each saved: under `alone`, and under `together`."""
-    folder = tmp_path_factory.mktemp("processes")
     (folder / "together").mkdir()
     started = subprocess.Popen(
         [sys.executable, "-m", *TORCHRUN, str(HERE / "processes.py"), str(folder / "together")],
@@ -35,8 +33,17 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict
     return alone, json.loads((folder / "together" / "result.json").read_text()), folder
 
 
-def test_two_processes_equal_one(both: tuple[dict[str, Any], dict[str, Any], Path]) -> None:
-    alone, shared = both[0]["whole"], both[1]["whole"]
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    """In one test, for the runs take long and all serve the three."""
+    alone, together, folder = both(tmp_path)
+    check_whole(alone["whole"], together["whole"])
+    for kind in (*sharded.KINDS, "penalized"):
+        check_sharded(kind, alone["sharded"][kind], together["sharded"][kind])
+    for kind in sharded.KINDS:
+        check_files(kind, folder)
+
+
+def check_whole(alone: dict[str, Any], shared: dict[str, Any]) -> None:
     assert shared.keys() == alone.keys()
     for kind, (losses, penalties, tensors) in alone.items():
         # float32: sums over halves of a batch, then over processes, of losses of size 5 and tensors of size 1.
@@ -50,22 +57,20 @@ CLOSE = {"bfloat16": 1e-3, "policy": 2e-2}
 """Rounding of losses of size 5: activations in bfloat16, of 8 bits; and then adapters too. Otherwise sums in float32."""
 
 
-@pytest.mark.parametrize("kind", [*sharded.KINDS, "penalized"])
-def test_sharded_models_equal_whole_ones(kind: str, both: tuple[dict[str, Any], dict[str, Any], Path]) -> None:
-    alone, shared = both[0]["sharded"][kind], both[1]["sharded"][kind]
+def check_sharded(kind: str, alone: dict[str, Any], shared: dict[str, Any]) -> None:
     assert shared.keys() == alone.keys()
     for stage, values in alone.items():
-        assert shared[stage] == pytest.approx(values, abs=CLOSE.get(kind, 2e-5)), stage
+        assert shared[stage] == pytest.approx(values, abs=CLOSE.get(kind, 2e-5)), (kind, stage)
 
 
-@pytest.mark.parametrize("kind", sharded.KINDS)
-def test_sharded_adapters_are_saved_whole(kind: str, both: tuple[dict[str, Any], dict[str, Any], Path]) -> None:
-    one, two = (load_file(both[2] / who / kind / "adapter.safetensors") for who in ("alone", "together"))
+def check_files(kind: str, folder: Path) -> None:
+    """Sharded adapters are saved whole."""
+    one, two = (load_file(folder / who / kind / "adapter.safetensors") for who in ("alone", "together"))
     assert one.keys() == two.keys()
     for name, tensor in one.items():
         assert two[name].dtype == tensor.dtype
         assert (two[name] - tensor).abs().max() < CLOSE.get(kind, 2e-5), name
-    descriptions = [json.loads((both[2] / who / kind / "adapter.json").read_text()) for who in ("alone", "together")]
+    descriptions = [json.loads((folder / who / kind / "adapter.json").read_text()) for who in ("alone", "together")]
     for about in descriptions:
         del about["tensors_sha256"]
     assert descriptions[0] == descriptions[1]  # the base's fingerprint among it
