@@ -2,22 +2,20 @@
 
 `python benchmarks/training.py` trains MiniLM (batch 16, length 64) and a Llama of 6 layers and width 768 (batch 4, length 128),
 with LoRA of rank 8 on q and v or on all linear maps, the base in float32 or bfloat16 (batch 2, length 32), adapters in float32,
-AdamW. Time is CPU
-time on one thread, as a ratio to the frozen model: a pass forward, and back to the embeddings, without gradients of weights,
-which is the least that training below the last layer takes. Medians over rounds in which all contenders run in turn.
+AdamW. Time is CPU time on one thread, as a ratio to the frozen model: a pass forward, and back to the embeddings, without
+gradients of weights, which is the least that training below the last layer takes. Medians, with quartiles in brackets, over
+rounds in which all contenders run in turn.
 
-Memory is what a process needs at most during a step beyond what it holds between steps: activations, gradients, and what is
-computed with. On Linux, with the allocator told to give freed tensors back at once; each contender has a process of its own.
+Memory is what a step allocates at most beyond what is there between steps: activations, gradients, and what is computed with.
+It is counted by torch's profiler, to the byte, so it does not depend on the machine's load.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
-import os
+import json
 import statistics
-import subprocess
-import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +24,7 @@ import peft
 import torch
 import transformers
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 import graphpeft as gp
 from graphpeft.demo.model import load
@@ -84,69 +83,55 @@ def step(tool: str, name: str, model: nn.Module, dtype: str) -> Callable[[], Non
     return run
 
 
-def seconds(name: str, targets: str, dtype: str, rounds: int) -> dict[str, list[float]]:
-    runs = {tool: step(tool, name, made(tool, name, targets, DTYPES[dtype]), dtype) for tool in TOOLS}
+def seconds(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {tool: [] for tool in runs}
-    for i in range(rounds + 1):
-        for tool, run in runs.items():
+    for i in range(rounds):
+        for tool in sorted(
+            runs, reverse=i % 2 == 1
+        ):  # whoever follows whom: no one always has the same cache before it
             start = time.process_time()
-            run()
-            if i:
-                times[tool].append(time.process_time() - start)
+            runs[tool]()
+            times[tool].append(time.process_time() - start)
     return times
 
 
-def status(field: str) -> int:
-    """Of this process, in kB."""
-    found = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(found.split()[1])
-
-
-def peak(tool: str, name: str, targets: str, dtype: str) -> float:
-    """In MB. To be run in a process of its own."""
-    run = step(tool, name, made(tool, name, targets, DTYPES[dtype]), dtype)
-    for _ in range(2):
+def peak(run: Callable[[], None]) -> float:
+    """The most that torch holds during a step beyond what it held before, in MB of a million bytes."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         run()
-    gc.collect()
-    rest = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-    for _ in range(2):
-        run()
-    return (status("VmHWM") - rest) / 1024
-
-
-def memory(*case: str) -> float:
-    """The peak of a case in a process of its own."""
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    command = [sys.executable, __file__, "--peak", *case]
-    return float(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiled.export_chrome_trace(str(path))
+        trace = json.loads(path.read_text())["traceEvents"]
+    events = sorted((event for event in trace if event.get("name") == "[memory]"), key=lambda event: event["ts"])
+    totals = [event["args"]["Total Allocated"] for event in events]
+    return (max(totals) - (totals[0] - events[0]["args"]["Bytes"])) / 1e6
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=25)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.peak:
-        print(peak(*options.peak))
-        return
     print(
         f"{'':<22} {'graphpeft':>18} {'PEFT':>18} {'ours / theirs':>16} {'peak MB, frozen':>16} {'graphpeft':>10} {'PEFT':>7}"
     )
     for name in MODELS:
         for targets in ("qv", "linear"):
             for dtype in DTYPES:
-                times = seconds(name, targets, dtype, options.rounds)
+                runs = {tool: step(tool, name, made(tool, name, targets, DTYPES[dtype]), dtype) for tool in TOOLS}
+                for run in runs.values():  # the optimizer makes its state in the first step
+                    run()
+                times = seconds(runs, options.rounds)
                 cells = []
                 for one, other in (("graphpeft", "frozen"), ("peft", "frozen"), ("graphpeft", "peft")):
                     ratios = [a / b for a, b in zip(times[one], times[other], strict=True)]
                     low, middle, high = statistics.quantiles(ratios, n=4)
                     cells.append(f"{middle:.2f} ({low:.2f}-{high:.2f})")
-                peaks = [memory(tool, name, targets, dtype) for tool in TOOLS]
+                peaks = [peak(run) for run in runs.values()]
                 print(
                     f"{name + ' ' + targets + ' ' + dtype:<22} {cells[0]:>18} {cells[1]:>18} {cells[2]:>16} "
-                    f"{peaks[0]:>16.0f} {peaks[1]:>10.0f} {peaks[2]:>7.0f}",
+                    f"{peaks[0]:>16.2f} {peaks[1]:>10.2f} {peaks[2]:>7.2f}",
                     flush=True,
                 )
 
