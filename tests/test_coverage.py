@@ -20,7 +20,7 @@ SAMPLE = [
     ("deepseek_v3", "causal LM"),  # latent attention
     ("mixtral", "causal LM"),  # stacked experts
     ("qwen2_moe", "causal LM"),  # a shared expert besides
-    ("llama4_text", "causal LM"),  # experts by bmm
+    pytest.param(("llama4_text", "causal LM"), marks=pytest.mark.slow),  # experts by bmm
     ("diffllama", "causal LM"),  # differential attention
     ("falcon", "causal LM"),  # fused by groups of heads
     ("mpt", "causal LM"),  # ALiBi

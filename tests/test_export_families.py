@@ -42,7 +42,7 @@ BUILD = {
     "llama": zoo.llama, "gpt2": zoo.gpt2, "bert": bert, "t5": zoo.t5, "whisper": zoo.whisper, "vit": zoo.vit,
     "qwen3": qwen3, "minilm": minilm,
 }  # fmt: skip
-SLOW = ("llama", "bert", "t5", "whisper", "vit", "qwen3")
+SLOW = ("llama", "bert", "t5", "whisper", "vit", "qwen3", "minilm")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in BUILD])

@@ -345,3 +345,25 @@ def test_views_and_checks(kind: str) -> None:
     randomize(model)
     gp.combine(model, {"default": 0.5}, "part", "svd")
     assert delta(outputs(model, call()), before) > 0.01
+
+
+@kinds("int8", "bnb4", rest=("int4", "float8"))
+def test_rows_and_swaps(kind: str, tmp_path: Path) -> None:
+    model, want = base(kind), {}
+    for seed, name in enumerate(("one", "two")):
+        gp.apply(model, "qv:lora(r=4); down:lora(r=2)", name=name)
+        randomize(model, name, seed=seed)
+    for name in ("one", "two", None):
+        gp.activate(model, name)
+        want[name] = outputs(model, call())
+    assert delta(want["one"], want["two"]) > 0.1
+    with gp.per_row(model, ["two", None]):
+        rows = outputs(model, call())
+    # Products of fewer rows are summed in another order, layer upon layer.
+    near = 1e-5 * max(float(t.abs().max()) for t in want["two"])
+    assert delta(rows, [torch.stack([a[0], b[1]]) for a, b in zip(want["two"], want[None], strict=True)]) < near
+
+    gp.save(model, tmp_path, "two")
+    gp.swap(model, tmp_path, "one")
+    gp.activate(model, "one")
+    assert same(outputs(model, call()), want["two"])

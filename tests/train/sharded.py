@@ -119,6 +119,7 @@ def refused(model: nn.Module, folder: Path) -> None:
     for act in (
         lambda: gp.apply(model, "o:lora", name="second"),
         lambda: gp.load(model, folder, "second"),
+        lambda: gp.swap(model, folder),
         lambda: gp.PAC(examples=5).attach(model),
         lambda: gp.lower(model),
         lambda: gp.compact(model),
