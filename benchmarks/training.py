@@ -1,7 +1,7 @@
 """What a training step with adapters costs in time and memory: graphpeft beside PEFT, interleaved in one run.
 
 `python benchmarks/training.py` trains MiniLM (batch 16, length 64) and a Llama of 6 layers and width 768 (batch 4, length 128),
-with LoRA of rank 8 on q and v or on all linear maps, the base in float32 or bfloat16 (batch 1, length 16), adapters in float32,
+with LoRA of rank 8 on q and v or on all linear maps, the base in float32 or bfloat16 (batch 1, length 8), adapters in float32,
 AdamW. Time is CPU time on one thread, as a ratio to the frozen model: a pass forward, and back to the embeddings, without
 gradients of weights, which is the least that training below the last layer takes. Medians, with quartiles in brackets, over
 rounds in which all contenders run in turn.
@@ -30,7 +30,7 @@ import graphpeft as gp
 from graphpeft.demo.model import load
 
 MODELS = {"minilm": (16, 64), "llama": (4, 128)}
-BF16 = (1, 16)
+BF16 = (1, 8)
 """Few tokens and four times as many rounds: without instructions for bfloat16 a processor takes twenty times as long."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TARGETS = {

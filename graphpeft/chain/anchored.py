@@ -53,13 +53,17 @@ class Anchored(Weighted):
         moved = value - self.start
         return torch.cat([moved, self.start], -1) if self.side == "left" else torch.cat([value, moved], -2)
 
+    @property
+    def flat(self) -> bool:
+        return True
+
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self._whole())
 
     def accumulate(self, y: Tensor, x: Tensor, alpha: float, scatter: Scatter | None = None) -> Tensor:
         whole = self._whole() if scatter is None else scatter.expand(self._whole(), -2)
         rows = y.reshape(-1, self.outputs if scatter is None else scatter.outputs)
-        return torch.addmm(rows, x.reshape(-1, self.inputs), whole.t(), alpha=alpha).view_as(y)
+        return torch.addmm(rows, x, whole.t(), alpha=alpha).view_as(y)
 
     def matrix(self) -> Tensor:
         return widen(self._whole())

@@ -204,11 +204,12 @@ class Chain(nn.Module):
         """
         if gain is not None and product is not None:
             return torch.addcmul(torch.addcmul(y, product, gain - 1), self(x), gain)
-        scatter, *factors = self._factors
-        if not (isinstance(scatter, Scatter) and factors):
-            first, rest = scatter, factors
-            return first.accumulate(y, self._product(x, rest), self._times)
-        first, *rest = factors
+        first, *rest = self._factors
+        scatter = None
+        if isinstance(first, Scatter) and rest:
+            scatter, first, *rest = first, *rest
+        if first.flat:  # at once: every product of matrices is then one kernel without reshapes of its own
+            x = x.reshape(-1, self.inputs)
         return first.accumulate(y, self._product(x, rest), self._times, scatter)
 
     def _product(self, x: Tensor, factors: list[Factor]) -> Tensor:

@@ -46,6 +46,11 @@ class Factor(nn.Module):
         """Fill every tensor with its initial values; `rng(name)` is the random stream of the tensor of that name."""
         raise NotImplementedError
 
+    @property
+    def flat(self) -> bool:
+        """Whether `accumulate` is one product of matrices, which takes x as a matrix."""
+        return False
+
     def joined(self, pool: dict[str, Any]) -> Factor:
         """This factor, or if it is shared the one that the model has in `pool` by its name; the first one is put there."""
         found: Factor = pool.setdefault(self.shared, self) if self.shared else self
@@ -73,7 +78,10 @@ class Factor(nn.Module):
         return self.matrix() @ other
 
     def accumulate(self, y: Tensor, x: Tensor, alpha: float, scatter: Scatter | None = None) -> Tensor:
-        """`y + alpha * self(x)`, in as few kernels as possible; with `scatter`, `y + alpha * scatter(self(x))`."""
+        """`y + alpha * self(x)`, in as few kernels as possible; with `scatter`, `y + alpha * scatter(self(x))`.
+
+        If the factor is `flat`, x is `(positions, inputs)`, whatever the shape of y.
+        """
         update = self(x) if scatter is None else scatter(self(x))
         return torch.add(y, update, alpha=alpha)
 

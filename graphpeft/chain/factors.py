@@ -84,7 +84,11 @@ class Dense(Weighted):
             return super().accumulate(y, x, alpha, scatter)
         weight = self.value if scatter is None else scatter.expand(self.value, -2)
         rows = y.reshape(-1, self.outputs if scatter is None else scatter.outputs)
-        return torch.addmm(rows, x.reshape(-1, self.inputs), weight.t(), alpha=alpha).view_as(y)
+        return torch.addmm(rows, x, weight.t(), alpha=alpha).view_as(y)
+
+    @property
+    def flat(self) -> bool:
+        return not self.frozen
 
     def matrix(self) -> Tensor:
         return widen(self.value)
