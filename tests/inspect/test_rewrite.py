@@ -75,7 +75,7 @@ def same(one: Any, other: Any, *attributes: str) -> bool:
 LOOKS = ("kind", "arguments", "shape", "dtype", "adapter", "role")
 
 
-@pytest.mark.parametrize("case", ["llama lora", "llama dora", "gpt2 fused"])
+@pytest.mark.parametrize("case", ["llama lora", pytest.param("llama dora", marks=pytest.mark.slow), "gpt2 fused"])
 def test_an_exported_program_is_rewritten_to_the_same_graph(case: str) -> None:
     """There the whole graph is the owner, and the pass works on it for real."""
     make, rules = CASES[case]

@@ -39,7 +39,7 @@ def outputs(model: nn.Module) -> list[torch.Tensor]:
         (llama, ("qv:lora", "linear:rlora(r=8)")),
         (gpt2, ("v:lora; mlp:melora(n=2)", "qv:vera(r=8)")),
         (t5, ("embed:lora; k:lora", "q[cross]:olora(r=2)")),
-        (mixtral, ("experts:lora(r=2)", "attn:blora")),
+        pytest.param(mixtral, ("experts:lora(r=2)", "attn:blora"), marks=pytest.mark.slow),
     ],
 )
 def test_strengths_multiply_updates(make: object, rules: tuple[str, str]) -> None:
