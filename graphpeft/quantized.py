@@ -6,6 +6,8 @@ it stands for. bitsandbytes' is packed, in a module that alone knows how to use 
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, cast
@@ -70,13 +72,61 @@ def dense(weight: Tensor | Kept, holder: nn.Module | None = None) -> Tensor:
 
     kinds: Any = bnb.nn
     if isinstance(weight, kinds.Params4bit):
-        if holder is not None and getattr(weight.quant_state, "packing_format_for_cpu", False):
-            holder.state_dict()  # takes back the order that a CPU's fast kernel asks for, which nothing else can read
+        if holder is not None:
+            _put_back(holder)
         found = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
     else:  # the first forward pass takes the scales from the weight to the module's state
         scales = cast(Any, weight).SCB if cast(Any, weight).SCB is not None else cast(Any, holder).state.SCB
         found = bnb.functional.int8_vectorwise_dequant(weight.data, scales)
     return found
+
+
+def levels(weight: Tensor, holder: nn.Module) -> Tensor | None:
+    """Of 4 bits the numbers that stand in them before they are scaled; `None` for any other weight.
+
+    A CPU's fast kernel rounds scales for good on the first call, so only the levels tell one base from another.
+    """
+    if not _fours(holder):
+        return None
+    import bitsandbytes as bnb
+
+    _put_back(holder)
+    state = copy.copy(cast(Any, weight).quant_state)
+    state.absmax = torch.ones(math.ceil(math.prod(state.shape) / state.blocksize), device=weight.device)
+    state.nested = False
+    return bnb.functional.dequantize_4bit(weight.data, state)
+
+
+FAST = "support_avx512bf16_for_cpu"
+"""bitsandbytes' own attribute of a 4-bit layer: whether a pass without gradients may reorder its weight for a fast kernel."""
+
+
+def hold_order(model: nn.Module) -> tuple[str, ...]:
+    """Keep 4-bit layers from reordering their weights, and say which did; those that already have are put back.
+
+    What is reordered hands no gradient on, even in a later training pass: adapters before it would stop to learn unnoticed.
+    """
+    held = [(path, module) for path, module in model.named_modules() if _fours(module) and getattr(module, FAST, False)]
+    for _, module in held:
+        setattr(module, FAST, False)
+        _put_back(module)
+    return tuple(path for path, _ in held)
+
+
+def release_order(model: nn.Module, held: tuple[str, ...]) -> None:
+    """Undo `hold_order`."""
+    for path in held:
+        setattr(model.get_submodule(path), FAST, True)
+
+
+def _put_back(module: nn.Module) -> None:
+    """Take back the order that a CPU's fast kernel asks for, which nothing else can read."""
+    if getattr(cast(Any, module._parameters["weight"]).quant_state, "packing_format_for_cpu", False):
+        module.state_dict()
+
+
+def _fours(module: nn.Module) -> bool:
+    return packed(module) and hasattr(module._parameters["weight"], "quant_state")
 
 
 KEPT = "kept"

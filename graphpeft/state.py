@@ -40,6 +40,8 @@ class State:
     active: tuple[str, ...] = ()
     required: dict[str, bool] = field(default_factory=dict)
     """`requires_grad` of every base parameter before the first adapter came."""
+    held: tuple[str, ...] = ()
+    """Quantized layers that keep the order of their weights while there are adapters (see `quantized.hold_order`)."""
     merged: tuple[str, ...] = ()
     originals: dict[str, torch.Tensor] = field(default_factory=dict)
     """Base weights as they were before the merge."""

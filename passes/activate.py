@@ -13,6 +13,7 @@ from graphpeft.errors import AdapterError
 from graphpeft.owner import STATE, vacate
 from graphpeft.passes.merge import unmerge
 from graphpeft.program import stored
+from graphpeft.quantized import release_order
 from graphpeft.state import chains, get_state, inactive, names, owners, refuse_merged, set_active
 from graphpeft.steps import named
 
@@ -79,4 +80,5 @@ def remove(model: nn.Module, name: str | None = None) -> None:
     if not state.adapters:
         for path, required in state.required.items():
             stored(model, path).requires_grad_(required)
+        release_order(model, state.held)
         del model.__dict__[STATE]

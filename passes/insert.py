@@ -15,7 +15,7 @@ from graphpeft.hooked import device_of
 from graphpeft.owner import STATE, vacate
 from graphpeft.plan import Entry
 from graphpeft.program import stored
-from graphpeft.quantized import library
+from graphpeft.quantized import hold_order, library
 from graphpeft.sharded import refuse_sharded
 from graphpeft.state import Adapter, State, find_state, refuse_merged
 from graphpeft.steps import named
@@ -62,7 +62,8 @@ def insert(model: nn.Module, name: str, rules: str, seed: int, entries: tuple[En
     state = find_state(model)
     if state is None:
         ours = {p for name_ in (name,) for o in touched for p in home_parameters(o, name_)}
-        state = State(required={n: p.requires_grad for n, p in model.named_parameters() if p not in ours})
+        required = {n: p.requires_grad for n, p in model.named_parameters() if p not in ours}
+        state = State(required=required, held=hold_order(model))
         model.__dict__[STATE] = state
         for n in state.required:
             stored(model, n).requires_grad_(False)

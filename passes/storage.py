@@ -21,6 +21,7 @@ from graphpeft.passes.initialize import initialize
 from graphpeft.passes.insert import check_name, insert
 from graphpeft.plan import Entry
 from graphpeft.program import Site, stored
+from graphpeft.quantized import levels
 from graphpeft.quantized import shape as float_shape
 from graphpeft.samples import settled
 from graphpeft.sharded import gathered, written
@@ -207,7 +208,11 @@ def _check_base(model: nn.Module, content: AdapterFile, folder: Path, any_base: 
 
 
 def _fingerprint(model: nn.Module, entries: tuple[Entry, ...]) -> str:
-    return fingerprint((e.site.weight for e in entries), lambda name: base_weight(model, name))
+    def weight_of(name: str) -> torch.Tensor:
+        found = levels(stored(model, name), model.get_submodule(name.rpartition(".")[0]))
+        return base_weight(model, name) if found is None else found
+
+    return fingerprint((e.site.weight for e in entries), weight_of)
 
 
 def _check_sites(model: nn.Module, content: AdapterFile, folder: Path) -> None:

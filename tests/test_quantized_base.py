@@ -15,12 +15,13 @@ import torch
 from checks import Snapshot, adapters, build, delta, floats, outputs, randomize, same
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from zoo import llama
 
 import graphpeft as gp
 from graphpeft.errors import AdapterError, ExportError, FileError
 from graphpeft.passes.requantize import Requantized
 from graphpeft.program import values
-from graphpeft.quantized import library, quantized
+from graphpeft.quantized import FAST, library, quantized
 
 torchao = pytest.importorskip("torchao.quantization")
 CONFIGS: dict[str, Callable[[], Any]] = {
@@ -40,7 +41,7 @@ pytestmark = pytest.mark.filterwarnings(
 Example = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def quantize(model: nn.Module, kind: str) -> nn.Module:
+def quantize(model: nn.Module, kind: str, fast: bool = False) -> nn.Module:
     """Every `nn.Linear` but the head quantized in place, as transformers leaves it out."""
 
     def chosen(module: nn.Module, path: str) -> bool:
@@ -57,6 +58,10 @@ def quantize(model: nn.Module, kind: str) -> nn.Module:
             size = module.in_features, module.out_features, module.bias is not None
             made = bnb.nn.Linear8bitLt(*size, has_fp16_weights=False) if kind == "bnb8" else bnb.nn.LinearNF4(*size)
             made.load_state_dict(module.state_dict())
+            if kind == "bnb4" and not fast:
+                setattr(
+                    made, FAST, False
+                )  # which some CPUs have, for widths in blocks of 64, and which rounds to bfloat16
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, made.to("cpu").eval())
     return model
@@ -169,12 +174,48 @@ def test_it_trains() -> None:
     assert all(torch.equal(p, rest[n]) for n, p in model.named_parameters() if n in rest)
 
 
+def test_a_weight_that_a_fast_kernel_reordered(tmp_path: Path) -> None:
+    """bitsandbytes reorders 4-bit weights when they are first used without gradients, and hands no gradient on after that."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    if not functional.has_avx512bf16():
+        pytest.skip("this processor has no such kernel")
+
+    def fresh() -> nn.Module:
+        torch.manual_seed(0)
+        return quantize(llama(intermediate_size=128).eval(), "bnb4", fast=True)
+
+    def reordered(model: nn.Module) -> set[bool]:
+        layers = [m for m in model.modules() if hasattr(m, FAST)]
+        return {bool(getattr(m.weight.quant_state, "packing_format_for_cpu", False)) for m in layers}
+
+    model = fresh()
+    before = outputs(model, call())
+    assert reordered(model) == {True}, "or this test shows nothing"
+    gp.apply(model, "qv:lora")
+    # Their kernel computes in bfloat16, steps of 2^-8, through two layers.
+    near = 2**-6 * max(float(t.abs().max()) for t in before)
+    assert delta(outputs(model, call()), before) < near
+    randomize(model)
+    moved = outputs(model, call())
+    assert delta(moved, before) > 4 * near
+    assert reordered(model) == {False}
+
+    gradient = gradients(model)
+    assert len(gradient) == len(adapters(model)), "as after an evaluation in the middle of training"
+    assert all(g.any() for g in gradient.values()), "those of the first layer too"
+    gp.save(model, tmp_path / "a")
+    other = fresh()  # never used: its scales were never rounded
+    assert delta(outputs(gp.load(other, tmp_path / "a"), call()), moved) < near
+    gp.remove(model)
+    assert delta(outputs(model, call()), before) < near
+    assert reordered(model) == {True}, "as fast as it came"
+
+
 @kinds("int8", "bnb8", rest=("int4", "bnb4"))
 def test_methods_start_from_the_floats_that_the_weight_stands_for(kind: str) -> None:
     model = base(kind)
     outputs(model, call())  # after it bitsandbytes keeps the scales elsewhere
     plain = twin(model)
-    rules = "q:olora(r=4); k:pissa(r=4); v:vera(r=8); gate:rlora; down:melora(n=2, r=2); up:dora(r=4)"
     rules = "q:olora(r=4); k:pissa(r=4); v:vera(r=8); gate:rlora; down:melora(n=2, r=2); up:dora(r=4)"
     gp.apply(model, rules, seed=3)
     gp.apply(plain, rules, seed=3)
