@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from graphpeft.errors import ExportError
+from graphpeft.store.aside import aside
 from graphpeft.store.exchange import exchange
 from graphpeft.store.unfinished import flush
 
@@ -86,7 +86,8 @@ def sizes(folder: Path) -> dict[str, int]:
 def staged(target: Path) -> Iterator[Path]:
     """Yield a new folder beside `target` that takes its place at the end, or vanishes if an error is raised.
 
-    It is flushed to the disk before; a kill at any moment leaves the old folder or the new one, and the other one beside it.
+    It is flushed to the disk before; a kill at any moment leaves the old folder or the new one, and the other one beside it,
+    under a hidden name, which the next export to this place deletes.
 
     A target that exists is replaced as a whole if it is empty or an earlier export with nothing else in it.
 
@@ -96,20 +97,17 @@ def staged(target: Path) -> Iterator[Path]:
     target = recovered(target.absolute())
     _refuse_foreign(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
-    fresh.mkdir()
     try:
-        yield fresh
-        for path in (*fresh.rglob("*"), fresh):
-            flush(path)
-        _refuse_foreign(target)
-        _replace(target, fresh)
+        with aside(target) as fresh:
+            yield fresh
+            for path in (*fresh.rglob("*"), fresh):
+                flush(path)
+            _refuse_foreign(target)
+            _replace(target, fresh)
     except OSError as error:
         raise ExportError(
             f"{target}: nothing was written: {error}. Usually the disk is full or write-protected."
         ) from error
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def _replace(target: Path, fresh: Path) -> None:

@@ -129,9 +129,10 @@ def test_half_precision(kind: str) -> None:
     rest = outputs(plain, call())
     gp.apply(plain, "qv:lora; mlp:dora")
     randomize(plain)
-    # Rounding of activations to bfloat16, at other places in the two; logits are below 1, their steps 2^-8.
-    assert abs(moved - delta(outputs(plain, call()), rest)) < 0.1 * moved
-    assert delta(outputs(model, call()), outputs(plain, call())) < 8 * 2**-8
+    wanted = outputs(plain, call())
+    assert abs(moved - delta(wanted, rest)) < 0.1 * moved
+    # Rounding of activations to bfloat16, at other places in the two: two steps of the largest number.
+    assert delta(outputs(model, call()), wanted) <= 2 * 2**-8 * max(float(t.abs().max()) for t in wanted)
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:

@@ -79,8 +79,11 @@ def test_killed_at_random(
         session = Session(target)  # it finds the folder where the kill left it
         assert session.adapters == ("a",)
         found.add(check_whole(target, versions))
-        for left in tmp_path.glob(".deploy.*"):
-            shutil.rmtree(left)
+        left = {path.name.rpartition(".")[2] for path in tmp_path.iterdir()} - {"deploy"}
+        assert len(list(tmp_path.iterdir())) <= 2 + ("old" in left), "what the kills before left is gone"
+    with staged(target) as fresh:
+        shutil.copytree(versions[0], fresh, dirs_exist_ok=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["deploy"]
     assert found == {0, 1}, "kills too early to have exported anything"
     assert not (exchanged and away), "the place is never empty"
 
@@ -102,6 +105,19 @@ def test_a_real_export_is_killed(kills: int, versions: list[Path], tmp_path: Pat
         assert all(one.good for one in doctor(target))
     export(model, target, inputs=SAMPLE, verify="off")
     assert all(one.good for one in doctor(target))
+
+
+def test_exports_to_one_place_leave_each_other_alone(versions: list[Path], tmp_path: Path) -> None:
+    target, other = tmp_path / "deploy", tmp_path / ".deploy.mine"
+    other.mkdir()
+    with staged(target) as one:
+        with staged(target) as two:
+            assert one.exists()
+            shutil.copytree(versions[1], two, dirs_exist_ok=True)
+        assert check_whole(target, versions) == 1
+        shutil.copytree(versions[0], one, dirs_exist_ok=True)
+    assert check_whole(target, versions) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {target.name, other.name}
 
 
 def test_a_kill_between_two_renames_is_put_right(versions: list[Path], tmp_path: Path) -> None:
