@@ -86,7 +86,7 @@ def _adapter(folder: Path, model: Any, rules: str) -> None:
 
 
 def graphpeft(folder: Path) -> None:
-    from graphpeft.cli import app
+    from graphpeft.cli.main import app
 
     app(["merge", *(str(folder / name) for name in ("base", "adapter", "out"))], standalone_mode=False)
 

@@ -29,10 +29,10 @@ import transformers
 
 import graphpeft as gp
 from graphpeft import onnx
-from graphpeft.flat import Flat
+from graphpeft.deploy.flat import Flat
+from graphpeft.deploy.slots import fingerprint
 from graphpeft.inspect.table import table
-from graphpeft.runtime import Use
-from graphpeft.slots import fingerprint
+from graphpeft.runtime.session import Use
 
 RANKS = (8, 16, 64)
 STYLES = ("apart", "shared")  # slots for each weight, or one for weights that read the same activation

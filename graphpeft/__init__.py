@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from graphpeft.apply import plan as plan
     from graphpeft.apply import sites as sites
     from graphpeft.apply import trainable as trainable
-    from graphpeft.capture import capture as capture
+    from graphpeft.capture.capture import capture as capture
     from graphpeft.inspect.bops import bops as bops
     from graphpeft.inspect.diff import diff as diff
     from graphpeft.inspect.explain import explain as explain
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from graphpeft.passes.storage import save as save
     from graphpeft.passes.swap import swap as swap
     from graphpeft.passes.verify import verify as verify
-    from graphpeft.runtime import Session as Session
+    from graphpeft.runtime.session import Session as Session
     from graphpeft.train.groups import parameter_groups as parameter_groups
     from graphpeft.train.pac import PAC as PAC
     from graphpeft.train.penalty import add_penalties as add_penalties
@@ -50,12 +50,12 @@ __version__ = "0.1.0"
 HOMES = {
     "PAC": "train.pac",
     "AdapterCallback": "train.trainer",
-    "Session": "runtime",
+    "Session": "runtime.session",
     "activate": "passes.activate",
     "add_penalties": "train.penalty",
     "apply": "apply",
     "bops": "inspect.bops",
-    "capture": "capture",
+    "capture": "capture.capture",
     "combine": "passes.combine",
     "rename": "passes.rename",
     "compact": "passes.compact",

@@ -9,7 +9,8 @@ from typing import Any, overload
 from torch import nn
 from torch.export import ExportedProgram
 
-from graphpeft.capture import Inputs, as_module
+from graphpeft.capture.capture import Inputs, as_module
+from graphpeft.capture.samples import settled
 from graphpeft.inspect.table import names_text, role_text, rows_text, site_dict, size_text
 from graphpeft.inspect.view import Grid, View
 from graphpeft.match.find import Found
@@ -23,7 +24,6 @@ from graphpeft.plan import Plan, make_plan
 from graphpeft.program import Site
 from graphpeft.quantized import refuse_cut
 from graphpeft.rules import Rule, coerce, to_text
-from graphpeft.samples import settled
 from graphpeft.state import hidden, inactive, set_active
 from graphpeft.steps import named, step
 from graphpeft.survey import survey

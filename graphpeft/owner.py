@@ -19,11 +19,11 @@ import torch
 from torch import fx, nn
 
 from graphpeft.adapters import HOME, Adapters, adapted_parameter, home
+from graphpeft.capture.meta import fill_shapes
 from graphpeft.errors import AdapterError
 from graphpeft.graph import Splice, strip_checks
 from graphpeft.hooked import become, replaced
 from graphpeft.match.owners import Uses, forget_constants, trace
-from graphpeft.meta import fill_shapes
 from graphpeft.mode import set_mode
 from graphpeft.program import Site
 from graphpeft.quantized import KEPT, Kept, packed, weight_node

@@ -11,13 +11,13 @@ from dataclasses import replace
 
 from torch import fx, nn
 
-from graphpeft.capture import Inputs, capture
+from graphpeft.capture.capture import Inputs, capture
+from graphpeft.capture.samples import sample_calls
 from graphpeft.errors import CaptureError
 from graphpeft.match.find import Found, find
 from graphpeft.passes.normalize import normalize
 from graphpeft.program import Program, Site
 from graphpeft.quantized import in_floats
-from graphpeft.samples import sample_calls
 
 
 def survey(model: nn.Module, inputs: Inputs = None) -> Found:

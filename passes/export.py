@@ -21,21 +21,21 @@ import numpy as np
 import onnxruntime as ort
 from torch import nn
 
-from graphpeft import genai, onnx, parity
-from graphpeft.capture import Inputs, quiet
-from graphpeft.cases import Outputs
-from graphpeft.deploy import REPORT, ExportReport, sizes, staged
+from graphpeft import onnx
+from graphpeft.capture.capture import Inputs, quiet
+from graphpeft.deploy import genai, parity
+from graphpeft.deploy.cases import Outputs
+from graphpeft.deploy.opening import Opened, as_pairs, as_trained
+from graphpeft.deploy.parity import Runner, Step
+from graphpeft.deploy.part import Part, Pass
+from graphpeft.deploy.parts import parts
+from graphpeft.deploy.request import check_options, exported_names, refuse_inexportable
+from graphpeft.deploy.slots import fingerprint
 from graphpeft.errors import ExportError, FileError
-from graphpeft.opening import Opened, as_pairs, as_trained
-from graphpeft.parity import Runner, Step
-from graphpeft.part import Part, Pass
-from graphpeft.parts import parts
 from graphpeft.passes.merge import merge, unmerge
-from graphpeft.quantized import quantized
-from graphpeft.runtime import Session
-from graphpeft.sharded import ELSEWHERE, refuse_sharded
-from graphpeft.slots import fingerprint
-from graphpeft.state import get_state, names, set_active
+from graphpeft.runtime.folder import ExportReport, sizes, staged
+from graphpeft.runtime.session import Session
+from graphpeft.state import get_state, set_active
 from graphpeft.steps import named
 
 Verify = Literal["off", "fast", "full"]
@@ -94,14 +94,9 @@ def export(
     After an error the folder is as it was before.
     """
     start = time.perf_counter()
-    if verify not in ("off", "fast", "full"):
-        raise ExportError(f'verify={verify!r}: it is one of "off", "fast", "full".')
-    if quantize not in (None, "int4", "int8"):
-        raise ExportError(f'quantize={quantize!r}: it is "int4", "int8" or None.')
-    if compact and (rows or merged):
-        raise ExportError("compact=True has no rows=True, and nothing to hold open with merged=True. Choose one.")
-    chosen = _chosen(model, merged, adapters)
-    _refuse_quantized(model)
+    check_options(verify, quantize, compact, rows, merged)
+    chosen = exported_names(model, merged, adapters)
+    refuse_inexportable(model)
     with quiet(model), _restored(model), staged(Path(path)) as folder:
         limit = parity.tolerance(model)
         pieces = [Part(name, flat, folder, limit) for name, flat in parts(model, inputs, cached=cache)]
@@ -263,39 +258,6 @@ def _moves(want: Sequence[Outputs], base: Sequence[Outputs]) -> bool:
     return any(
         not np.array_equal(one[name], other[name]) for one, other in zip(want, base, strict=True) for name in one
     )
-
-
-def _chosen(model: nn.Module, merged: bool, adapters: str | Sequence[str] | None) -> tuple[str, ...]:
-    state = get_state(model)
-    refuse_sharded(model, "export", ELSEWHERE)
-    absent = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
-    if absent is not None:
-        raise ExportError(
-            f"{absent} has no values here: it is on the meta device. Usually accelerate offloaded it. Load the model whole and "
-            f"the adapter with gp.load."
-        )
-    if not merged:
-        chosen = names(model, adapters if adapters is None or isinstance(adapters, str) else tuple(adapters))
-    elif adapters is not None:
-        raise ExportError("merged=True folds the active adapters and takes no names; gp.activate chooses them.")
-    else:
-        chosen = state.merged or state.active
-    if not chosen:
-        raise ExportError("No adapter is " + ("active: call gp.activate(model, name) first." if merged else "chosen."))
-    if Path(REPORT).stem in chosen:
-        raise ExportError(f"No adapter can be called {Path(REPORT).stem!r}: its sidecar would be the report {REPORT}.")
-    return tuple(dict.fromkeys(chosen))
-
-
-def _refuse_quantized(model: nn.Module) -> None:
-    """torch.onnx has no operators for what torchao and bitsandbytes compute with."""
-    found = quantized(model)
-    if found:
-        name, known = next(iter(found.items()))
-        raise ExportError(
-            f"{name} is quantized by {known}, of which there is no ONNX graph. Load the base in floats, gp.load(model, folder, "
-            f'any_base=True), and gp.export(model, path, quantize="int4") or "int8", which quantizes for ONNX Runtime.'
-        )
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
+from graphpeft.capture.skeleton import skeleton
 from graphpeft.errors import FileError
 
 # A model is asked here what `load` and `merge` ask of it.
@@ -18,7 +19,6 @@ from graphpeft.passes.storage import _check_sites as check_sites
 from graphpeft.passes.storage import _check_tensors as check_tensors
 from graphpeft.passes.storage import _sites as found_sites
 from graphpeft.program import Site, stored
-from graphpeft.skeleton import skeleton
 from graphpeft.state import chains
 from graphpeft.store import peft_config, peft_read
 from graphpeft.store.checkpoint import FLOATS, Checkpoint

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from graphpeft.adapters import home, places
-from graphpeft.capture import Inputs, example_call, quiet
+from graphpeft.capture.capture import Inputs, example_call, quiet
+from graphpeft.capture.samples import settled
 from graphpeft.errors import AdapterError
 from graphpeft.rows import Assignment, Rows
-from graphpeft.samples import settled
 from graphpeft.state import chains, example, get_state, names, owners, refuse_merged, set_active
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from graphpeft.adapters import places
+from graphpeft.capture.samples import settled
 from graphpeft.chain import Chain, Factor
 from graphpeft.errors import AdapterError, CaptureError, FileError
 from graphpeft.passes.activate import remove
@@ -23,7 +24,6 @@ from graphpeft.plan import Entry
 from graphpeft.program import Site, stored
 from graphpeft.quantized import levels
 from graphpeft.quantized import shape as float_shape
-from graphpeft.samples import settled
 from graphpeft.sharded import gathered, written
 from graphpeft.state import (
     base_weight,

@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
 from graphpeft.adapters import home, places
-from graphpeft.capture import Inputs, example_call, quiet
+from graphpeft.capture.capture import Inputs, example_call, quiet
 from graphpeft.chain import Chain, Transform
 from graphpeft.errors import VerifyError
 from graphpeft.owner import Adapted, relower

@@ -21,9 +21,9 @@ from torch import nn
 
 import graphpeft as gp
 from graphpeft import onnx
-from graphpeft.flat import Flat
+from graphpeft.deploy.flat import Flat
 from graphpeft.passes.export import export
-from graphpeft.runtime import Session
+from graphpeft.runtime.session import Session
 from graphpeft.state import get_state
 
 SAMPLE = {"x": torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(7))}

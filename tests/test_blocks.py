@@ -17,14 +17,14 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 import graphpeft as gp
-from graphpeft.blocks import Folding, kinds
+from graphpeft.capture.blocks import Folding, kinds
+from graphpeft.capture.kinds import Used, differing, watched
 from graphpeft.errors import CaptureError
-from graphpeft.kinds import Used, differing, watched
 from graphpeft.match.find import find
 from graphpeft.passes.normalize import normalize
 from graphpeft.program import Program
 
-capturing = importlib.import_module("graphpeft.capture")
+capturing = importlib.import_module("graphpeft.capture.capture")
 X = torch.randn(2, 7, 8)
 
 
@@ -72,7 +72,7 @@ def captured(model: nn.Module, given: Any, monkeypatch: pytest.MonkeyPatch) -> l
         left_out.extend(paths)
         return result
 
-    unfold_ = importlib.import_module("graphpeft.unfold").unfold
+    unfold_ = importlib.import_module("graphpeft.capture.unfold").unfold
     monkeypatch.setattr(capturing, "unfold", unfold)
     shapes_only = any(p.is_meta for p in model.parameters())
     before = None if shapes_only else Snapshot.of(model)

@@ -17,13 +17,14 @@ from typer.testing import CliRunner
 from zoo import llama
 
 import graphpeft as gp
-from graphpeft import cli_complete, methods
-from graphpeft.cli import app
+from graphpeft import methods
+from graphpeft.capture.skeleton import skeleton
+from graphpeft.cli import complete
+from graphpeft.cli.main import app
 from graphpeft.errors import RuleError
 from graphpeft.inspect.why import why
 from graphpeft.match import registry
 from graphpeft.rules import coerce
-from graphpeft.skeleton import skeleton
 from graphpeft.steps import PASSES
 
 run = CliRunner()
@@ -272,30 +273,30 @@ def test_report_of_a_saved_adapter(tmp_path: Path) -> None:
 
 
 def test_lists_that_completion_offers_are_current() -> None:
-    assert tuple(sorted(methods.names())) == cli_complete.METHODS
-    assert set(registry.roles()) | set(registry.ALIASES) <= set(cli_complete.TARGETS)
-    for target in cli_complete.TARGETS[:-1]:
+    assert tuple(sorted(methods.names())) == complete.METHODS
+    assert set(registry.roles()) | set(registry.ALIASES) <= set(complete.TARGETS)
+    for target in complete.TARGETS[:-1]:
         assert coerce(f"{target}:lora")
     from transformers import CONFIG_MAPPING
 
-    assert set(cli_complete._types()) == set(CONFIG_MAPPING)
+    assert set(complete._types()) == set(CONFIG_MAPPING)
 
 
 def test_what_completion_offers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "llama-of-mine").mkdir()
-    assert {"llama", "llama4", "llama-of-mine/"} <= set(cli_complete.models("llam"))
-    assert cli_complete.rules("qk") == ["qkv", "qkvo"]
-    assert cli_complete.rules("qv:lora; mlp:l") == ["qv:lora; mlp:lora"]
-    assert dict(cli_complete.passes("mer"))["merge"] == PASSES["merge"]
-    assert [name for name, _ in cli_complete.passes("a")] == ["apply", "activate", "all"]
+    assert {"llama", "llama4", "llama-of-mine/"} <= set(complete.models("llam"))
+    assert complete.rules("qk") == ["qkv", "qkvo"]
+    assert complete.rules("qv:lora; mlp:l") == ["qv:lora; mlp:lora"]
+    assert dict(complete.passes("mer"))["merge"] == PASSES["merge"]
+    assert [name for name, _ in complete.passes("a")] == ["apply", "activate", "all"]
 
 
 def completed(*words: str) -> list[str]:
     """What bash is told."""
     given = {"COMP_WORDS": " ".join(["graphpeft", *words]), "COMP_CWORD": str(len(words))}
     found = subprocess.run(
-        [sys.executable, "-c", "from graphpeft.cli import app; app(prog_name='graphpeft')"],
+        [sys.executable, "-c", "from graphpeft.cli.main import app; app(prog_name='graphpeft')"],
         env=os.environ | given | {"_GRAPHPEFT_COMPLETE": "complete_bash"},
         capture_output=True,
         text=True,
@@ -317,7 +318,7 @@ IMPORTED = """
 import sys, graphpeft
 before = set(sys.modules)
 from typer.testing import CliRunner
-from graphpeft.cli import app
+from graphpeft.cli.main import app
 assert "Ship" in CliRunner().invoke(app, ["--help"]).output
 print(*(name for name in sys.modules if name.partition(".")[0] in {"torch", "transformers", "onnx"} and name not in before))
 """

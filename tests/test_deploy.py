@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from exports import deployed
 
-from graphpeft.deploy import staged
 from graphpeft.errors import ExportError
+from graphpeft.runtime.folder import staged
 
 
 def test_report_is_printed_and_saved_with_every_figure() -> None:

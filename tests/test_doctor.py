@@ -10,10 +10,10 @@ import pytest
 from exports import deployed
 from typer.testing import CliRunner
 
-from graphpeft.adapter_file import read, write
-from graphpeft.cli import app
-from graphpeft.doctor import doctor
+from graphpeft.cli.main import app
 from graphpeft.errors import FileError
+from graphpeft.runtime.adapter_file import read, write
+from graphpeft.runtime.doctor import doctor
 
 
 @pytest.fixture

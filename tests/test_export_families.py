@@ -19,7 +19,7 @@ from torch import nn
 
 import graphpeft as gp
 from graphpeft import onnx
-from graphpeft.parts import parts
+from graphpeft.deploy.parts import parts
 
 
 def minilm() -> nn.Module:

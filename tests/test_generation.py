@@ -15,7 +15,7 @@ from transformers import GenerationConfig, GenerationMixin
 import graphpeft as gp
 from graphpeft import onnx
 from graphpeft.errors import AdapterError
-from graphpeft.runtime import Session
+from graphpeft.runtime.session import Session
 
 USES = (None, "a", "b")
 DECODERS = ("llama", "gpt2", "qwen3")

@@ -10,13 +10,13 @@ import pytest
 import torch
 from exports import CLOSE, SAMPLE, deployed, ids, tiny
 
-from graphpeft import parity
-from graphpeft.cases import Case, Outputs, cases
+from graphpeft.deploy import parity
+from graphpeft.deploy.cases import Case, Outputs, cases
+from graphpeft.deploy.flat import Flat
+from graphpeft.deploy.opening import as_pairs
+from graphpeft.deploy.part import Part
 from graphpeft.errors import ExportError
-from graphpeft.flat import Flat
-from graphpeft.opening import as_pairs
-from graphpeft.part import Part
-from graphpeft.runtime import Session
+from graphpeft.runtime.session import Session
 
 
 def test_cases_vary_every_size_and_pad() -> None:

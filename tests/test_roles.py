@@ -16,7 +16,7 @@ from checks import CASES, build, inputs
 from zoo import llama
 
 import graphpeft as gp
-from graphpeft.capture import capture
+from graphpeft.capture.capture import capture
 from graphpeft.match.find import find
 from graphpeft.passes.normalize import normalize
 

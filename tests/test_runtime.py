@@ -15,7 +15,7 @@ from exports import CLOSE, FAR, SAMPLE, dense, deployed, off, silent
 
 from graphpeft import onnx
 from graphpeft.errors import AdapterError, FileError
-from graphpeft.runtime import Session
+from graphpeft.runtime.session import Session
 
 X = SAMPLE["x"]
 A, B = "wq.lora_A.weight", "wq.lora_B.weight"

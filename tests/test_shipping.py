@@ -12,7 +12,7 @@ from checks import randomize
 from typer.testing import CliRunner
 
 import graphpeft as gp
-from graphpeft.cli import app
+from graphpeft.cli.main import app
 
 
 @pytest.fixture(scope="module")

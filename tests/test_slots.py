@@ -12,8 +12,8 @@ from zoo import torch_encoder
 
 import graphpeft as gp
 from graphpeft.chain import Chain, Dense, zeros
+from graphpeft.deploy.slots import SlotBranch, fingerprint, inserted, lower, slot_at
 from graphpeft.errors import ExportError
-from graphpeft.slots import SlotBranch, fingerprint, inserted, lower, slot_at
 from graphpeft.state import chains
 
 

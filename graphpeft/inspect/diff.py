@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.export import ExportedProgram
 
-from graphpeft.capture import Inputs
+from graphpeft.capture.capture import Inputs
 from graphpeft.inspect.align import Aligned
 from graphpeft.inspect.network import general, layer_of, network, shown, to_networkx
 from graphpeft.inspect.rewrite import rewrite

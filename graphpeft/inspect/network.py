@@ -19,12 +19,12 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from graphpeft.adapters import HOME
-from graphpeft.capture import Inputs
+from graphpeft.capture.capture import Inputs
+from graphpeft.capture.meta import is_fake
 from graphpeft.inspect.rewrite import Branch, Part, Rewrite, rewrite
 from graphpeft.inspect.suggest import any_layer
 from graphpeft.match.fused import concrete
 from graphpeft.match.products import op
-from graphpeft.meta import is_fake
 from graphpeft.quantized import dense, library
 from graphpeft.state import find_state
 

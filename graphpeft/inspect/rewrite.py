@@ -15,15 +15,15 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from graphpeft.adapters import HOME, home, places, slot
-from graphpeft.capture import Inputs, as_module
+from graphpeft.capture.capture import Inputs, as_module
+from graphpeft.capture.meta import fill_shapes
+from graphpeft.capture.samples import settled
 from graphpeft.chain import Chain
 from graphpeft.match.find import Found
 from graphpeft.match.owners import Uses
-from graphpeft.meta import fill_shapes
 from graphpeft.owner import adapt
 from graphpeft.plan import Entry
 from graphpeft.program import Program, Site, stored
-from graphpeft.samples import settled
 from graphpeft.state import chains, example, find_state, hidden, inactive
 from graphpeft.survey import survey
 

@@ -10,7 +10,8 @@ from typing import Any
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from graphpeft.capture import Inputs, as_module
+from graphpeft.capture.capture import Inputs, as_module
+from graphpeft.capture.samples import settled
 from graphpeft.errors import MatchError
 from graphpeft.inspect.misses import absences
 from graphpeft.inspect.network import code_of, general, layer_of, location
@@ -20,7 +21,6 @@ from graphpeft.match.find import Found
 from graphpeft.match.products import op
 from graphpeft.program import Site
 from graphpeft.rules import Rule, coerce, fits
-from graphpeft.samples import settled
 from graphpeft.state import example, find_state, hidden, inactive
 from graphpeft.survey import survey
 

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphpeft.errors import ExportError
-from graphpeft.layout import Held, Place, Slot, b_of
+from graphpeft.runtime.layout import Held, Place, Slot, b_of
 from graphpeft.steps import named
 
 

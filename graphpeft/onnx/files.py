@@ -10,9 +10,9 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from graphpeft.adapter_file import SCHEMA, SUFFIX, write
 from graphpeft.errors import ExportError
-from graphpeft.layout import Arrays, Place
+from graphpeft.runtime.adapter_file import SCHEMA, SUFFIX, write
+from graphpeft.runtime.layout import Arrays, Place
 from graphpeft.steps import named
 
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from graphpeft.layout import Place, b_of, pair_slots
 from graphpeft.onnx.census import dims, products
+from graphpeft.runtime.layout import Place, b_of, pair_slots
 from graphpeft.steps import named
 
 ELEMENTWISE = {"Mul", "Add", "Sub", "Sigmoid", "Tanh", "Relu", "Gelu", "Erf", "Swish", "HardSwish", "Softplus"}

@@ -17,8 +17,8 @@ import onnx
 import onnx_ir as ir
 
 from graphpeft.errors import ExportError
-from graphpeft.layout import Place
 from graphpeft.onnx.census import attach, census
+from graphpeft.runtime.layout import Place
 from graphpeft.steps import named
 
 Bits = Literal["int4", "int8"]

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from graphpeft.layout import ROW_WEIGHTS, Place, pair_slots
 from graphpeft.onnx.census import attach, dims, products
+from graphpeft.runtime.layout import ROW_WEIGHTS, Place, pair_slots
 from graphpeft.steps import named
 
 

@@ -12,8 +12,8 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from graphpeft.layout import Place, Slot, b_of, pair_slots
 from graphpeft.onnx.census import products
+from graphpeft.runtime.layout import Place, Slot, b_of, pair_slots
 from graphpeft.steps import named
 
 

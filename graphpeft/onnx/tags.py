@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from graphpeft.layout import Place
+from graphpeft.runtime.layout import Place
 from graphpeft.steps import named
 
 SCOPES = "pkg.torch.onnx.name_scopes"

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from graphpeft import hf
+from graphpeft.capture import hf
 from graphpeft.errors import ExportError
 from graphpeft.steps import named
 

@@ -11,9 +11,9 @@ import zoo
 from exports import SAMPLE, deployed
 
 from graphpeft import onnx
+from graphpeft.deploy.flat import Flat
 from graphpeft.errors import ExportError
-from graphpeft.flat import Flat
-from graphpeft.runtime import Session
+from graphpeft.runtime.session import Session
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ import pytest
 from exports import CLOSE, SAMPLE, deployed, hand, off, serving, silent
 
 from graphpeft import onnx
-from graphpeft.layout import Slot
 from graphpeft.passes import export as module
 from graphpeft.passes.export import export
-from graphpeft.runtime import Session
+from graphpeft.runtime.layout import Slot
+from graphpeft.runtime.session import Session
 
 
 def kinds(folder: Path) -> Counter[str]:

@@ -13,7 +13,7 @@ from graphpeft import onnx
 from graphpeft.errors import ExportError
 from graphpeft.onnx.quantize import rounded
 from graphpeft.passes.export import export
-from graphpeft.runtime import Session
+from graphpeft.runtime.session import Session
 
 
 def answers(session: Session) -> dict[str | None, np.ndarray]:

@@ -16,12 +16,12 @@ from checks import randomize
 from exports import CLOSE, FAR, HAND, SAMPLE, adapted, arrays, dense, deployed, ids, off, running, serving, silent, tiny
 
 import graphpeft as gp
-from graphpeft import parity
-from graphpeft.cases import Case
+from graphpeft.deploy import parity
+from graphpeft.deploy.cases import Case
 from graphpeft.errors import AdapterError, ExportError
-from graphpeft.layout import ROW_WEIGHTS
 from graphpeft.passes.export import export
-from graphpeft.runtime import Session, Use
+from graphpeft.runtime.layout import ROW_WEIGHTS
+from graphpeft.runtime.session import Session, Use
 
 X = torch.randn(4, 5, 32, generator=torch.Generator().manual_seed(8))
 HALF = {"a": 0.5, "b": 0.5}

@@ -12,12 +12,12 @@ import torch
 import zoo
 from exports import CLOSE, FAR, SAMPLE, adapt, arrays, ids, off, running, serving
 
-from graphpeft import parity
-from graphpeft.adapter_file import read
+from graphpeft.deploy import parity
 from graphpeft.errors import FileError
-from graphpeft.layout import Slot, a_of, b_of, bank, blended, unfilled
 from graphpeft.passes.export import export
-from graphpeft.runtime import Session
+from graphpeft.runtime.adapter_file import read
+from graphpeft.runtime.layout import Slot, a_of, b_of, bank, blended, unfilled
+from graphpeft.runtime.session import Session
 
 ATTENTION, MLP = "model.layers.0.self_attn.", "model.layers.0.mlp."
 QKV = tuple(f"{ATTENTION}{name}_proj" for name in "qkv")

@@ -14,12 +14,12 @@ import transformers as tf
 from torch import nn
 from zoo import ZOO
 
+from graphpeft.capture.samples import settled
 from graphpeft.inspect.misses import absences, line_of, nothing
 from graphpeft.inspect.suggest import roles_present, suggestions
 from graphpeft.match import Declaration, affine, registry
 from graphpeft.match.find import Found
 from graphpeft.rules import Rule, parse
-from graphpeft.samples import settled
 from graphpeft.survey import survey
 
 MODELS: dict[str, Callable[[], nn.Module]] = {

@@ -9,8 +9,8 @@ from torch import nn
 from zoo import clip, gpt2, llama, t5
 
 import graphpeft as gp
+from graphpeft.capture.skeleton import skeleton
 from graphpeft.errors import MatchError
-from graphpeft.skeleton import skeleton
 
 
 def test_a_role_that_no_rule_names() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from graphpeft.capture import capture
+from graphpeft.capture.capture import capture
 from graphpeft.match.dataflow import Dataflow
 from graphpeft.match.operators import activation
 from graphpeft.match.products import behind_transposes, op, read_affine

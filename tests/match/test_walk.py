@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graphpeft.capture import capture
+from graphpeft.capture.capture import capture
 from graphpeft.match.dataflow import Dataflow
 from graphpeft.match.find import find
 from graphpeft.match.pattern import Match, Miss, Pattern, affine, matmul, softmax

@@ -34,10 +34,10 @@ from exports import (
 )
 
 import graphpeft as gp
-from graphpeft.deploy import staged
 from graphpeft.errors import AdapterError, ExportError
 from graphpeft.passes.export import export
-from graphpeft.runtime import Session
+from graphpeft.runtime.folder import staged
+from graphpeft.runtime.session import Session
 from graphpeft.state import chains
 
 

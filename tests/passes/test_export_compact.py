@@ -11,11 +11,11 @@ from checks import randomize
 from exports import CLOSE, FAR, SAMPLE, hand, off, tiny
 
 import graphpeft as gp
-from graphpeft.adapter_file import read
 from graphpeft.errors import AdapterError, ExportError
-from graphpeft.layout import Held
 from graphpeft.passes.export import export
-from graphpeft.runtime import Session
+from graphpeft.runtime.adapter_file import read
+from graphpeft.runtime.layout import Held
+from graphpeft.runtime.session import Session
 from graphpeft.state import chains
 
 RULES = {

@@ -11,7 +11,7 @@ from torch import nn
 from zoo import gpt2, llama, mixtral, t5
 
 import graphpeft as gp
-from graphpeft.capture import example_call, quiet
+from graphpeft.capture.capture import example_call, quiet
 from graphpeft.errors import AdapterError
 from graphpeft.passes.verify import difference, floats
 from graphpeft.state import chains

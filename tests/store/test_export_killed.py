@@ -17,12 +17,12 @@ from merging import contents, forked
 from torch import nn
 
 import graphpeft as gp
-from graphpeft import deploy
-from graphpeft.deploy import staged
-from graphpeft.doctor import doctor
 from graphpeft.errors import AdapterError, ExportError
 from graphpeft.passes.export import export
-from graphpeft.runtime import Session
+from graphpeft.runtime import folder as exported_folder
+from graphpeft.runtime.doctor import doctor
+from graphpeft.runtime.folder import staged
+from graphpeft.runtime.session import Session
 from graphpeft.store.exchange import exchange
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked, so that each costs no imports")
@@ -66,7 +66,7 @@ def test_killed_at_random(
     kills: int, exchanged: bool, versions: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not exchanged:  # as on a system that cannot do it in one step
-        monkeypatch.setattr(deploy, "exchange", lambda one, other: False)
+        monkeypatch.setattr(exported_folder, "exchange", lambda one, other: False)
     target = tmp_path / "deploy"
     shutil.copytree(versions[0], target)
     rng, found, away = random.Random(0), set(), 0

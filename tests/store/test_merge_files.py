@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from zoo import mixtral
 
 import graphpeft as gp
-from graphpeft.cli import app
+from graphpeft.cli.main import app
 from graphpeft.errors import AdapterError, FileError, GraphPeftError
 from graphpeft.store import folding
 

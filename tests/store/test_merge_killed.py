@@ -160,7 +160,7 @@ def test_killed_at_every_change_of_the_folder(job: Job, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_command_is_killed(job: Job, tmp_path: Path) -> None:
     found = job_of(job, tmp_path)
-    command = [sys.executable, "-m", "graphpeft.cli", "merge", *map(str, (found.base, found.adapter, found.out))]
+    command = [sys.executable, "-m", "graphpeft.cli.main", "merge", *map(str, (found.base, found.adapter, found.out))]
     with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
         while process.poll() is None and not [*found.part.glob("*.safetensors")]:
             time.sleep(0.001)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from graphpeft.capture import Inputs
+from graphpeft.capture.capture import Inputs
 from graphpeft.chain import Chain
 from graphpeft.errors import GraphPeftError
 from graphpeft.inspect.network import block_of, layer_of, network

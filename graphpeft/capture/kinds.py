@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from graphpeft.adapters import HOME, Adapters
-from graphpeft.meta import is_fake
+from graphpeft.capture.meta import is_fake
 
 Watched = set[tuple[str, str]]
 """(module's path below the block, attribute) of integers that differ between blocks."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from graphpeft import cli_complete as complete
+from graphpeft.cli import complete
 from graphpeft.errors import GraphPeftError
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def say(result: Any, as_json: bool = False) -> None:
 def adapted(model: str, rules: str | None = None, adapters: Sequence[Path] = ()) -> nn.Module:
     """A model, by rules or with saved adapters, which need its weights; without them as shapes alone."""
     import graphpeft as gp
-    from graphpeft.skeleton import pretrained, skeleton
+    from graphpeft.capture.skeleton import pretrained, skeleton
 
     built = pretrained(model) if adapters else skeleton(model)
     for folder in adapters:

@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from graphpeft.adapter_file import SUFFIX, read, write
-from graphpeft.deploy import recovered
 from graphpeft.errors import AdapterError, FileError
-from graphpeft.generation import Generator
-from graphpeft.layout import Arrays, Held, Pairs, bank, blended, filled
-from graphpeft.serving import Graph, Loaded, checked_base
+from graphpeft.runtime.adapter_file import SUFFIX, read, write
+from graphpeft.runtime.folder import recovered
+from graphpeft.runtime.generation import Generator
+from graphpeft.runtime.layout import Arrays, Held, Pairs, bank, blended, filled
+from graphpeft.runtime.serving import Graph, Loaded, checked_base
 
 Mix = Mapping[str, float]
 """Strengths by adapter."""

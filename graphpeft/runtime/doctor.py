@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from graphpeft.adapter_file import read
-from graphpeft.deploy import recovered
 from graphpeft.errors import AdapterError, FileError
-from graphpeft.layout import b_of
-from graphpeft.runtime import Session
+from graphpeft.runtime.adapter_file import read
+from graphpeft.runtime.folder import recovered
+from graphpeft.runtime.layout import b_of
+from graphpeft.runtime.session import Session
 
 
 @dataclass(frozen=True)

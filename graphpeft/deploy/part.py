@@ -9,13 +9,14 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
-from graphpeft import onnx, parity
-from graphpeft.cases import Case, Outputs, Tensors, cases
-from graphpeft.deploy import Check
-from graphpeft.flat import Flat
-from graphpeft.layout import Arrays, Place
-from graphpeft.opening import absent, probes
-from graphpeft.parity import Runner, Step
+from graphpeft import onnx
+from graphpeft.deploy import parity
+from graphpeft.deploy.cases import Case, Outputs, Tensors, cases
+from graphpeft.deploy.flat import Flat
+from graphpeft.deploy.opening import absent, probes
+from graphpeft.deploy.parity import Runner, Step
+from graphpeft.runtime.folder import Check
+from graphpeft.runtime.layout import Arrays, Place
 from graphpeft.steps import named
 
 Pass = Callable[[ir.Model, Sequence[Place]], tuple[Place, ...]]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from graphpeft.cache import PAST, SEQUENCE, TOTAL
+from graphpeft.deploy.cache import PAST, SEQUENCE, TOTAL
 
 Outputs = Mapping[str, np.ndarray]
 Tensors = Mapping[str, torch.Tensor]

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from graphpeft.deploy.slots import SlotBranch, inserted, lower, named, slot_at
 from graphpeft.errors import ExportError
-from graphpeft.layout import Arrays, Held, Pairs, Place, Slot, a_of, b_of, filled
 from graphpeft.program import stored
-from graphpeft.slots import SlotBranch, inserted, lower, named, slot_at
+from graphpeft.runtime.layout import Arrays, Held, Pairs, Place, Slot, a_of, b_of, filled
 from graphpeft.state import chains, get_state, saved, set_active
 
 Fill = Callable[[Sequence[Place]], Arrays]

@@ -7,7 +7,7 @@ from pathlib import Path
 import onnxruntime as ort
 
 from graphpeft.errors import FileError
-from graphpeft.layout import Arrays
+from graphpeft.runtime.layout import Arrays
 
 SCHEMA = 2
 """Version of the contract between graph, adapter files and sidecars."""

@@ -8,8 +8,8 @@ import numpy as np
 import onnxruntime as ort
 
 from graphpeft.errors import AdapterError
-from graphpeft.layout import Arrays
-from graphpeft.serving import Graph
+from graphpeft.runtime.layout import Arrays
+from graphpeft.runtime.serving import Graph
 
 
 class Generator:

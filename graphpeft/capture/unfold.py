@@ -12,8 +12,8 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from graphpeft import blocks
-from graphpeft.blocks import Doubt
+from graphpeft.capture import blocks
+from graphpeft.capture.blocks import Doubt
 
 BEGIN, BLOCK = torch.ops.graphpeft.begin.default, torch.ops.graphpeft.block.default
 

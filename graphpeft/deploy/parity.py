@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from graphpeft.cases import Case, Outputs, Tensors
-from graphpeft.deploy import Check
+from graphpeft.deploy.cases import Case, Outputs, Tensors
 from graphpeft.errors import ExportError
-from graphpeft.layout import Arrays
-from graphpeft.runtime import Session, Use
+from graphpeft.runtime.folder import Check
+from graphpeft.runtime.layout import Arrays
+from graphpeft.runtime.session import Session, Use
 from graphpeft.steps import counted, named
 
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 5e-3}

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from graphpeft.flat import Flat
+from graphpeft.deploy.flat import Flat
 
 KNOWN = {"llama", "gemma", "gemma2", "gemma3_text", "mistral", "phi", "phi3", "qwen2", "qwen3", "olmo", "granite"}
 """Types that onnxruntime-genai names; what it does is the same for every decoder with such inputs."""

@@ -18,19 +18,19 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from graphpeft import hf
-from graphpeft.blocks import Folding, kinds
-from graphpeft.diagnose import explain
+from graphpeft.capture import hf
+from graphpeft.capture.blocks import Folding, kinds
+from graphpeft.capture.diagnose import explain
+from graphpeft.capture.meta import with_shapes
+from graphpeft.capture.samples import sample_inputs, without_cache
+from graphpeft.capture.unfold import unfold
 from graphpeft.errors import CaptureError
 from graphpeft.hooked import unhooked
-from graphpeft.meta import with_shapes
 from graphpeft.owner import evaluating
 from graphpeft.passes.functional import functional
 from graphpeft.program import Program, stored
 from graphpeft.quantized import in_floats
-from graphpeft.samples import sample_inputs, without_cache
 from graphpeft.steps import named
-from graphpeft.unfold import unfold
 
 log = logging.getLogger(__name__)
 

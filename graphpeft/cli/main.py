@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from graphpeft import cli_done, cli_look, cli_ship
-from graphpeft.cli_shared import Debug, one_line
+from graphpeft.cli import done, look, ship
+from graphpeft.cli.shared import Debug, one_line
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -47,9 +47,9 @@ def demo(
 
 PANELS = {
     "Start": (demo,),
-    "Look at a model": (cli_look.plan, cli_look.sites, cli_look.roles, cli_look.methods, cli_look.why),
-    "Look at what was done": (cli_done.explain, cli_done.diff, cli_done.report, cli_done.graph),
-    "Ship": (cli_ship.merge, cli_ship.export, cli_ship.doctor, cli_ship.run),
+    "Look at a model": (look.plan, look.sites, look.roles, look.methods, look.why),
+    "Look at what was done": (done.explain, done.diff, done.report, done.graph),
+    "Ship": (ship.merge, ship.export, ship.doctor, ship.run),
 }
 for panel, commands in PANELS.items():
     for command in commands:

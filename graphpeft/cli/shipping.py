@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from graphpeft.deploy import ExportReport
+from graphpeft.capture.skeleton import pretrained
 from graphpeft.errors import AdapterError, FileError
 from graphpeft.passes.activate import activate
 from graphpeft.passes.export import export
 from graphpeft.passes.storage import load
-from graphpeft.runtime import Session
-from graphpeft.skeleton import pretrained
+from graphpeft.runtime.folder import ExportReport
+from graphpeft.runtime.session import Session
 from graphpeft.state import get_state
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from graphpeft.cli_shared import AsJson, Debug, Dump, Model, PrintAfter, Rules, SomeRules, at_work, say
+from graphpeft.cli.shared import AsJson, Debug, Dump, Model, PrintAfter, Rules, SomeRules, at_work, say
 
 
 def plan(
@@ -20,7 +20,7 @@ def plan(
     """Show what the rules would adapt: sites, methods, parameter counts."""
     with at_work(debug, print_after, dump):
         import graphpeft as gp
-        from graphpeft.skeleton import skeleton
+        from graphpeft.capture.skeleton import skeleton
 
         made = gp.plan(skeleton(model), rules)
     say(made, as_json)
@@ -32,7 +32,7 @@ def sites(
     """List every projection of a model and the role that its graph gives it."""
     with at_work(debug, print_after, dump):
         import graphpeft as gp
-        from graphpeft.skeleton import skeleton
+        from graphpeft.capture.skeleton import skeleton
 
         found = gp.sites(skeleton(model))
     say(found, as_json)
@@ -43,9 +43,9 @@ def roles(
 ) -> None:
     """Show what a model has of each role, why it lacks the others, and what no example call reaches."""
     with at_work(debug, print_after, dump):
+        from graphpeft.capture.samples import settled
+        from graphpeft.capture.skeleton import skeleton
         from graphpeft.inspect.roles import overview
-        from graphpeft.samples import settled
-        from graphpeft.skeleton import skeleton
         from graphpeft.survey import survey
 
         built = skeleton(model)
@@ -63,8 +63,8 @@ def methods(
     """List the adapter methods: chain, trained numbers, whether they lower to LoRA, paper, options."""
     with at_work(debug):
         from graphpeft.apply import found_in
+        from graphpeft.capture.skeleton import skeleton
         from graphpeft.inspect.methods import methods as described
-        from graphpeft.skeleton import skeleton
 
         built = skeleton(model) if model else None
         found = (built, found_in(built)) if built is not None else None
@@ -82,7 +82,7 @@ def why(
     """Say why a layer has an adapter, or would have none: its role, the rules, the pattern that came nearest."""
     with at_work(debug):
         import graphpeft as gp
-        from graphpeft.skeleton import skeleton
+        from graphpeft.capture.skeleton import skeleton
 
         answer = gp.why(skeleton(model), path, rules)
     say(answer, as_json)

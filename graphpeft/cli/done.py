@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from graphpeft import cli_complete as complete
-from graphpeft.cli_shared import AsJson, Debug, Dump, Model, PrintAfter, SomeRules, adapted, at_work, say
+from graphpeft.cli import complete
+from graphpeft.cli.shared import AsJson, Debug, Dump, Model, PrintAfter, SomeRules, adapted, at_work, say
 
 Either = Annotated[
     str,

@@ -24,8 +24,8 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.utils import _pytree as pytree
 
-from graphpeft.kinds import PLAIN, Watched, differing, watched
-from graphpeft.meta import has_value, storage
+from graphpeft.capture.kinds import PLAIN, Watched, differing, watched
+from graphpeft.capture.meta import has_value, storage
 
 FEWEST = 3
 """Blocks of a kind from which on one is saved: the first and the last are always traced."""

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from graphpeft import cli_complete as complete
-from graphpeft.cli_shared import AsJson, Debug, Dump, PrintAfter, at_work, one_line, say
+from graphpeft.cli import complete
+from graphpeft.cli.shared import AsJson, Debug, Dump, PrintAfter, at_work, one_line, say
 
 Folder = Annotated[Path, typer.Argument(help="What export wrote.")]
 
@@ -48,7 +48,7 @@ def export(
     """Write a model with adapters for ONNX Runtime, and check it against PyTorch."""
     options = dict(merged=merged, rows=rows, compact=compact, quantize=quantize, opset=opset, verify=verify)
     with at_work(debug, print_after, dump):
-        from graphpeft.shipping import ship
+        from graphpeft.cli.shipping import ship
 
         report = ship(model, adapter, out, **options)
     say(asdict(report) if as_json else report, as_json)
@@ -62,7 +62,7 @@ def doctor(
 ) -> None:
     """Say whether an exported folder is whole and an adapter fits it; if not, where and why."""
     with one_line(debug):
-        from graphpeft.doctor import doctor as look
+        from graphpeft.runtime.doctor import doctor as look
 
         findings = look(folder, adapter)
     lines = [f"{'ok   ' if one.good else 'WRONG'} {one.about}: {one.text}" for one in findings]
@@ -85,7 +85,7 @@ def run(
 ) -> None:
     """Run an exported folder on a text, with no, one or several adapters."""
     with one_line(debug):
-        from graphpeft.shipping import answer
+        from graphpeft.cli.shipping import answer
 
         told = answer(folder, text, adapter or [], tokens, temperature=temperature, seed=seed)
     say(told)

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from graphpeft.adapter_file import SCHEMA, SUFFIX, write
 from graphpeft.errors import AdapterError, FileError
-from graphpeft.layout import ROW_WEIGHTS, Arrays, Held, Pairs, a_of, b_of, filled, pair_slots, place, unfilled
+from graphpeft.runtime.adapter_file import SCHEMA, SUFFIX, write
+from graphpeft.runtime.layout import ROW_WEIGHTS, Arrays, Held, Pairs, a_of, b_of, filled, pair_slots, place, unfilled
 
 one_cause = "Usual cause: an adapter of another model or export. Remedy: export model and adapter together."
 NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64,

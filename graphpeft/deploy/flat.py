@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from graphpeft import cache as kv
-from graphpeft.cache import Cache
-from graphpeft.capture import Inputs, example_call
+from graphpeft.capture.capture import Inputs, example_call
+from graphpeft.deploy import cache as kv
+from graphpeft.deploy.cache import Cache
 from graphpeft.errors import ExportError
 
 Axes = Mapping[str, Mapping[int, str]]

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from graphpeft.adapters import Adapters, home, settle
 from graphpeft.chain import Chain
 from graphpeft.errors import AdapterError, ExportError
-from graphpeft.layout import Slot
 from graphpeft.owner import relower, vacate
 from graphpeft.program import Site
+from graphpeft.runtime.layout import Slot
 from graphpeft.state import inactive
 
 GUEST = "0"

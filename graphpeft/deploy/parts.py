@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from graphpeft.capture import Inputs, example_call
+from graphpeft.capture.capture import Inputs, example_call
+from graphpeft.deploy.flat import Flat
 from graphpeft.errors import ExportError
-from graphpeft.flat import Flat
 
 
 def parts(model: nn.Module, inputs: Inputs = None, *, cached: bool = True) -> Iterator[tuple[str, Flat]]:

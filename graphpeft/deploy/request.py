@@ -1,0 +1,58 @@
+"""What an export is asked for, checked before anything is traced or written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from graphpeft.errors import ExportError
+from graphpeft.quantized import quantized
+from graphpeft.runtime.folder import REPORT
+from graphpeft.sharded import ELSEWHERE, refuse_sharded
+from graphpeft.state import get_state, names
+
+
+def check_options(verify: str, quantize: str | None, compact: bool, rows: bool, merged: bool) -> None:
+    """Raise `ExportError` for an option that is not there, and for two that exclude each other."""
+    if verify not in ("off", "fast", "full"):
+        raise ExportError(f'verify={verify!r}: it is one of "off", "fast", "full".')
+    if quantize not in (None, "int4", "int8"):
+        raise ExportError(f'quantize={quantize!r}: it is "int4", "int8" or None.')
+    if compact and (rows or merged):
+        raise ExportError("compact=True has no rows=True, and nothing to hold open with merged=True. Choose one.")
+
+
+def exported_names(model: nn.Module, merged: bool, adapters: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The adapters that are written or folded in. Raises `ExportError` if there are none, `AdapterError` for an unknown name."""
+    state = get_state(model)
+    if not merged:
+        chosen = names(model, adapters if adapters is None or isinstance(adapters, str) else tuple(adapters))
+    elif adapters is not None:
+        raise ExportError("merged=True folds the active adapters and takes no names; gp.activate chooses them.")
+    else:
+        chosen = state.merged or state.active
+    if not chosen:
+        raise ExportError("No adapter is " + ("active: call gp.activate(model, name) first." if merged else "chosen."))
+    if Path(REPORT).stem in chosen:
+        raise ExportError(f"No adapter can be called {Path(REPORT).stem!r}: its sidecar would be the report {REPORT}.")
+    return tuple(dict.fromkeys(chosen))
+
+
+def refuse_inexportable(model: nn.Module) -> None:
+    """Raise for weights that are in shards, elsewhere, or of a kind that torch.onnx has no operators for."""
+    refuse_sharded(model, "export", ELSEWHERE)
+    absent = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if absent is not None:
+        raise ExportError(
+            f"{absent} has no values here: it is on the meta device. Usually accelerate offloaded it. Load the model whole and "
+            f"the adapter with gp.load."
+        )
+    found = quantized(model)
+    if found:
+        name, known = next(iter(found.items()))
+        raise ExportError(
+            f"{name} is quantized by {known}, of which there is no ONNX graph. Load the base in floats, gp.load(model, folder, "
+            f'any_base=True), and gp.export(model, path, quantize="int4") or "int8", which quantizes for ONNX Runtime.'
+        )
