@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -26,7 +27,16 @@ __all__ = [
     "outputs",
     "randomize",
     "same",
+    "sampled",
 ]
+
+
+def sampled(cases: Iterable[Any], *slow: Any) -> list[Any]:
+    """A test's parameters, those of them that others are like for `-m slow` alone."""
+    listed = list(cases)
+    assert set(slow) <= set(listed), "a case that is not there"
+    return [pytest.param(case, marks=pytest.mark.slow) if case in slow else case for case in listed]
+
 
 EAGER_ONLY = {"gemma2", "bloom", "deberta_v2"}
 """transformers has no scaled_dot_product_attention for these."""

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from checks import call, delta, outputs, randomize, same
+from checks import call, delta, outputs, randomize, same, sampled
 from torch import nn
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 from zoo import SMALL, VOCAB
@@ -353,7 +353,9 @@ def _short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-@case
+@pytest.mark.parametrize(
+    "family", sampled(BUILDS, "deberta", "deberta_v2 shared", "deepseek_v2", "falcon_mamba", "mixtral batched_mm")
+)
 def test_every_site_is_found_and_can_be_adapted_merged_and_restored(family: str) -> None:
     model = build(family)
     example = call(family, model)

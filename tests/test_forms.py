@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from checks import Snapshot, adapters, delta, floats, outputs, randomize, same
+from checks import Snapshot, adapters, delta, floats, outputs, randomize, same, sampled
 from torch import nn
 from zoo import VOCAB, gpt2, t5
 
@@ -394,7 +394,10 @@ def test_a_base_in_half_precision(name: str) -> None:
     assert all(p.grad is not None and p.grad.any() for p in adapters(model).values())
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if "eager" not in n and n != "gpt-oss grouped"])
+COMPILED = [name for name in CASES if "eager" not in name and name != "gpt-oss grouped"]
+
+
+@pytest.mark.parametrize("name", sampled(COMPILED, "gpt-oss batched", "mixtral batched", "tied gpt2"))
 def test_compile_without_graph_breaks(name: str) -> None:
     """Eager experts loop over what they find, and their base breaks the graph too."""
     model, sites, example = made(name, torch.float32)
@@ -440,7 +443,9 @@ def test_verification_passes(name: str) -> None:
     assert gp.verify(model, given).ok
 
 
-@case
+@pytest.mark.parametrize(
+    "name", sampled(CASES, "gpt-oss grouped", "gpt-oss batched", "mixtral eager", "mixtral batched")
+)
 def test_the_views_print(name: str) -> None:
     model, sites, (args, kwargs) = made(name)
     adapt(model, sites)
@@ -812,13 +817,10 @@ def test_a_file_from_before_stacks_and_tied_weights_is_read(tmp_path: Path) -> N
 # -- export --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("embedding", "conv2d grouped", "mixtral batched"),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("tied gpt2", "gpt-oss batched")),
-    ],
-)
+FOLDED = ("embedding", "conv2d grouped", "mixtral batched", "tied gpt2", "gpt-oss batched")
+
+
+@pytest.mark.parametrize("name", sampled(FOLDED, "tied gpt2", "gpt-oss batched"))
 def test_export_folded_in(name: str, tmp_path: Path) -> None:
     model, sites, (args, kwargs) = made(name, torch.float32)
     adapt(model, sites)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checks import sampled
 from exports import arrays, deployed, ids, running, serving
 from transformers import GenerationConfig, GenerationMixin
 
@@ -22,7 +23,7 @@ DECODERS = ("llama", "gpt2", "qwen3")
 NEVER = 128
 """The end of text where there should be none: no token of these models. None would stand for the model's own."""
 START = {"t5": 0, "whisper": 1}
-MODELS = [*DECODERS, "t5", pytest.param("whisper", marks=pytest.mark.slow)]
+MODELS = sampled((*DECODERS, "t5", "whisper"), "gpt2", "qwen3", "whisper")
 
 
 def prompt(name: str) -> dict[str, torch.Tensor]:
@@ -43,7 +44,7 @@ def told(name: str, use: str | list[str] | None, count: int = 20, eos: int = NEV
         return GenerationMixin.generate(model, **prompt(name), generation_config=config).numpy()
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "qwen3" else n for n in MODELS])
+@pytest.mark.parametrize("name", MODELS)
 def test_tokens_are_those_of_transformers(name: str) -> None:
     session, inputs, seen = Session(serving(name).folder), arrays(prompt(name)), set()
     for use in (*USES, "a", None):
@@ -63,7 +64,7 @@ def test_a_blend_of_all_of_two_is_both_at_once() -> None:
     assert not any(np.array_equal(got, told("llama", use)) for use in USES)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", pytest.param("qwen3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", sampled(DECODERS, "gpt2", "qwen3"))
 def test_onnxruntime_genai_says_the_same(name: str) -> None:
     og = pytest.importorskip("onnxruntime_genai")
     folder, given = serving(name).folder, {"input_ids": ids(1, 7)["input_ids"].numpy()}

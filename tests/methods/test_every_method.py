@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checks import Snapshot, adapters, build, call, delta, outputs, randomize, same
+from checks import Snapshot, adapters, build, call, delta, outputs, randomize, same, sampled
 from torch import Tensor
 
 import graphpeft as gp
@@ -114,7 +114,7 @@ def test_the_same_seed_gives_the_same_adapter_in_any_order(method: str) -> None:
 
 
 NEW_OPERATORS = {"rlora(r=16)", "blora(r=4)", "dora(r=4)"}
-FIRST = [m if m in NEW_OPERATORS else pytest.param(m, marks=pytest.mark.slow) for m in SAMPLES]
+FIRST = sampled(SAMPLES, *(m for m in SAMPLES if m not in NEW_OPERATORS))
 """By default those methods alone that bring operators which no other has."""
 
 
@@ -136,7 +136,7 @@ def test_exported_code_has_nothing_that_only_training_needs(method: str) -> None
     assert not any(p for p, _ in model.named_parameters() if "adapters" in p)
 
 
-@pytest.mark.parametrize("method", FIRST)
+@pytest.mark.parametrize("method", sampled(SAMPLES, *(m for m in SAMPLES if m not in NEW_OPERATORS or "blora" in m)))
 def test_a_compiled_model_has_no_graph_break(method: str) -> None:
     """Nor do its steps of training, whose backward pass is traced too, differ from those of the model as it is."""
     torch._dynamo.reset()
