@@ -820,7 +820,7 @@ def test_a_file_from_before_stacks_and_tied_weights_is_read(tmp_path: Path) -> N
 FOLDED = ("embedding", "conv2d grouped", "mixtral batched", "tied gpt2", "gpt-oss batched")
 
 
-@pytest.mark.parametrize("name", sampled(FOLDED, "tied gpt2", "gpt-oss batched"))
+@pytest.mark.parametrize("name", sampled(FOLDED, "mixtral batched", "tied gpt2", "gpt-oss batched"))
 def test_export_folded_in(name: str, tmp_path: Path) -> None:
     model, sites, (args, kwargs) = made(name, torch.float32)
     adapt(model, sites)

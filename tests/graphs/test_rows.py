@@ -151,6 +151,7 @@ def test_a_graph_that_gives_all_rows_one_adapter_is_found() -> None:
         parity.check_rows(First(Session(gated().folder), "model"), steps, cases, 1e-4)
 
 
+@pytest.mark.slow
 def test_an_adapter_of_the_decoder_alone_leaves_the_encoder_without_gates(tmp_path: Path) -> None:
     model = gp.apply(tiny("t5"), "q[cross]:lora(r=2)", name="a", verify="off")
     randomize(model, "a", seed=0)
