@@ -83,6 +83,12 @@ def life(kind: str, folder: Path, workers: int = 1, rank: int = 0) -> dict[str, 
     found["half"] = [now()]
     gp.activate(model, "default")
     found["again"] = [now()]
+    rows = ["default", "default", None, "default", None, None, None, "default"] * (
+        runs.BATCH // 8 if loss is text else 1
+    )
+    with gp.per_row(model, rows[rank::workers]):
+        found["rows"] = [now()]
+    assert found["rows"] not in (found["again"], found["disabled"])
     found["explained"] = [site.now.update or 0.0 for site in gp.explain(model).adapters[0].sites]
     gp.merge(model)
     found["merged"] = [now()]
