@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
 import graphpeft as gp
 
 
@@ -27,6 +29,7 @@ def test_names_resolve_and_types_see_the_same_ones() -> None:
     assert set(dir(gp)) >= set(gp.__all__)
 
 
-def test_importing_the_package_does_not_load_torch() -> None:
-    code = "import sys, graphpeft, graphpeft.cli.main; sys.exit('torch' in sys.modules)"
+@pytest.mark.parametrize("module", ["graphpeft", "graphpeft.cli.main", "graphpeft.runtime.session"])
+def test_torch_is_not_loaded_before_it_is_used(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
