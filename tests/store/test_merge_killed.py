@@ -126,7 +126,8 @@ def kill_at_random(job: Job, folder: Path, times: int) -> int:
     count = rounds = 0
     while count < times:
         found = job_of(job, folder / str(rounds))
-        while count < times and killed(found, kill_after=rng.uniform(0.0, longest)):
+        # Later and later ones, so that some come when a process has had the time to finish, however slow its start is.
+        while count < times and killed(found, kill_after=rng.uniform(0.0, longest * (1 + 3 * count / times))):
             count += 1
         if not found.out.exists() or found.note.exists():
             found.merge()
