@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from checks import randomize
 from torch import nn
 
@@ -98,6 +99,7 @@ def forked(call: Callable[[], object], kill_after: float | None = None) -> int:
     child = os.fork()
     if child == 0:
         try:
+            torch.set_num_threads(1)  # threads stay behind in a fork, and a product that waits for them waits forever
             call()
             os._exit(0)
         except BaseException:

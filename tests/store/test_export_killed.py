@@ -93,7 +93,7 @@ def test_killed_at_random(
 def test_a_real_export_is_killed(kills: int, versions: list[Path], tmp_path: Path) -> None:
     model, target = hand(), tmp_path / "deploy"
     start = time.perf_counter()
-    export(model, target, inputs=SAMPLE, verify="off")
+    assert forked(lambda: export(model, target, inputs=SAMPLE, verify="off")) == 0
     longest = time.perf_counter() - start
     before, rng = contents(target), random.Random(1)
     for _ in range(kills):

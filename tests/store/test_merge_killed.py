@@ -58,6 +58,10 @@ def killed(found: Job, before: Callable[[], object] = lambda: None, kill_after: 
     return os.WIFSIGNALED(status)
 
 
+def finished(found: Job) -> bool:
+    return found.out.exists() and not found.note.exists()
+
+
 def check_end(found: Job) -> None:
     assert contents(found.out) == found.expected
     assert not found.part.exists()
@@ -121,15 +125,14 @@ def test_a_restart_with_something_else_is_refused(job: Job, tmp_path: Path) -> N
 def kill_at_random(job: Job, folder: Path, times: int) -> int:
     rng = random.Random(0)
     start = time.perf_counter()
-    job_of(job, folder / "whole").merge()
+    assert not killed(job_of(job, folder / "whole"))
     longest = time.perf_counter() - start
     count = rounds = 0
     while count < times:
         found = job_of(job, folder / str(rounds))
-        # Later and later ones, so that some come when a process has had the time to finish, however slow its start is.
-        while count < times and killed(found, kill_after=rng.uniform(0.0, longest * (1 + 3 * count / times))):
-            count += 1
-        if not found.out.exists() or found.note.exists():
+        while count < times and not finished(found):
+            count += killed(found, kill_after=rng.uniform(0.0, longest))
+        if not finished(found):
             found.merge()
         check_end(found)
         rounds += 1
@@ -152,7 +155,7 @@ def test_killed_at_every_change_of_the_folder(job: Job, tmp_path: Path) -> None:
         found = job_of(job, tmp_path / str(moment))
         if not killed(found, partial(die_at, moment, found.out.parent)):
             break
-        if not found.out.exists() or found.note.exists():
+        if not finished(found):
             found.merge()
         assert contents(found.out) == found.expected
     assert 20 < moment < 199
