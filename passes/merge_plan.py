@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from graphpeft.capture.skeleton import skeleton
@@ -41,7 +42,7 @@ def plan_updates(checkpoint: Checkpoint, folders: Sequence[Path], any_base: bool
     held = origins(model, checkpoint.where)
     planned: Updates = {}
     for number, folder in enumerate(folders):
-        content = _read(model, folder, any_base)
+        content = _read(model, folder, any_base, _values(model, checkpoint, held))
         check_sites(model, content, folder)
         check_tensors(content, folder)
         keys = {entry.site: _keys(model, entry.site, checkpoint, held) for entry in content.entries}
@@ -70,10 +71,24 @@ def _is_peft(folder: Path) -> bool:
     return (folder / peft_config.CONFIG).is_file() and not (folder / DESCRIPTION).is_file()
 
 
-def _read(model: nn.Module, folder: Path, any_base: bool) -> AdapterFile:
+def _read(model: nn.Module, folder: Path, any_base: bool, base: peft_read.Base) -> AdapterFile:
     if _is_peft(folder):
-        return peft_read.read_peft(model, folder, found_sites(model), any_base=any_base, strict=True)
+        return peft_read.read_peft(model, folder, found_sites(model), any_base=any_base, strict=True, base=base)
     return read_adapter(folder)
+
+
+def _values(model: nn.Module, checkpoint: Checkpoint, held: Held) -> peft_read.Base:
+    """What the checkpoint has for a tensor of the model. One that transformers makes from others counts as another: NaN."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+
+    def value(name: str) -> torch.Tensor:
+        found = held.get(parameters[name], []) if name in parameters else [(name, False)]
+        for key, converted in found:
+            if not converted and key in checkpoint.where and checkpoint.where[key].tensors[key].dtype in FLOATS:
+                return checkpoint.where[key].tensor(key)
+        return torch.tensor(torch.nan)
+
+    return value
 
 
 def _keys(model: nn.Module, site: Site, checkpoint: Checkpoint, held: Held) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,10 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:MOST]) + more
 
 
+Base = Callable[[str], Tensor]
+"""The values of a base tensor by its name in the model; on the meta device where there are none to be had."""
+
+
 @dataclass(frozen=True)
 class Part:
     """What the file has at one place: the method, and its tensors as the method names them."""
@@ -75,15 +79,17 @@ class Part:
         return self.method == other.method and all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
 
 
-def read_peft(model: nn.Module, folder: Path, found: Sequence[Site], *, any_base: bool, strict: bool) -> AdapterFile:
+def read_peft(
+    model: nn.Module, folder: Path, found: Sequence[Site], *, any_base: bool, strict: bool, base: Base | None = None
+) -> AdapterFile:
     """The adapter of a folder with `adapter_config.json`, for a model in which these sites were found.
 
     Raises `FileError` for what `read_config` refuses, tensors that are missing, unexpected or of another shape (with
     `strict` off a warning, and what is complete is read), and base tensors in the file (`modules_to_save`, biases,
-    resized tables) that are not the model's (with `any_base` a warning).
+    resized tables) that are not the model's (with `any_base` a warning). `base` has those of a model without values.
     """
     config, tensors = read_config(folder), _tensors(folder)
-    tensors = _without_base(model, config, tensors, folder, any_base)
+    tensors = _without_base(model, config, tensors, folder, any_base, base)
     problems = Problems()
     prefixes = dict.fromkeys(match[1] for key in tensors if (match := OURS.match(key)))
     vera = config["peft_type"] == "VERA"
@@ -118,14 +124,19 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _without_base(
-    model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path, any_base: bool
+    model: nn.Module,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    folder: Path,
+    any_base: bool,
+    values: Base | None,
 ) -> dict[str, Tensor]:
     """The tensors but for those of the base model, which have to be the ones that the model has."""
     state, held = find_state(model), dict(model.named_parameters(remove_duplicate=False))
     own: dict[str, Tensor] = {**held, **dict(model.named_buffers(remove_duplicate=False))}
     own |= state.originals if state else {}
     base = {key: name for key in tensors if (name := _base_name(key)) in own and not OURS.match(key)}
-    other = sorted(name for key, name in base.items() if not _same(tensors[key], own[name]))
+    other = sorted(name for key, name in base.items() if not _same(tensors[key], own[name], values and values(name)))
     if other:
         kept = config.get("modules_to_save")
         found = f"{folder} has base weights that are not the model's: {_listed(other)}" + (
@@ -144,8 +155,11 @@ def _base_name(key: str) -> str:
     return key.removeprefix(PREFIX).replace(".base_layer.", ".")
 
 
-def _same(stored: Tensor, held: Tensor) -> bool:
-    return held.is_meta or (stored.shape == held.shape and torch.equal(stored.to(held), held))
+def _same(stored: Tensor, held: Tensor, value: Tensor | None) -> bool:
+    if stored.shape != held.shape:
+        return False
+    known = held if value is None else value
+    return known.is_meta or torch.equal(stored.to(known), known)
 
 
 # -- tensors -------------------------------------------------------------------------------------------------------------

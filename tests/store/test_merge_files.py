@@ -14,6 +14,7 @@ import pytest
 import torch
 from checks import build, randomize
 from merging import Job, contents, forked, job_of, prepare
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import MixtralForCausalLM
@@ -327,3 +328,22 @@ def test_a_full_disk_leaves_what_is_finished(job: Job, tmp_path: Path) -> None:
     assert done.kept == 1
     assert "of which 1 finished before" in str(done)
     assert contents(found.out) == job.expected
+
+
+@pytest.mark.parametrize("options", [{"task_type": "SEQ_CLS"}, {"bias": "lora_only"}], ids=["head", "biases"])
+def test_what_peft_trained_of_the_base_is_not_left_out(options: dict[str, Any], tmp_path: Path) -> None:
+    base, folder, out = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
+    build("bert").save_pretrained(base)
+    theirs = get_peft_model(build("bert"), LoraConfig(r=4, target_modules=["query"], **options))
+    trained = [p for n, p in theirs.named_parameters() if p.requires_grad and "lora_" not in n]
+    assert trained
+    theirs.save_pretrained(folder)
+    gp.merge_files(base, folder, tmp_path / "same")  # the base's own values are no trouble
+    for parameter in trained:
+        parameter.data.add_(1.0)
+    theirs.save_pretrained(folder)
+    with pytest.raises(FileError, match=r"base weights that are not the model's: (bert.*query\.bias|classifier\.bias)"):
+        gp.merge_files(base, folder, out)
+    assert not out.exists()
+    with pytest.warns(UserWarning, match="left out, as any_base=True asks"):
+        gp.merge_files(base, folder, out, any_base=True)
