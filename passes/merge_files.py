@@ -13,9 +13,10 @@ import torch
 from graphpeft.errors import AdapterError, FileError
 from graphpeft.passes.merge_plan import Updates, digest, plan_updates
 from graphpeft.steps import counted, named, step
-from graphpeft.store import unfinished
+from graphpeft.store import peft_config, unfinished
 from graphpeft.store.checkpoint import INDEX, WHOLE, Checkpoint, Shard, Stored, open_checkpoint
 from graphpeft.store.folding import Scratch, folded
+from graphpeft.store.native import DESCRIPTION
 
 CHUNK = 1 << 22
 """Bytes that are copied at a time."""
@@ -34,11 +35,12 @@ class MergedFiles:
     kept: int
     """Shards that an earlier run had finished."""
     left_out: tuple[str, ...]
-    """Files of the base folder that hold weights in another form, and were not copied."""
+    """Files of the base folder that hold weights in another form or an adapter, and were not copied."""
 
     def __str__(self) -> str:
         kept = f", of which {self.kept} finished before" if self.kept else ""
-        left = f"\nnot copied, for they hold weights of the base: {', '.join(self.left_out)}" if self.left_out else ""
+        why = "not copied, for they hold weights of the base or are an adapter"
+        left = f"\n{why}: {', '.join(self.left_out)}" if self.left_out else ""
         return f"{self.out}: {self.tensors} tensors merged in {self.shards} files{kept}{left}"
 
 
@@ -65,6 +67,8 @@ def merge_files(
     """
     base, out = Path(base).resolve(), Path(out).resolve()
     folders = [Path(each) for each in ([adapter] if isinstance(adapter, str | Path) else adapter)]
+    if not out.name:
+        raise FileError(f"{out} is no folder to write. Name a new one.")
     if base in out.parents:
         raise FileError(f"{out} lies inside of {base}, whose files are copied. Name a folder elsewhere.")
     checkpoint = open_checkpoint(base)
@@ -142,4 +146,7 @@ def _visible(folder: Path) -> Iterator[Path]:
 
 
 def _holds_weights(path: Path) -> bool:
+    """Of the base, in another format, or of an adapter, which would otherwise be put onto the merged weights once more."""
+    if str(path) in (peft_config.CONFIG, DESCRIPTION):
+        return True
     return path.suffix in WEIGHTS or (path.name.endswith(".index.json") and path.name != INDEX)

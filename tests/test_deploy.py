@@ -9,9 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from checks import build
 from exports import deployed
 
+import graphpeft as gp
 from graphpeft.errors import ExportError
+from graphpeft.passes.export import export
 from graphpeft.runtime.folder import staged
 
 
@@ -97,3 +100,31 @@ def test_a_disk_that_fills_half_way_leaves_nothing(tmp_path: Path, limit: int, r
     assert run.returncode == 0, run.stderr
     assert run.stdout, "the export went through"
     assert list(target.parent.iterdir()) == []
+
+
+def test_a_link_stays_and_what_it_points_to_is_replaced(tmp_path: Path) -> None:
+    target, link = tmp_path / "v1", tmp_path / "current"
+    target.mkdir()
+    link.symlink_to("v1")
+    with staged(link) as fresh:
+        (fresh / "model.onnx").touch()
+    assert link.is_symlink()
+    assert [path.name for path in target.iterdir()] == ["model.onnx"]
+    assert {path.name for path in tmp_path.iterdir()} == {"v1", "current"}
+
+
+def test_the_folder_where_one_works_is_not_taken_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here" / "inside").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "inside")
+    for target in (Path("."), tmp_path / "here"):
+        with pytest.raises(ExportError, match="where this process works"), staged(target):
+            pass
+    assert Path.cwd().is_dir()
+
+
+@pytest.mark.parametrize("name", ["genai_config", "tokenizer", "graphpeft"])
+def test_an_adapter_whose_sidecar_would_be_another_file_is_refused(name: str, tmp_path: Path) -> None:
+    model = gp.apply(build("gpt2"), "qv:lora", name=name)
+    with pytest.raises(ExportError, match=rf"can be called '{name}': {name}\.json is another file"):
+        export(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

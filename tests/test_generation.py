@@ -189,3 +189,14 @@ def test_a_prompt_padded_on_the_right_is_refused() -> None:
 def test_a_graph_without_a_past_is_refused() -> None:
     with pytest.raises(AdapterError, match="takes no past; export the model with cache=True"):
         Session(deployed().folder).generate({"input_ids": ids(1, 4)["input_ids"].numpy()})
+
+
+@pytest.mark.parametrize("options", [{"temperature": float("nan")}, {"temperature": -1.0}, {"seed": -1}], ids=str)
+def test_options_out_of_range_are_refused(options: dict[str, float]) -> None:
+    with pytest.raises(AdapterError, match=r"temperature=.*seed="):
+        Session(serving("llama").folder).generate(arrays(prompt("llama")), **options)
+
+
+def test_an_empty_prompt_is_refused() -> None:
+    with pytest.raises(AdapterError, match=r"input_ids has shape \(1, 0\)"):
+        Session(serving("llama").folder).generate({"input_ids": np.zeros((1, 0), np.int64)})

@@ -11,10 +11,13 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
+from checks import build, randomize
 from exports import CLOSE, FAR, SAMPLE, dense, deployed, off, silent
 
+import graphpeft as gp
 from graphpeft import onnx
 from graphpeft.errors import AdapterError, FileError
+from graphpeft.runtime.doctor import doctor
 from graphpeft.runtime.session import Session
 
 X = SAMPLE["x"]
@@ -206,3 +209,16 @@ def test_a_blend_adds_up_the_updates_by_strength(mix: dict[str, float]) -> None:
 
 def test_a_blend_of_two_is_neither_of_them() -> None:
     assert min(off(dense({"a": 0.5, "b": 0.5}, X), deployed().want[name]) for name in (None, "a", "b")) > FAR
+
+
+def test_of_two_graphs_the_one_without_slots_decides_nothing(tmp_path: Path) -> None:
+    model = gp.apply(build("t5"), "path(encoder.*.SelfAttention.q):vera(r=8)", name="enc")
+    randomize(model, "enc")
+    gp.export(model, tmp_path / "out", compact=True, verify="off")
+    session = Session(tmp_path / "out")
+    with pytest.raises(AdapterError, match="a compact export holds what one method trains"):
+        session.use({"enc": 1.0})
+    (tmp_path / "out" / "enc.decoder.onnx_adapter").unlink()
+    with pytest.raises(FileError, match=r"enc\.decoder\.onnx_adapter: there is no such file.*one for each graph"):
+        Session(tmp_path / "out")
+    assert not all(one.good for one in doctor(tmp_path / "out"))

@@ -50,7 +50,10 @@ def pretrained(name: str) -> nn.Module:
 def _class(name: str, config: Any) -> Any:
     import transformers
 
-    classes = [getattr(transformers, given, given) for given in config.architectures or ()]
+    names = config.architectures or ()
+    if not isinstance(names, list | tuple) or not all(isinstance(each, str) for each in names):
+        raise CaptureError(f"{name} has architectures {str(names)[:40]!r} in its config.json, where names are listed.")
+    classes = [getattr(transformers, each, each) for each in names]
     build = next((c for c in classes if not isinstance(c, str)), None) or (None if classes else _usual(config))
     if build is None:
         raise CaptureError(f"{name} names the architecture {classes[0]!r}, which transformers does not have.")

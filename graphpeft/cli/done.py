@@ -109,6 +109,7 @@ def _given(name: str) -> Any:
 
 def _is_config(path: Path) -> bool:
     try:
-        return "model_type" in json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return isinstance(found, dict) and "model_type" in found
     except ValueError:
         return False

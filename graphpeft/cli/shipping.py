@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from graphpeft.capture.skeleton import pretrained
 from graphpeft.errors import AdapterError, FileError
 from graphpeft.passes.activate import activate
@@ -29,9 +31,12 @@ def ship(model: str, adapters: Sequence[Path], out: Path, **options: Any) -> Exp
 def answer(folder: Path, text: str, adapters: Sequence[str], tokens: int, **options: Any) -> str:
     """What a decoder goes on to say, without the prompt; of other models every output's shape and first numbers."""
     session = Session(folder)
-    session.use(dict(map(_strength, adapters)) or None)
+    mix = dict(map(_strength, adapters))
+    session.use(next(iter(mix)) if list(mix.values()) == [1.0] else mix or None)  # compact exports do not blend
     tokenizer = _tokenizer(folder)
     inputs = {name: value for name, value in tokenizer(text, return_tensors="np").items() if name in _taken(session)}
+    if not inputs.get("input_ids", np.zeros(1)).size:
+        raise AdapterError(f"{text!r} has no tokens. Give a text.")
     if any(name.startswith("past_key_values.") for graph in session.graphs.values() for name in graph.inputs):
         found = session.generate(inputs, tokens, **options)
         prompt = inputs["input_ids"].shape[1] if len(session.graphs) == 1 else 1

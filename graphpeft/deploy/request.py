@@ -13,6 +13,12 @@ from graphpeft.runtime.folder import REPORT
 from graphpeft.sharded import ELSEWHERE, refuse_sharded
 from graphpeft.state import get_state, names
 
+RESERVED = {
+    Path(REPORT).stem, "genai_config", "tokenizer", "tokenizer_config", "special_tokens_map", "added_tokens", "vocab",
+    "processor_config", "preprocessor_config", "generation_config", "config",
+}  # fmt: skip
+"""Names of JSON files that an export has or a tokenizer saves, where an adapter has its sidecar."""
+
 
 def check_options(verify: str, quantize: str | None, compact: bool, rows: bool, merged: bool) -> None:
     """Raise `ExportError` for an option that is not there, and for two that exclude each other."""
@@ -35,8 +41,11 @@ def exported_names(model: nn.Module, merged: bool, adapters: str | Sequence[str]
         chosen = state.merged or state.active
     if not chosen:
         raise ExportError("No adapter is " + ("active: call gp.activate(model, name) first." if merged else "chosen."))
-    if Path(REPORT).stem in chosen:
-        raise ExportError(f"No adapter can be called {Path(REPORT).stem!r}: its sidecar would be the report {REPORT}.")
+    if taken := sorted(RESERVED.intersection(chosen)):
+        raise ExportError(
+            f"No adapter of an export can be called {taken[0]!r}: {taken[0]}.json is another file there. Give it another name "
+            f"with gp.rename first."
+        )
     return tuple(dict.fromkeys(chosen))
 
 

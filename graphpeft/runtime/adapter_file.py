@@ -31,6 +31,8 @@ def write(path: Path, tensors: Arrays, base: str) -> None:
 
 def read(path: Path) -> Arrays:
     """The tensors of a file. Raises `FileError` if it is none, or is cut off."""
+    if not path.is_file():
+        raise FileError(f"{path}: there is no such file. Copy all files of the adapter, one for each graph.")
     try:
         file = ort.AdapterFormat.read_adapter(str(path))
     except RuntimeError as error:

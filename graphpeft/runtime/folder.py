@@ -94,7 +94,11 @@ def staged(target: Path) -> Iterator[Path]:
     Raises:
         ExportError: the target holds something that no export wrote.
     """
-    target = recovered(target.absolute())
+    target = recovered(target.resolve())  # where a link points to, or it would be the link that is replaced
+    if target in (here := Path.cwd(), *here.parents):
+        raise ExportError(
+            f"{target} is where this process works, and an export replaces its folder. Name a folder inside of it."
+        )
     _refuse_foreign(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -32,6 +32,8 @@ class Generator:
             raise AdapterError(
                 f"top_k={top_k}, top_p={top_p}: at least one token, and a share in (0, 1], must be left."
             )
+        if not (temperature >= 0 and np.isfinite(temperature)) or (seed is not None and seed < 0):
+            raise AdapterError(f"temperature={temperature}, seed={seed}: a number from 0 on, and an integer from 0 on.")
         self.past = [name for name in graph.inputs if name.startswith("past_key_values.")]
         if not self.past:
             raise AdapterError(f"{graph.path}: this graph takes no past; export the model with cache=True to generate.")
@@ -42,6 +44,10 @@ class Generator:
         if strange := [name for name in inputs if name not in graph.inputs]:
             raise AdapterError(f"{strange[0]!r} is no input of this model. Inputs: {', '.join(graph.inputs)}.")
         self.ids = np.asarray(inputs["input_ids"], np.int64)
+        if self.ids.ndim != 2 or not self.ids.size:
+            raise AdapterError(
+                f"input_ids has shape {self.ids.shape}; (rows, length) of at least one token each go on."
+            )
         self.mask = np.asarray(inputs.get("attention_mask", np.ones_like(self.ids)), np.int64)
         if (self.mask[:, -1] == 0).any():
             raise AdapterError("The prompt is padded on the right, so its last token is none. Pad it on the left.")

@@ -98,9 +98,9 @@ class Session:
     def add(self, path: str | Path, name: str | None = None, *, any_base: bool = False) -> str:
         """Load an adapter from `NAME.onnx_adapter` and its sidecar `NAME.json`; returns its name, `NAME` by default.
 
-        For an encoder and a decoder there are two files, `NAME.encoder.onnx_adapter` and `NAME.decoder.onnx_adapter`;
-        either path loads both. Files that `olive convert-adapters` wrote fit too; they have no sidecar that names their base
-        model, so pass `any_base=True`, which skips that check, and make sure of it yourself.
+        For an encoder and a decoder there are two files, `NAME.encoder.onnx_adapter` and `NAME.decoder.onnx_adapter`; either
+        path loads both, and both have to be there. Files that `olive convert-adapters` wrote fit too; they have no sidecar
+        that names their base model, so pass `any_base=True`, which skips that check, and make sure of it yourself.
 
         Raises:
             FileError: it does not fit the graph, was made for another base model, or is no adapter.
@@ -116,8 +116,7 @@ class Session:
         loaded = {}
         for part, graph in self.graphs.items():
             file = path if len(self.graphs) == 1 else path.with_name(f"{stem}.{part}{SUFFIX}")
-            if file.exists() or len(self.graphs) == 1:
-                loaded[part] = graph.load(read(file), file)
+            loaded[part] = graph.load(read(file), file)
         self._adapters[name] = loaded
         return name
 
@@ -234,7 +233,7 @@ class Session:
         return self._made[key]
 
     def _require_pairs(self) -> None:
-        if any(isinstance(slot, Held) for slot in self._last.slots):
+        if any(isinstance(slot, Held) for graph in self.graphs.values() for slot in graph.slots):
             raise AdapterError(
                 f"{self.folder}: a compact export holds what one method trains, which neither adds up nor stands side by "
                 "side. Export without compact, as pairs, to blend adapters or to mix them in a batch."

@@ -121,7 +121,7 @@ def _index(folder: Path) -> dict[str, str]:
         index = {str(key): str(name) for key, name in found.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FileError(f"{path} is no index of a checkpoint: {error!r}. Copy the folder again.") from error
-    outside = [name for name in index.values() if Path(name).name != name]
+    outside = [name for name in index.values() if Path(name).name != name or "\0" in name]
     if outside or not index:
         raise FileError(f"{path} names {outside[:1] or 'no file'}, where files of the folder itself are expected.")
     return index
@@ -153,6 +153,8 @@ def _places(header: dict[str, Any], start: int) -> dict[str, Stored]:
     for name, about in header.items():
         if name != "__metadata__":
             begin, end = about["data_offsets"]
+            if type(begin) is not int or type(end) is not int:
+                raise TypeError(name)
             found[name] = Stored(str(about["dtype"]), tuple(map(int, about["shape"])), start + begin, start + end)
             width = FLOATS[found[name].dtype].itemsize if found[name].dtype in FLOATS else None
             if width is not None and end - begin != prod(found[name].shape) * width:

@@ -81,6 +81,8 @@ def read_adapter(folder: Path) -> AdapterFile:
     try:
         tensors = load_tensors(data)
         entries = tuple(_entry(site) for site in about["sites"])
+        if len({entry.site.key for entry in entries}) < len(entries):
+            raise ValueError("a site is there twice")
     except (safetensors.SafetensorError, RuleError, KeyError, TypeError, ValueError) as error:
         raise FileError(
             f"{folder} cannot be understood: {error}. Usually it was written by another version of graphpeft, or edited by "
@@ -175,7 +177,10 @@ def _site(saved: Any) -> Site:
     if bounds != sorted(bounds):
         raise ValueError(f"a site has rows {rows} of {bounds[-1]}")
     values["tied"] = tuple(map(_site, values.get("tied", ())))
-    return Site(**values)
+    made = Site(**values)
+    if len({(place.owner, place.weight, place.role) for place in (made, *made.tied)}) <= len(made.tied):
+        raise ValueError(f"{made.weight} is tied to itself")
+    return made
 
 
 def _size(value: Any, least: int = 1) -> int:

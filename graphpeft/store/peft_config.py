@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import warnings
 from collections import Counter
@@ -34,6 +35,14 @@ KNOWN = {
     "VERA": COMMON | {"d_initial", "init_weights", "projection_prng_key", "save_projection", "vera_dropout"},
 }  # fmt: skip
 """By type, the fields of PEFT 0.21.2."""
+SHAPES: dict[str, Callable[[Any], bool]] = {
+    "r": lambda r: _is_rank(r),
+    "lora_alpha": lambda alpha: _is_number(alpha),
+    "rank_pattern": lambda ranks: isinstance(ranks, dict) and all(map(_is_rank, ranks.values())),
+    "alpha_pattern": lambda alphas: isinstance(alphas, dict) and all(map(_is_number, alphas.values())),
+    "modules_to_save": lambda names: isinstance(names, list) and all(isinstance(name, str) for name in names),
+}
+"""What the fields are that are reckoned with."""
 MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Beginnings of `init_lora_weights` with which PEFT subtracts something from the base weights."""
 
@@ -50,7 +59,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise FileError(f"{path} is not readable JSON: {error}. Copy the folder again.") from error
     kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind not in KNOWN:
+    if not isinstance(kind, str) or kind not in KNOWN:
         raise FileError(
             f"{path}: its peft_type is {kind!r}; LORA and VERA are read. Convert it with PEFT (peft.convert_to_lora, or "
             f"merge_and_unload), and load the result."
@@ -65,10 +74,23 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"say what the adapter does. Convert it with PEFT: model.save_pretrained(folder, "
             f"path_initial_model_for_weight_conversion=<the untrained adapter>)."
         )
+    wrong = [name for name, fits in SHAPES.items() if config.get(name) is not None and not fits(config[name])]
+    if wrong:
+        raise FileError(
+            f"{path}: its {wrong[0]} is {str(config[wrong[0]])[:40]!r}. Usually it was edited by hand; save it again with PEFT."
+        )
     unknown = sorted(config.keys() - KNOWN[kind])
     if unknown:
         warnings.warn(f"{path} has fields that this version ignores: {', '.join(unknown)}", stacklevel=5)
     return dict(config)
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def targeted(config: Mapping[str, Any], modules: Iterable[str]) -> list[str]:

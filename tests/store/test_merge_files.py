@@ -17,7 +17,7 @@ from merging import Job, contents, forked, job_of, prepare
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import MixtralForCausalLM
+from transformers import AutoModelForCausalLM, MixtralForCausalLM
 from typer.testing import CliRunner
 from zoo import mixtral
 
@@ -144,7 +144,7 @@ def test_other_files_come_along_but_no_other_weights(tmp_path: Path) -> None:
     (found.base / ".cache").mkdir()
     done = found.merge()
     assert done.left_out == ("model.fp16.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
-    assert "not copied, for they hold weights of the base: model.fp16" in str(done)
+    assert "not copied, for they hold weights of the base or are an adapter: model.fp16" in str(done)
     assert {p.relative_to(found.out).as_posix() for p in found.out.rglob("*")} == {
         "1_Pooling", "1_Pooling/config.json", "config.json", "generation_config.json", "model.safetensors",
         "tokenizer.json",
@@ -347,3 +347,35 @@ def test_what_peft_trained_of_the_base_is_not_left_out(options: dict[str, Any], 
     assert not out.exists()
     with pytest.warns(UserWarning, match="left out, as any_base=True asks"):
         gp.merge_files(base, folder, out, any_base=True)
+
+
+def test_an_adapter_in_the_folder_of_its_base_is_not_put_on_twice(tmp_path: Path) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    model = build("llama")
+    model.save_pretrained(base)
+    gp.apply(model, "qv:lora")
+    randomize(model)
+    gp.save(model, base, format="peft")
+    done = gp.merge_files(base, base, out)
+    assert done.left_out == ("adapter_config.json", "adapter_model.safetensors")
+    gp.merge(model)
+    for name, tensor in AutoModelForCausalLM.from_pretrained(out).state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name])
+
+
+def test_headers_with_other_numbers_are_refused_before_anything_is_written(job: Job, tmp_path: Path) -> None:
+    found = job_of(job, tmp_path, copied=True)
+    shard = next(found.base.glob("*.safetensors"))
+    data = shard.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    for about in (about for name, about in header.items() if name != "__metadata__"):
+        about["data_offsets"] = [float(offset) for offset in about["data_offsets"]]
+    text = json.dumps(header).encode()
+    shard.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+    with pytest.raises(FileError, match="its header is not one of safetensors"):
+        found.merge()
+    assert not found.part.exists()
+    assert not found.note.exists()
+    with pytest.raises(FileError, match="is no folder to write"):
+        gp.merge_files(job.base, job.adapter, "/")

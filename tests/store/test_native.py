@@ -160,6 +160,20 @@ def _other_tensors(folder: Path) -> None:
     _edit(tensors_sha256=digest)(folder)
 
 
+def _sites(folder: Path) -> list[dict[str, Any]]:
+    return list(json.loads((folder / "adapter.json").read_text())["sites"])
+
+
+def _tied_to_itself(folder: Path) -> None:
+    first, *rest = _sites(folder)
+    _edit(sites=[first | {"tied": [first]}, *rest])(folder)
+
+
+def _twice(folder: Path) -> None:
+    sites = _sites(folder)
+    _edit(sites=[*sites, sites[0]])(folder)
+
+
 DAMAGE = {
     "tensors cut short": (_cut_tensors, "is not the file that adapter.json describes"),
     "tensors missing": (lambda f: (f / "adapter.safetensors").unlink(), "cannot be read"),
@@ -169,6 +183,8 @@ DAMAGE = {
     "another JSON": (lambda f: (f / "adapter.json").write_text("[1]"), "not a description of a graphpeft adapter"),
     "a newer version": (_edit(version=99), "Update graphpeft"),
     "an unknown site": (_edit(sites=[{"role": "q"}]), "cannot be understood"),
+    "a site tied to itself": (_tied_to_itself, "is tied to itself"),
+    "a site twice": (_twice, "a site is there twice"),
     "tensors of something else": (_other_tensors, "tensors and sites disagree"),
 }
 

@@ -409,7 +409,7 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a bias of B": (lambda f: edit(f, lora_bias=True), "sets lora_bias, which is more than plain LoRA"),
     "another method": (lambda f: edit(f, peft_type="LOHA"), "its peft_type is 'LOHA'; LORA and VERA are read"),
-    "no number": (lambda f: edit(f, r="four"), r"adapter_config\.json cannot be understood"),
+    "no number": (lambda f: edit(f, r="four"), r"its r is .four."),
     "no scale": (lambda f: edit(f, lora_alpha=-1), r"cannot be understood.*option alpha = -1 is not float > 0"),
     "no pattern": (lambda f: edit(f, rank_pattern={"(": 2}), "cannot be understood"),
     "JSON cut short": (lambda f: (f / "adapter_config.json").write_text("{"), "not readable JSON"),
@@ -569,3 +569,29 @@ def test_targets_are_those_of_peft() -> None:
     assert targeted({"target_modules": ["q"], "exclude_modules": ["0.q"]}, names) == ["layers.1.q"]
     assert targeted({"target_modules": ".*q", "modules_to_save": ["head"]}, names) == ["layers.0.q", "layers.1.q"]
     assert targeted({"target_modules": "all-linear"}, names) == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("r", -1),
+        ("r", 4.0),
+        ("lora_alpha", "8"),
+        ("rank_pattern", ["q"]),
+        ("alpha_pattern", {"q": None}),
+        ("modules_to_save", 5),
+    ],
+    ids=str,
+)
+def test_a_field_of_another_kind_is_named(field: str, value: Any, tmp_path: Path) -> None:
+    theirs("llama", LoraConfig(r=4, target_modules=["q_proj"]), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(FileError, match=rf"adapter_config\.json: its {field} is"):
+        gp.load(fresh("llama"), tmp_path)
+
+
+def test_a_type_that_is_no_name_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": ["LORA"]}')
+    with pytest.raises(FileError, match="its peft_type is"):
+        gp.load(fresh("llama"), tmp_path)
