@@ -47,6 +47,8 @@ class State:
     """Base weights as they were before the merge."""
     parked: dict[str, Adapters] = field(default_factory=dict)
     """While merged, the adapters of each owner, taken off the module tree so that the model is plain."""
+    inside: tuple[str, ...] = ()
+    """Contexts that will put back what was active before them."""
     inputs: Any = None
     """The example call that `apply` was given, for views that capture the model again."""
 
@@ -79,11 +81,11 @@ def example(model: nn.Module, inputs: Any) -> Any:
 
 
 def names(model: nn.Module, wanted: str | tuple[str, ...] | list[str] | None) -> tuple[str, ...]:
-    """Adapter names, checked; `None` stands for all of them."""
+    """Adapter names, checked, each once; `None` stands for all of them."""
     state = get_state(model)
     if wanted is None:
         return tuple(state.adapters)
-    listed = (wanted,) if isinstance(wanted, str) else tuple(wanted)
+    listed = (wanted,) if isinstance(wanted, str) else tuple(dict.fromkeys(wanted))
     for name in listed:
         if name not in state.adapters:
             raise AdapterError(
@@ -137,13 +139,33 @@ def saved(site: Site, chain: Chain) -> list[tuple[str, torch.Tensor]]:
 
 
 def refuse_merged(model: nn.Module, action: str) -> None:
-    """Raise `AdapterError` if adapters are folded into the weights."""
+    """Raise `AdapterError` if adapters are folded into the weights, or a context will put back what it found."""
+    refuse_inside(model, action)
     state = find_state(model)
     if state is not None and state.merged:
         raise AdapterError(
             f"Cannot {action} while {', '.join(state.merged)} is merged: the weights are not the base's. "
             f"Call gp.unmerge(model) first."
         )
+
+
+def refuse_inside(model: nn.Module, action: str) -> None:
+    state = find_state(model)
+    if state is not None and state.inside:
+        raise AdapterError(
+            f"Cannot {action} inside of `with {state.inside[-1]}(...)`, which puts back what it found. Leave it first."
+        )
+
+
+@contextmanager
+def inside(model: nn.Module, context: str) -> Iterator[None]:
+    """The adapters stay who they are for a while."""
+    state = get_state(model)
+    state.inside += (context,)
+    try:
+        yield
+    finally:
+        state.inside = state.inside[:-1]
 
 
 def set_active(model: nn.Module, active: tuple[str, ...]) -> None:

@@ -14,7 +14,7 @@ from graphpeft.owner import STATE, vacate
 from graphpeft.passes.merge import unmerge
 from graphpeft.program import stored
 from graphpeft.quantized import release_order
-from graphpeft.state import chains, get_state, inactive, names, owners, refuse_merged, set_active
+from graphpeft.state import chains, get_state, inactive, inside, names, owners, refuse_inside, refuse_merged, set_active
 from graphpeft.steps import named
 
 
@@ -50,9 +50,9 @@ def _strengthen(model: nn.Module, name: str, strength: float) -> bool:
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Within this context the model is its base, to the bit. Raises `AdapterError` if it is merged or not adapted."""
-    get_state(model)
-    refuse_merged(model, "disable adapters")
-    with inactive(model):
+    if not get_state(model).inside:  # contexts may stand in each other
+        refuse_merged(model, "disable adapters")
+    with inside(model, "gp.disabled"), inactive(model):
         yield
 
 
@@ -63,6 +63,7 @@ def remove(model: nn.Module, name: str | None = None) -> None:
     With the last one the model is the base to the bit: classes, weights, parameter names and `requires_grad`.
     """
     state = get_state(model)
+    refuse_inside(model, "remove an adapter")
     leaving = names(model, name)
     if state.merged:
         unmerge(model)

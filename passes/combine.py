@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, cast, get_args
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from graphpeft.adapters import places
 from graphpeft.chain import Chain, Dense
 from graphpeft.errors import AdapterError
 from graphpeft.methods import LoRA
@@ -62,9 +64,10 @@ def combine(
         weights: names of adapters, and what their updates are multiplied by.
         name: of the new adapter, which is plain LoRA at every site that any of them has.
         how: `cat` is exact, with the ranks added up. `svd` is the nearest of rank `rank` to the exact sum. `linear` adds A and
-            adds B, each times √weight, which needs equal ranks and is no sum of updates. `ties` keeps the largest `density` of
-            each update's entries, elects a sign for every entry, and averages what agrees (Yadav et al., 2023); `dare` drops
-            entries at random and rescales the others by 1 / density (Yu et al., 2024); both end with the nearest of rank `rank`.
+            adds B, each times √(weight · scale) as in PEFT, which needs equal ranks and is no sum of updates. `ties` keeps the
+            largest `density` of each update's entries, elects a sign for every entry, and averages what agrees (Yadav et al.,
+            2023); `dare` drops entries at random and rescales the others by 1 / density (Yu et al., 2024); both end with the
+            nearest of rank `rank`.
         rank: for `svd`, `ties` and `dare`; by default the largest of the adapters' ranks at the site.
         seed: what `dare` draws from.
 
@@ -74,7 +77,7 @@ def combine(
     refuse_merged(model, "combine adapters")
     chosen = names(model, tuple(weights))
     check_name(model, name)
-    _check(chosen, how, density)
+    _check(weights, how, density, rank)
     found = _parts(model, weights)
     generator = torch.Generator().manual_seed(seed)
     made: dict[Site, tuple[Tensor, Tensor]] = {}
@@ -96,11 +99,15 @@ def combine(
     return model
 
 
-def _check(chosen: Sequence[str], how: str, density: float) -> None:
-    if not chosen:
+def _check(weights: Mapping[str, float], how: str, density: float, rank: int | None) -> None:
+    if not weights:
         raise AdapterError("No adapters are named. Pass weights such as {'a': 0.5, 'b': 0.5}.")
     if how not in get_args(How):
         raise AdapterError(f"There is no way {how!r} to combine adapters. There are: {', '.join(get_args(How))}.")
+    if wrong := [name for name, weight in weights.items() if not math.isfinite(weight)]:
+        raise AdapterError(f"The weight of {wrong[0]!r} is {weights[wrong[0]]}; it has to be a finite number.")
+    if rank is not None and rank < 1:
+        raise AdapterError(f"rank = {rank} is no rank. Give 1 or more.")
     if not 0 < density <= 1:
         raise AdapterError(f"density = {density} is no share of entries. Give a number above 0 and at most 1.")
 
@@ -108,11 +115,18 @@ def _check(chosen: Sequence[str], how: str, density: float) -> None:
 def _parts(model: nn.Module, weights: Mapping[str, float]) -> dict[Site, list[Part]]:
     """What each site is made of, in the order of the names."""
     found: dict[Site, list[Part]] = {}
+    sites: dict[str, Site] = {}
     for name, weight in weights.items():
         for site, chain in chains(model, name).items():
             if chain.device.type == "meta":
                 raise AdapterError(f"Adapter {name!r} has no values at {site.weight}: it is on the meta device.")
-            found.setdefault(site, []).append(Part(float(weight), chain, values(model, site.weight)))
+            known = sites.setdefault(site.key, site)
+            if {place.weight for place in places(known)} != {place.weight for place in places(site)}:
+                raise AdapterError(
+                    f"{site.weight} ({site.role}) is tied for one of the adapters and not for {name!r}, so no one update does "
+                    f"what both do. Activate them together instead: gp.activate(model, weights)."
+                )
+            found.setdefault(known, []).append(Part(float(weight), chain, values(model, site.weight)))
     return found
 
 
@@ -148,10 +162,12 @@ def _added(site: Site, parts: Sequence[Part], pairs: Sequence[tuple[Tensor, Tens
         raise AdapterError(
             f"{site.weight} ({site.role}): ranks {ranks} cannot be added. Combine with how='cat' or 'svd'."
         )
-    roots = [abs(part.weight) ** 0.5 for part in parts]
-    signs = [1.0 if part.weight >= 0 else -1.0 for part in parts]
-    a = sum(root * a for root, (a, _) in zip(roots, pairs, strict=True))
-    b = sum(sign * root * b for sign, root, (_, b) in zip(signs, roots, pairs, strict=True))
+    # B has the scale in it already; as in PEFT, A and B get the root of it each.
+    scales = [abs(part.chain.scale) or 1.0 for part in parts]
+    ups = [(abs(part.weight) * scale) ** 0.5 for part, scale in zip(parts, scales, strict=True)]
+    downs = [math.copysign(up / scale, part.weight) for part, up, scale in zip(parts, ups, scales, strict=True)]
+    a = sum(up * a for up, (a, _) in zip(ups, pairs, strict=True))
+    b = sum(down * b for down, (_, b) in zip(downs, pairs, strict=True))
     assert isinstance(a, Tensor)
     assert isinstance(b, Tensor)
     return a, b

@@ -15,7 +15,7 @@ from graphpeft.capture.capture import Inputs, example_call, quiet
 from graphpeft.capture.samples import settled
 from graphpeft.errors import AdapterError
 from graphpeft.rows import Assignment, Rows
-from graphpeft.state import chains, example, get_state, names, owners, refuse_merged, set_active
+from graphpeft.state import chains, example, get_state, inside, names, owners, refuse_merged, set_active
 
 
 @contextmanager
@@ -46,7 +46,8 @@ def per_row(
     _refuse_weights(model, chosen)
     with _lowered(model, chosen, assignment) as rows:
         _find_rows(model, chosen, rows, example_call(model, example(model, inputs)))
-        yield assignment.assign
+        with inside(model, "gp.per_row"):
+            yield assignment.assign
 
 
 @contextmanager

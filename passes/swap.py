@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from graphpeft.adapters import places
 from graphpeft.chain import Chain, Dense
 from graphpeft.errors import AdapterError
 from graphpeft.methods import LoRA
@@ -51,6 +52,10 @@ def swap(
     names(model, name)
     state = get_state(model)
     held = state.adapters[name]
+    if held.objective is not None:
+        raise AdapterError(
+            f"Adapter {name!r} has a PAC-Bayes objective, whose noise belongs to the numbers that would go. Detach it first."
+        )
     visitor = next(n for i in range(len(state.adapters) + 1) if (n := f"swapped_in_{i}") not in state.adapters)
     sites = tuple(entry.site for entry in held.entries)
     content = read(model, hub.local(folder, revision), visitor, sites, any_base=any_base, strict=True)
@@ -67,6 +72,12 @@ def _swap(model: nn.Module, name: str, held: Adapter, visitor: str) -> None:
     coming = state.adapters[visitor]
     here, there = chains(model, name), {site.key: chain for site, chain in chains(model, visitor).items()}
     methods = {entry.site.key: entry.method for entry in held.entries}
+    ours, theirs = (_places(adapter) for adapter in (held, coming))
+    if other := sorted(key for key in ours.keys() & theirs.keys() if ours[key] != theirs[key]):
+        raise AdapterError(
+            f"At {other[0]} adapter {name!r} acts on {', '.join(sorted(ours[other[0]]))}, and the folder on "
+            f"{', '.join(sorted(theirs[other[0]]))}: one of the two knows the weight as tied. Load it beside with gp.load."
+        )
     if methods == {entry.site.key: entry.method for entry in coming.entries}:
         for site, chain in here.items():
             for mine, its in zip(_tensors(chain), _tensors(there[site.key]), strict=True):
@@ -86,6 +97,11 @@ def _swap(model: nn.Module, name: str, held: Adapter, visitor: str) -> None:
     pairs = {site: _pair(site, chain, there.get(site.key)) for site, chain in here.items()}
     for site, chain in here.items():
         fill(chain, *pairs[site], site)
+
+
+def _places(adapter: Adapter) -> dict[str, set[str]]:
+    """The weights that each site stands for, under all names of a tied one."""
+    return {entry.site.key: {place.weight for place in places(entry.site)} for entry in adapter.entries}
 
 
 def _tensors(chain: Chain) -> Iterator[torch.Tensor]:

@@ -35,7 +35,9 @@ def locate(
         site = _site(model, weight, holders, paths)
         if site is not None:
             try:
-                yield site, place(model, site, nested)
+                spot = place(model, site, nested)
+                # Named by target_parameters, a linear map is called by its weight, in patterns too.
+                yield site, replace(spot, target=weight) if PREFIX + nested.get(weight, "") == prefix else spot
             except NoEquivalent as error:
                 raise NoEquivalent(f"{weight} ({site.role}): {error}") from error
 

@@ -288,7 +288,7 @@ def test_models_without_an_adapter_to_export_are_refused(tmp_path: Path) -> None
     with pytest.raises(ExportError, match=r"No adapter is active: call gp.activate"):
         export(model, tmp_path / "deploy", merged=True, inputs=SAMPLE)
     gp.apply(model, "k:lora", name="graphpeft", inputs=SAMPLE)
-    with pytest.raises(ExportError, match="No adapter can be called 'graphpeft'"):
+    with pytest.raises(ExportError, match="No adapter of an export can be called 'graphpeft'"):
         export(model, tmp_path / "deploy", inputs=SAMPLE)
     assert not list(tmp_path.iterdir())
 
