@@ -201,9 +201,9 @@ def _check_base(model: nn.Module, content: AdapterFile, folder: Path, any_base: 
     found = f"{folder} was trained on other base weights than {type(model).__name__} has now."
     if not any_base:
         raise FileError(
-            f"{found} Usually another checkpoint was loaded, or it was trained further, or one of the two is quantized or was cast "
-            f"to float16. Load the base that the adapter was made for; if the difference is meant, pass any_base=True and check "
-            f"the outputs."
+            f"{found} Usually another checkpoint was loaded, or it was trained further, or one of the two is quantized or was "
+            f"cast to float16. Load the base that the adapter was made for; if the difference is meant, pass any_base=True and "
+            f"check the outputs."
         )
     warnings.warn(f"{found} The adapter is loaded as any_base=True asks; check its outputs.", stacklevel=4)
 
