@@ -35,9 +35,19 @@ KNOWN = {
     "VERA": COMMON | {"d_initial", "init_weights", "projection_prng_key", "save_projection", "vera_dropout"},
 }  # fmt: skip
 """By type, the fields of PEFT 0.21.2."""
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
 SHAPES: dict[str, Callable[[Any], bool]] = {
-    "r": lambda r: _is_rank(r),
-    "lora_alpha": lambda alpha: _is_number(alpha),
+    "r": _is_rank,
+    "lora_alpha": _is_number,
     "rank_pattern": lambda ranks: isinstance(ranks, dict) and all(map(_is_rank, ranks.values())),
     "alpha_pattern": lambda alphas: isinstance(alphas, dict) and all(map(_is_number, alphas.values())),
     "modules_to_save": lambda names: isinstance(names, list) and all(isinstance(name, str) for name in names),
@@ -83,14 +93,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     if unknown:
         warnings.warn(f"{path} has fields that this version ignores: {', '.join(unknown)}", stacklevel=5)
     return dict(config)
-
-
-def _is_rank(value: Any) -> bool:
-    return type(value) is int and value > 0
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
 
 
 def targeted(config: Mapping[str, Any], modules: Iterable[str]) -> list[str]:

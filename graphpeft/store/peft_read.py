@@ -63,7 +63,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 Base = Callable[[str], Tensor]
-"""The values of a base tensor by its name in the model; on the meta device where there are none to be had."""
+"""The values of a base tensor by its name in the model, where that has none itself."""
 
 
 @dataclass(frozen=True)
