@@ -58,6 +58,7 @@ def reshard(model: nn.Module) -> None:
 @contextmanager
 def gathered(model: nn.Module, inside: Iterable[nn.Module]) -> Iterator[None]:
     """The parameters of some modules of a sharded model whole for a while; every process has to enter."""
+    _refuse_flat(model)
     if not sharded(model):
         yield
         return
@@ -76,6 +77,7 @@ def gathered(model: nn.Module, inside: Iterable[nn.Module]) -> Iterator[None]:
 def written(model: nn.Module, folder: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a folder. Of a sharded model every process has to call it, for what is written is gathered while it
     is written; the first one's is kept, and if that fails, all raise."""
+    _refuse_flat(model)
     if not sharded(model):
         write(folder)
         return
@@ -93,8 +95,24 @@ def written(model: nn.Module, folder: Path, write: Callable[[Path], object]) -> 
 
 def refuse_sharded(model: nn.Module, action: str, instead: str) -> None:
     """Raise `AdapterError` if the parameters are spread over processes."""
+    _refuse_flat(model)
     if sharded(model):
         raise AdapterError(
             f"Cannot {action}: {type(model).__name__} is sharded over {dist.get_world_size()} processes, each of which holds "
             f"parts of its parameters. {instead}"
+        )
+
+
+FLAT = "_is_fsdp_managed_module"
+"""What both kinds of FSDP put on every module in their care. torch keeps it private; a test notices if it moves."""
+
+
+def _refuse_flat(model: nn.Module) -> None:
+    """Raise `AdapterError` for a model in FSDP1: its parameters are pieces of one flat tensor, and look like plain ones."""
+    if not dist.is_available() or not dist.is_initialized() or sharded(model):
+        return
+    if any(getattr(module, FLAT, False) for module in model.modules()):
+        raise AdapterError(
+            f"{type(model).__name__} is in FullyShardedDataParallel (FSDP1), whose pieces of parameters nothing else can put "
+            f"together. It trains there; to save, merge or change adapters, shard with fully_shard (FSDP2) instead."
         )

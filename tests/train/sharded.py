@@ -12,8 +12,9 @@ import torch
 from checks import adapters, build, randomize
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from zoo import mixtral
 
 import graphpeft as gp
 from graphpeft.errors import AdapterError
@@ -28,6 +29,9 @@ HALF = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float
 
 def shard(model: Any, **options: Any) -> nn.Module:
     """In the units that accelerate makes: every block, the table, what ends the model, and the rest."""
+    if options.pop("apart", False):
+        for child in model.children():
+            fully_shard(child)
     inner = getattr(model, "model", None)
     for unit in [*inner.layers, inner.embed_tokens, [inner.norm, model.lm_head]] if inner is not None else []:
         fully_shard(unit, **options)
@@ -51,6 +55,29 @@ def exported() -> nn.Module:
     return torch.export.export(build("hand_written"), (x,), dynamic_shapes=sizes).module(check_guards=False)
 
 
+class Reads(nn.Module):
+    """Weights that are read as weight + ΔW: of convolutions, and of attention that reads past its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(32, 32, 3, padding=1)
+        self.attn = nn.MultiheadAttention(32, 4, batch_first=True)
+        self.wide = nn.Conv2d(1, 2, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x.transpose(1, 2)).transpose(1, 2)
+        x = x + self.attn(x, x, x, need_weights=False)[0]
+        return self.wide(x[:, None]).sum(1)
+
+
+def seeded(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        return make().eval()
+
+    return made
+
+
 Loss = Callable[[Any, int, int], Tensor]
 KINDS: dict[str, tuple[Callable[[], nn.Module], str, Loss, dict[str, Any]]] = {
     "llama": (lambda: build("llama"), RULES, text, {}),
@@ -58,7 +85,12 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], str, Loss, dict[str, Any]]] = {
     "policy": (lambda: build("llama", dtype=torch.bfloat16), "qv:lora(r=4); up:dora(r=4)", text, {"mp_policy": HALF}),
     "root": (lambda: build("hand_written"), "qv:lora(r=4); o:dora", features, {}),
     "graph": (exported, "qv:lora(r=4); o:dora", features, {}),
+    "reads": (seeded(Reads), "conv:lora(r=2); qv:lora(r=2); o:dora(r=2)", features, {}),
+    "apart": (seeded(Reads), "conv:dora(r=2); qkvo:lora(r=2)", features, {"apart": True}),
+    "experts": (seeded(mixtral), "experts:lora(r=2)", text, {}),
 }
+READS = ("reads", "apart", "experts")
+"""Kinds whose sites take the weight form."""
 
 
 def life(kind: str, folder: Path, workers: int = 1, rank: int = 0) -> dict[str, list[float]]:
@@ -83,12 +115,12 @@ def life(kind: str, folder: Path, workers: int = 1, rank: int = 0) -> dict[str, 
     found["half"] = [now()]
     gp.activate(model, "default")
     found["again"] = [now()]
-    rows = ["default", "default", None, "default", None, None, None, "default"] * (
-        runs.BATCH // 8 if loss is text else 1
-    )
-    with gp.per_row(model, rows[rank::workers]):
-        found["rows"] = [now()]
-    assert found["rows"] not in (found["again"], found["disabled"])
+    assert found["disabled"] != found["again"]
+    if kind in READS:
+        assert {entry.site.form for entry in get_state(model).adapters["default"].entries} == {"weight"}
+    else:
+        found["rows"] = [rows(model, loss, now, rank, workers)]
+        assert found["rows"] not in (found["again"], found["disabled"])
     found["explained"] = [site.now.update or 0.0 for site in gp.explain(model).adapters[0].sites]
     gp.merge(model)
     found["merged"] = [now()]
@@ -100,6 +132,14 @@ def life(kind: str, folder: Path, workers: int = 1, rank: int = 0) -> dict[str, 
     found["removed"] = [now()]
     assert isinstance(model, FSDPModule) == (workers > 1)
     return found
+
+
+def rows(model: nn.Module, loss: Loss, now: Callable[[], float], rank: int, workers: int) -> float:
+    given = ["default", "default", None, "default", None, None, None, "default"] * (
+        runs.BATCH // 8 if loss is text else 1
+    )
+    with gp.per_row(model, given[rank::workers]):
+        return now()
 
 
 def train(model: nn.Module, loss: Loss, workers: int, rank: int) -> list[float]:
@@ -148,6 +188,24 @@ def penalized(workers: int = 1, rank: int = 0) -> dict[str, Any]:
     return found
 
 
+def flat(workers: int = 1, rank: int = 0) -> dict[str, list[float]]:
+    """FSDP1: it trains as one process does, and what it cannot put together is refused."""
+    model: nn.Module = gp.apply(seeded(Reads)(), KINDS["reads"][1], inputs=(torch.randn(8, 5, 32),))
+    randomize(model, std=0.1)
+    if workers == 1:
+        return {"trained": train(model, features, workers, rank)}
+    wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    found = {"trained": train(wrapped, features, workers, rank)}
+    for act in (
+        lambda: gp.save(model, "nowhere"),
+        lambda: gp.merge(model),
+        lambda: gp.apply(model, "o:lora", name="b"),
+    ):
+        with pytest.raises(AdapterError, match=r"FullyShardedDataParallel \(FSDP1\).*fully_shard"):
+            act()
+    return found
+
+
 def everything(folder: Path, workers: int = 1, rank: int = 0) -> dict[str, Any]:
     lives = {kind: life(kind, folder / kind, workers, rank) for kind in KINDS}
-    return lives | {"penalized": penalized(workers, rank)}
+    return lives | {"penalized": penalized(workers, rank), "flat": flat(workers, rank)}

@@ -37,7 +37,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     """In one test, for the runs take long and all serve the three."""
     alone, together, folder = both(tmp_path)
     check_whole(alone["whole"], together["whole"])
-    for kind in (*sharded.KINDS, "penalized"):
+    for kind in (*sharded.KINDS, "penalized", "flat"):
         check_sharded(kind, alone["sharded"][kind], together["sharded"][kind])
     for kind in sharded.KINDS:
         check_files(kind, folder)

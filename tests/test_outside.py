@@ -1,0 +1,186 @@
+"""What other code meets that reads or sets a weight which its own module shows as weight + ΔW: the base, or a refusal."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torchao
+from checks import delta, randomize, same
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations, parametrize, prune
+from torch.optim.swa_utils import AveragedModel
+
+import graphpeft as gp
+from graphpeft.errors import AdapterError
+from graphpeft.state import chains
+
+X = torch.randn(2, 4, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+TOKENS = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1))
+
+
+class Conv(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv1d(4, 8, 3), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(x).relu().mean(-1))
+
+
+def adapted(method: str = "lora(r=2)") -> tuple[Conv, Tensor, Tensor]:
+    """A model with a trained adapter on its convolution, its base weight, and ΔW (of a method that does not look at W)."""
+    torch.manual_seed(0)
+    model = Conv().double().eval()
+    base = model.conv.weight.detach().clone()
+    gp.apply(model, f"conv:{method}", inputs=(X,))
+    randomize(model)
+    (chain,) = chains(model, "default").values()
+    return model, base, Tensor() if chain.relative else chain.delta().detach().reshape(base.shape)
+
+
+def by_hand(model: Conv, weight: Tensor) -> Tensor:
+    """What the model computes with this weight, ΔW included. float64: differences of 1e-12 are roundings."""
+    return model.head(F.conv1d(X, weight, model.conv.bias).relu().mean(-1))
+
+
+def test_the_model_computes_with_the_update_and_everybody_else_meets_the_base() -> None:
+    model, base, update = adapted()
+    assert delta([model(X)], [by_hand(model, base + update)]) < 1e-12
+    assert delta([model(X)], [by_hand(model, base)]) > 1e-3
+    assert model.conv.weight is dict(model.named_parameters())["conv.weight"]
+    assert torch.equal(model.conv.weight, base)
+
+
+class Steps(nn.Module):
+    """Calls its child, or reads the weight of it in a helper, as Mamba does in a step of decoding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(4, 8, 3)
+
+    def forward(self, x: Tensor, step: bool = False) -> Tensor:
+        return (step_of(self, x) if step else self.conv(x)).relu()
+
+
+def step_of(module: Steps, x: Tensor) -> Tensor:
+    return F.conv1d(x, module.conv.weight, module.conv.bias)
+
+
+@pytest.mark.parametrize("call", [Steps.__call__, Steps.forward], ids=["called", "forward"])
+def test_a_parent_that_reads_the_weight_of_its_child_computes_too(call: Callable[..., Tensor]) -> None:
+    torch.manual_seed(0)
+    model = Steps().double()
+    gp.apply(model, "head:lora(r=2)", inputs=(X,))
+    randomize(model)
+    base = F.conv1d(X, model.conv.weight, model.conv.bias).relu()
+    assert same([call(model, X, step=True)], [model(X)])
+    assert delta([model(X)], [base]) > 1e-3
+    # In one graph: compiled code asks for the weight in order to compute, and there is no call stack to look at.
+    assert delta([torch.compile(model, backend="eager", fullgraph=True)(X, step=True)], [model(X)]) < 1e-12
+
+
+@pytest.mark.parametrize("method", ["lora(r=2)", "dora(r=2)"])
+def test_functional_call_takes_the_place_of_the_base(method: str) -> None:
+    model, base, _ = adapted(method)
+    other = torch.randn_like(base)
+    before = model(X)
+    found = torch.func.functional_call(model, {"conv.weight": other}, (X,))
+    again = copy.deepcopy(model)
+    with torch.no_grad():
+        again.conv._parameters["weight"].copy_(other)
+    assert same([found], [again(X)])
+    assert same([model(X)], [before])
+
+
+def test_load_state_dict_assigns_the_base() -> None:
+    model, base, update = adapted()
+    other = torch.randn_like(base)
+    model.load_state_dict({"conv.weight": other}, strict=False, assign=True)
+    assert torch.equal(model.conv.weight, other)
+    assert delta([model(X)], [by_hand(model, other + update)]) < 1e-12
+    gp.remove(model)
+    assert delta([model(X)], [by_hand(model, other)]) < 1e-12
+
+
+def test_pruning_prunes_the_base() -> None:
+    model, base, update = adapted()
+    prune.l1_unstructured(model.conv, "weight", 0.5)
+    assert torch.equal(model.conv.weight_orig, base)
+    pruned = base * model.conv.weight_mask
+    assert delta([model(X)], [by_hand(model, pruned + update)]) < 1e-12
+    prune.remove(model.conv, "weight")
+    assert delta([model(X)], [by_hand(model, pruned + update)]) < 1e-12
+    gp.remove(model)
+    assert torch.equal(model.conv.weight, pruned)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_weight_norm_by_hooks_takes_the_base_apart() -> None:
+    model, base, update = adapted()
+    nn.utils.weight_norm(model.conv)
+    assert delta([model(X)], [by_hand(model, base + update)]) < 1e-12
+    with torch.no_grad():
+        model.conv.weight_g.mul_(2)
+    assert delta([model(X)], [by_hand(model, 2 * base + update)]) < 1e-12
+    nn.utils.remove_weight_norm(model.conv)
+    assert delta([model.conv.weight], [2 * base]) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "hide",
+    [
+        lambda m: parametrizations.weight_norm(m.conv),
+        lambda m: parametrizations.orthogonal(m.conv),
+        lambda m: parametrize.register_parametrization(m.conv, "weight", nn.Identity()),
+    ],
+    ids=["weight_norm", "orthogonal", "own"],
+)
+def test_a_parametrization_would_hide_the_update_and_is_refused(hide: Callable[[Conv], Any]) -> None:
+    model, _, _ = adapted()
+    before, state, kind = model(X), {k: v.clone() for k, v in model.state_dict().items()}, type(model.conv)
+    with pytest.raises(AdapterError, match=r"conv\.weight is read as weight \+ ΔW.*Nothing was changed.*gp\.remove"):
+        hide(model)
+    assert type(model.conv) is kind
+    assert model.state_dict().keys() == state.keys()
+    assert same([model(X)], [before])
+    gp.remove(model)
+    hide(model)
+
+
+def test_a_quantizer_rounds_the_base() -> None:
+    """Fused layers of torch's encoder, which a quantizer takes for plain ones."""
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True).eval()
+    gp.apply(model, "mlp:lora(r=2)", inputs=(TOKENS,))
+    randomize(model)
+    weights = {n: m.weight.detach().clone() for n, m in model.named_modules() if n in ("linear1", "linear2")}
+    by_float = copy.deepcopy(model)
+    torchao.quantize_(model, torchao.quantization.Int8WeightOnlyConfig(), lambda _, name: name in weights)
+    for name, weight in weights.items():
+        rounded = model.get_submodule(name).weight.dequantize()
+        # A row in 8 bits: half a step of 1 / 127 of its largest entry.
+        assert ((rounded - weight).abs() <= weight.abs().amax(1, keepdim=True) / 127 * 0.51).all()
+        with torch.no_grad():
+            by_float.get_submodule(name)._parameters["weight"].copy_(rounded)
+    assert delta([model(TOKENS)], [by_float(TOKENS)]) < 1e-6
+
+
+def test_what_is_written_is_kept() -> None:
+    model, base, update = adapted()
+    with torch.no_grad():
+        model.conv.weight.mul_(2)
+    assert delta([model(X)], [by_hand(model, 2 * base + update)]) < 1e-12
+    model.conv.weight = nn.Parameter(3 * base)
+    assert delta([model(X)], [by_hand(model, 3 * base + update)]) < 1e-12
+    del model.conv.weight
+    assert not hasattr(model.conv, "weight")
+
+
+def test_an_average_of_models_is_one_of_their_parameters() -> None:
+    model, _, _ = adapted()
+    assert same([AveragedModel(model)(X)], [model(X)])
