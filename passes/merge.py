@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from graphpeft.adapters import places
+from graphpeft.adapters import home, places
 from graphpeft.errors import AdapterError
 from graphpeft.hooked import offloaded
 from graphpeft.owner import refuse_replaced, reoccupy, vacate
@@ -56,17 +56,35 @@ def merge(model: nn.Module, name: str | Sequence[str] | None = None, *, requanti
             total = updated[parameter]
             updated[parameter], lost[parameter] = requantized(path, parameter.detach(), total, requantize)
     _refuse_overflow(weights, updated)
-    active = state.active
-    for path, owner in owners(model, tuple(state.adapters)).items():
-        adapters = vacate(owner, keep_mode=True)
-        if adapters is not None:
-            state.parked[path] = adapters
-    before = {parameter: parameter.detach().clone() for parameter in updated}
-    state.originals = {path: before[parameter] for path, parameter in weights.items() if parameter in before}
-    for parameter, value in updated.items():
-        parameter.data.copy_(value)  # rounds once, to the weight's own dtype
-    state.merged, state.active = folded, active
+    _write(model, folded, weights, updated)
     return Requantized(tuple(lost.values())) if requantize is not None else None
+
+
+def _write(
+    model: nn.Module,
+    folded: tuple[str, ...],
+    weights: Mapping[str, nn.Parameter],
+    updated: Mapping[nn.Parameter, torch.Tensor],
+) -> None:
+    """Make the model plain and write the new values, or leave it as it was.
+
+    All that `unmerge` needs is noted before anything changes. So whatever interrupts this, Ctrl-C too, is undone; and if that
+    is interrupted as well, the model counts as merged, and `unmerge` or `remove` undoes the rest.
+    """
+    state = get_state(model)
+    before = {parameter: parameter.detach().clone() for parameter in updated}
+    touched = owners(model, tuple(state.adapters))
+    try:
+        state.originals = {path: before[parameter] for path, parameter in weights.items() if parameter in before}
+        state.parked = {path: found for path, owner in touched.items() if (found := home(owner)) is not None}
+        state.merged = folded
+        for owner in touched.values():
+            vacate(owner, keep_mode=True)
+        for parameter, value in updated.items():
+            parameter.data.copy_(value)  # rounds once, to the weight's own dtype
+    except BaseException:
+        _put_back(model)
+        raise
 
 
 @torch.no_grad()
@@ -92,13 +110,19 @@ def unmerge(model: nn.Module) -> None:
     if not state.merged:
         raise AdapterError(f"Nothing is merged into {type(model).__name__}. gp.merge(model) folds the active adapters.")
     reshard(model)
+    _put_back(model)
+
+
+def _put_back(model: nn.Module) -> None:
+    """The weights and adapters that are noted. The note itself goes last, so that this can be begun anew at any point."""
+    state = get_state(model)
     for path, original in state.originals.items():
         stored(model, path).data.copy_(original)
     for path, adapters in state.parked.items():
         reoccupy(model.get_submodule(path), adapters)
-    active = state.active
-    state.originals, state.parked, state.merged = {}, {}, ()
-    set_active(model, active)
+    set_active(model, state.active)
+    state.merged = ()
+    state.originals, state.parked = {}, {}
 
 
 def _refuse_overflow(weights: Mapping[str, nn.Parameter], updated: Mapping[nn.Parameter, torch.Tensor]) -> None:
