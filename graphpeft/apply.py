@@ -9,6 +9,7 @@ from typing import Any, overload
 from torch import nn
 from torch.export import ExportedProgram
 
+from graphpeft.ambient import plain
 from graphpeft.capture.capture import Inputs, as_module
 from graphpeft.capture.samples import settled
 from graphpeft.inspect.table import names_text, role_text, rows_text, site_dict, size_text
@@ -32,6 +33,7 @@ Rules = str | Rule | Iterable[Rule | str] | Mapping[str, Method | str]
 
 
 @named("apply")
+@plain()
 def apply(
     model: nn.Module | ExportedProgram,
     rules: Rules,
@@ -84,6 +86,7 @@ def found_in(module: nn.Module, inputs: Inputs = None) -> Found:
         return survey(module, inputs)
 
 
+@plain()
 def plan(
     model: nn.Module | ExportedProgram,
     rules: Rules,
@@ -135,6 +138,7 @@ class Sites(View, Sequence[Site]):
         return {"sites": [site_dict(site) for site in self.items], "unreached": dict(self.unreached)}
 
 
+@plain()
 def sites(model: nn.Module | ExportedProgram, inputs: Inputs = None) -> Sites:
     """Every projection of the model and the role that its graph gives it. Raises `CaptureError`."""
     module = as_module(model) if isinstance(model, ExportedProgram) else model

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from torch import fx, nn
 
+from graphpeft.ambient import plain
 from graphpeft.capture.capture import Inputs, capture
 from graphpeft.capture.samples import sample_calls
 from graphpeft.errors import CaptureError
@@ -20,6 +21,7 @@ from graphpeft.program import Program, Site
 from graphpeft.quantized import in_floats
 
 
+@plain()
 def survey(model: nn.Module, inputs: Inputs = None) -> Found:
     """Sites of the model as `inputs` runs it; without inputs, as example calls made from the configs run all its parts.
 

@@ -11,8 +11,8 @@ from torch import nn
 from graphpeft.adapters import home
 from graphpeft.errors import AdapterError
 from graphpeft.owner import STATE, vacate
+from graphpeft.passes.insert import require
 from graphpeft.passes.merge import unmerge
-from graphpeft.program import stored
 from graphpeft.quantized import release_order
 from graphpeft.state import chains, get_state, inactive, inside, names, owners, refuse_inside, refuse_merged, set_active
 from graphpeft.steps import named
@@ -79,7 +79,6 @@ def remove(model: nn.Module, name: str | None = None) -> None:
     for gone in leaving:
         del state.adapters[gone]
     if not state.adapters:
-        for path, required in state.required.items():
-            stored(model, path).requires_grad_(required)
+        require(model, state.required)
         release_order(model, state.held)
         del model.__dict__[STATE]

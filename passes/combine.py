@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graphpeft.adapters import places
+from graphpeft.ambient import plain
 from graphpeft.chain import Chain, Dense
 from graphpeft.errors import AdapterError
 from graphpeft.methods import LoRA
@@ -47,6 +48,7 @@ class Part:
 
 
 @named("combine")
+@plain()
 @torch.no_grad()
 def combine(
     model: nn.Module,

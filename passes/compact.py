@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from graphpeft.ambient import plain
 from graphpeft.chain import Chain, Coded, Ladder, Observed, RankGate, Rounded, Stack, Weighted
 from graphpeft.errors import AdapterError
 from graphpeft.passes.replace import replace_branches
@@ -18,6 +19,7 @@ Made = tuple[Entry, Chain]
 
 
 @named("compact")
+@plain()
 def compact(model: nn.Module, name: str | None = None) -> nn.Module:
     """Replace learned ranks and precisions by smaller tensors (of all adapters without a name); returns the model.
 

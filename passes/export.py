@@ -22,6 +22,7 @@ import onnxruntime as ort
 from torch import nn
 
 from graphpeft import onnx
+from graphpeft.ambient import as_called, plain
 from graphpeft.capture.capture import Inputs, quiet
 from graphpeft.deploy import genai, parity
 from graphpeft.deploy.cases import Outputs
@@ -42,6 +43,7 @@ Verify = Literal["off", "fast", "full"]
 
 
 @named("export")
+@plain()
 def export(
     model: nn.Module,
     path: str | Path,
@@ -97,7 +99,7 @@ def export(
     check_options(verify, quantize, compact, rows, merged)
     chosen = exported_names(model, merged, adapters)
     refuse_inexportable(model)
-    with quiet(model), _restored(model), staged(Path(path)) as folder:
+    with quiet(model), as_called(), _restored(model), staged(Path(path)) as folder:
         limit = parity.tolerance(model)
         pieces = [Part(name, flat, folder, limit) for name, flat in parts(model, inputs, cached=cache)]
         if cache and getattr(model, "can_generate", lambda: False)() and not pieces[-1].flat.cache:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -65,10 +66,17 @@ def insert(model: nn.Module, name: str, rules: str, seed: int, entries: tuple[En
         required = {n: p.requires_grad for n, p in model.named_parameters() if p not in ours}
         state = State(required=required, held=hold_order(model))
         model.__dict__[STATE] = state
-        for n in state.required:
-            stored(model, n).requires_grad_(False)
+        require(model, dict.fromkeys(required, False))
     state.adapters[name] = Adapter(rules, seed, entries)
     return state
+
+
+def require(model: nn.Module, required: Mapping[str, bool]) -> None:
+    """Let parameters train, or freeze them. Those made in inference mode never train, and torch forbids to say that they do."""
+    for name, trained in required.items():
+        parameter = stored(model, name)
+        if not parameter.is_inference():
+            parameter.requires_grad_(trained)
 
 
 def _check(model: nn.Module, entry: Entry) -> None:

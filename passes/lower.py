@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from graphpeft.ambient import plain
 from graphpeft.chain import Chain
 from graphpeft.errors import AdapterError
 from graphpeft.methods import LoRA
@@ -17,6 +18,7 @@ from graphpeft.steps import named
 
 
 @named("lower")
+@plain()
 def lower(model: nn.Module, name: str | None = None) -> nn.Module:
     """Make an adapter (all of them without a name) plain LoRA with the same update ΔW; returns the model.
 

@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from graphpeft.adapters import home, places
+from graphpeft.ambient import plain
 from graphpeft.errors import AdapterError
 from graphpeft.hooked import offloaded
 from graphpeft.owner import refuse_replaced, reoccupy, vacate
@@ -22,6 +23,7 @@ from graphpeft.weight_form import fold, update
 
 
 @named("merge")
+@plain()
 def merge(model: nn.Module, name: str | Sequence[str] | None = None, *, requantize: Any = None) -> Requantized | None:
     """Fold adapters (the active ones without a name) into the weights, in place.
 
@@ -104,6 +106,7 @@ def _updated(model: nn.Module, folded: Sequence[str]) -> dict[nn.Parameter, torc
 
 
 @named("unmerge")
+@plain()
 def unmerge(model: nn.Module) -> None:
     """Give every weight back as it was before `merge`, bit for bit, and the adapters that were active then."""
     state = get_state(model)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from graphpeft.adapters import places
+from graphpeft.ambient import plain
 from graphpeft.capture.samples import settled
 from graphpeft.chain import Chain, Factor
 from graphpeft.errors import AdapterError, CaptureError, FileError
@@ -48,6 +49,7 @@ from graphpeft.survey import survey
 Format = Literal["graphpeft", "peft"]
 
 
+@plain()
 def save(model: nn.Module, folder: str | Path, name: str | None = None, format: Format = "graphpeft") -> Path:
     """Write one adapter (the only one, or the one called `name`) to a folder; returns the folder.
 
@@ -118,6 +120,7 @@ def push_to_hub(
         return hub.upload(save(model, folder, name, format), repo_id, **options)
 
 
+@plain()
 def load(
     model: nn.Module,
     folder: str | Path,

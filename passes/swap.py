@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from graphpeft.adapters import places
+from graphpeft.ambient import plain
 from graphpeft.chain import Chain, Dense
 from graphpeft.errors import AdapterError
 from graphpeft.methods import LoRA
@@ -24,6 +25,7 @@ from graphpeft.store import hub
 
 
 @named("swap")
+@plain()
 @torch.no_grad()
 def swap(
     model: nn.Module,

@@ -12,6 +12,7 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
 from graphpeft.adapters import home, places
+from graphpeft.ambient import as_called, plain
 from graphpeft.capture.capture import Inputs, example_call, quiet
 from graphpeft.chain import Chain, Transform
 from graphpeft.errors import VerifyError
@@ -44,6 +45,7 @@ class Report:
 
 
 @named("verify")
+@plain()
 def verify(model: nn.Module, inputs: Inputs = None, level: Level = "full", identity: bool = False) -> Report:
     """Check an adapted model; raises `VerifyError` with the whole report if a check fails.
 
@@ -122,7 +124,7 @@ def difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
 def _outputs(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], report: Report, identity: bool) -> None:
     args, kwargs = call
     state = get_state(model)
-    with quiet(model):
+    with quiet(model), as_called():
         adapted = floats(model(*args, **kwargs))
         with inactive(model):
             base = floats(model(*args, **kwargs))
@@ -188,7 +190,7 @@ def _reachable(chain: Chain) -> list[torch.Tensor]:
 def _unreached(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], wanted: Sequence[torch.Tensor]) -> int:
     """How many of the tensors no gradient of the model's output reaches."""
     args, kwargs = call
-    with quiet(model), torch.enable_grad():
+    with quiet(model), as_called(), torch.enable_grad():
         loss = sum(t.float().pow(2).sum() for t in floats(model(*args, **kwargs)))
         if not isinstance(loss, torch.Tensor) or not loss.requires_grad:
             return len(wanted)

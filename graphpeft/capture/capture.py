@@ -18,6 +18,7 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from graphpeft.ambient import TORCHS, as_called, callers, plain
 from graphpeft.capture import hf
 from graphpeft.capture.blocks import Folding, kinds
 from graphpeft.capture.diagnose import explain
@@ -51,6 +52,24 @@ def capture(model: nn.Module | ExportedProgram, inputs: Inputs = None, *, blocks
         model = as_module(model)
     if isinstance(model, fx.GraphModule) and is_aten(model.graph):
         return _whole(model)
+    with plain():
+        try:
+            return _captured(model, inputs, blocks)
+        except CaptureError:
+            if callers() == TORCHS:
+                raise
+            with contextlib.suppress(CaptureError), as_called():  # the model's code may count on them
+                return _captured(model, inputs, blocks)
+            raise
+
+
+def _captured(model: nn.Module, inputs: Inputs, blocks: bool) -> Program:
+    made_inside = next((name for name, p in model.named_parameters() if p.is_inference()), None)
+    if made_inside is not None:
+        raise CaptureError(
+            f"{made_inside} of {type(model).__name__} was made inside of torch.inference_mode, so that autograd, which a capture "
+            f"asks and training needs, refuses it. Build or load the model outside; it may run inside."
+        )
     with in_floats(model):
         try:
             example = example_call(model, inputs)

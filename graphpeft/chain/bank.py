@@ -49,7 +49,8 @@ class Bank(nn.Module):
         generator = torch.Generator().manual_seed(self.key)
         for tensor in (self.A, self.B):
             bound = sqrt(6 / tensor.shape[1])
-            tensor.copy_(torch.empty(tensor.shape, device="cpu").uniform_(-bound, bound, generator=generator))
+            drawn = torch.empty(tensor.shape, dtype=torch.float32, device="cpu")
+            tensor.copy_(drawn.uniform_(-bound, bound, generator=generator))
         self.drawn = True
 
 
