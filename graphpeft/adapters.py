@@ -9,6 +9,7 @@ from typing import Any, cast
 from torch import Tensor, fx, nn
 
 from graphpeft.errors import AdapterError
+from graphpeft.names import attribute
 from graphpeft.program import Site, stored
 from graphpeft.rows import Rows
 
@@ -43,6 +44,11 @@ class Adapters(nn.Module):
             self.add_module(name, nn.ModuleDict())
             self.sites[name] = {}
         key = slot(site)
+        if self.sites[name].get(key, site) != site:
+            raise AdapterError(
+                f"{site.weight} ({site.role}) and {self.sites[name][key].weight} ({self.sites[name][key].role}) would share one "
+                f"place among the adapters of {site.owner or 'the model'}. Rename one of the two modules, or choose other sites."
+            )
         cast(nn.ModuleDict, self._modules[name])[key] = branch
         self.sites[name][key] = site
         if guest:
@@ -98,7 +104,12 @@ def slot(site: Site) -> str:
     """Name of a site's branch inside its owner: the role, after the weight's path where one owner has several."""
     local = site.weight[len(site.owner) + 1 if site.owner else 0 :]
     name = site.role if local == "weight" else f"{local.removesuffix('.weight')}_{site.role}"
-    return name.replace(".", "_")
+    name = attribute(name.replace(".", "_"))
+    return f"{name}_" if hasattr(_EMPTY, name) else name
+
+
+_EMPTY = nn.ModuleDict()
+"""What holds the branches, and has attributes of its own."""
 
 
 def places(site: Site) -> tuple[Site, ...]:

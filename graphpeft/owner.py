@@ -25,6 +25,7 @@ from graphpeft.graph import Splice, strip_checks
 from graphpeft.hooked import become, replaced
 from graphpeft.match.owners import Uses, forget_constants, trace
 from graphpeft.mode import set_mode
+from graphpeft.names import unwritable
 from graphpeft.program import Site
 from graphpeft.quantized import KEPT, Kept, packed, weight_node
 from graphpeft.sharded import sharded
@@ -264,6 +265,11 @@ def lower(owner: nn.Module, adapters: Adapters) -> fx.Graph:
                 f"instance. Apply the rules anew, or take the replacement off first."
             )
     graph.lint()
+    if (target := unwritable(graph)) is not None:
+        raise AdapterError(
+            f"The graph of a {type(owner).__name__} uses {target[:80]!r}, which no code can name. Usually a module has quotes, a "
+            f"backslash or a keyword of Python in its name. Rename it, or choose other sites."
+        )
     return graph
 
 

@@ -21,8 +21,8 @@ from graphpeft.errors import AdapterError
 from graphpeft.program import Site, layout, oriented
 from graphpeft.quantized import dense
 
-Named = tuple[str, Site]
-"""The name of an adapter, and one of its sites."""
+Named = tuple[str, str, Site]
+"""The name of an adapter, that of a branch in it, and the branch's site."""
 
 TOOLS = ("torch.distributed.", "torch.nn.utils.", "torchao.", "accelerate.", "deepspeed.", "bitsandbytes.")
 """Packages whose code looks after parameters, also while a model runs: in hooks around `forward`."""
@@ -37,7 +37,7 @@ def weight_form(adapters: Adapters, forward: Callable[..., Any]) -> dict[str, An
     for adapter in adapters.active:
         for site, _, _ in adapters.branches(adapter):
             if site.form == "weight":
-                by_weight.setdefault(site.weight.rpartition(".")[2], []).append((adapter, site))
+                by_weight.setdefault(site.weight.rpartition(".")[2], []).append((adapter, slot(site), site))
     shown = {name: _property(name, tuple(places)) for name, places in by_weight.items()}
     return {**shown, "forward": _keeping(forward)}
 
@@ -65,16 +65,16 @@ def _keeping(forward: Callable[..., Any]) -> Any:
 def _property(name: str, places: tuple[Named, ...]) -> property:
     def read(self: nn.Module) -> torch.Tensor:
         adapters, base = cast(Adapters, self._modules[HOME]), _base(self, name)
-        if adapters.shown is None and not _computing(places[0][1].weight):
+        if adapters.shown is None and not _computing(places[0][2].weight):
             return base
         # A weight made without gradients is not one to train with.
         key = name, torch.is_grad_enabled()
         if adapters.shown is not None and key in adapters.shown:
             return adapters.shown[key]
         weight = base = dense(base, self)
-        for adapter, site in places:
+        for adapter, branch, site in places:
             branches = cast(nn.ModuleDict, adapters._modules[adapter])
-            weight = fold(weight, site, update(branches[slot(site)], base, site))
+            weight = fold(weight, site, update(branches[branch], base, site))
         if adapters.shown is not None:
             adapters.shown[key] = weight
         return weight

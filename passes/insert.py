@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from graphpeft.adapters import Adapters, home, places, settle
 from graphpeft.chain import Chain, Factor, Transform
 from graphpeft.errors import AdapterError
 from graphpeft.hooked import device_of
+from graphpeft.names import is_name
 from graphpeft.owner import STATE, vacate
 from graphpeft.plan import Entry
 from graphpeft.program import stored
@@ -22,12 +22,17 @@ from graphpeft.state import Adapter, State, find_state, refuse_merged
 from graphpeft.steps import named
 
 
+def usable(name: str) -> bool:
+    """Whether an adapter can have this name: it stands among the attributes of modules."""
+    return is_name(name) and not hasattr(nn.ModuleDict, name) and not hasattr(Adapters(), name)
+
+
 def check_name(model: nn.Module, name: str) -> None:
     """Raise `AdapterError` unless `name` is free on the model and fit for a module's name, and the model not merged."""
-    if not re.fullmatch(r"[A-Za-z_]\w*", name) or hasattr(nn.ModuleDict, name) or hasattr(Adapters(), name):
+    if not usable(name):
         raise AdapterError(
-            f"{name!r} cannot name an adapter: names become part of parameter names. Use letters, digits and "
-            f"underscores, as in 'default' or 'task_1', and no name that torch.nn.Module or graphpeft's own uses."
+            f"{name[:80]!r} cannot name an adapter: names become part of parameter names. Use letters, digits and underscores, "
+            f"as in 'default' or 'task_1', no keyword of Python, and no name that torch.nn.Module or graphpeft's own uses."
         )
     state = find_state(model)
     if state is not None and name in state.adapters:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from graphpeft.adapters import places
 from graphpeft.ambient import plain
@@ -20,7 +20,7 @@ from graphpeft.chain import Chain, Factor
 from graphpeft.errors import AdapterError, CaptureError, FileError
 from graphpeft.passes.activate import remove
 from graphpeft.passes.initialize import initialize
-from graphpeft.passes.insert import check_name, insert
+from graphpeft.passes.insert import check_name, insert, usable
 from graphpeft.plan import Entry
 from graphpeft.program import Site, stored
 from graphpeft.quantized import levels
@@ -39,7 +39,7 @@ from graphpeft.state import (
     set_active,
 )
 from graphpeft.steps import step
-from graphpeft.store import hub
+from graphpeft.store.hub import local, upload
 from graphpeft.store.native import DESCRIPTION, AdapterFile, fingerprint, read_adapter, write_adapter
 from graphpeft.store.peft_config import CONFIG
 from graphpeft.store.peft_read import read_peft
@@ -117,7 +117,7 @@ def push_to_hub(
     `commit_message`, and `private`. Raises as `save` and huggingface_hub do.
     """
     with tempfile.TemporaryDirectory() as folder:
-        return hub.upload(save(model, folder, name, format), repo_id, **options)
+        return upload(save(model, folder, name, format), repo_id, **options)
 
 
 @plain()
@@ -128,23 +128,25 @@ def load(
     *,
     any_base: bool = False,
     strict: bool = True,
+    hub: bool = False,
     revision: str | None = None,
 ) -> nn.Module:
     """Add the adapter of a folder to a model and activate it; returns the model.
 
     Args:
-        folder: one that `save` wrote, or PEFT (LoRA, rsLoRA, DoRA and VeRA in safetensors); or `owner/name` of a repository
-            of the Hugging Face Hub, if there is no such folder.
+        folder: one that `save` wrote, or PEFT (LoRA, rsLoRA, DoRA and VeRA in safetensors); or `hub:owner/name`, a repository
+            of the Hugging Face Hub.
         name: renames it; an adapter of PEFT's has no name of its own, and is called `default`.
         any_base: other base weights than the adapter was trained on are a warning rather than an error. PEFT's format says
             nothing of them, but for those that it saved too (`modules_to_save`), which are never loaded.
         strict: tensors of PEFT's that are missing, unexpected, or of another shape are an error rather than a warning.
+        hub: whether `folder` is `owner/name` of a repository on the Hub. Nothing else asks the Hub.
         revision: of the repository.
 
     Raises `FileError`, and leaves the model as it was, if the folder is not an intact adapter, does not fit the model, or
     was trained on other base weights.
     """
-    place = hub.local(folder, revision)
+    place = local(folder, revision, hub)
     content = read(model, place, name, None, any_base=any_base, strict=strict)
     chosen = name or content.name
     before = state.active if (state := find_state(model)) else ()
@@ -152,10 +154,12 @@ def load(
     try:
         with step("activate", model):
             set_active(model, (chosen,))
-    except BaseException:
+    except BaseException as error:
         remove(model, chosen)
         if before:
             set_active(model, before)
+        if isinstance(error, AdapterError):  # what the file says of the model's code is not so
+            raise FileError(f"{place} does not fit {type(model).__name__}: {error}") from error
         raise
     return model
 
@@ -170,6 +174,10 @@ def read(
         content = read_peft(model, folder, found, any_base=any_base, strict=strict)
     else:
         content = read_adapter(folder)
+    if name is None and not usable(content.name):
+        raise FileError(
+            f"{folder} calls its adapter {content.name!r}, which is no name here. Give it another one, with name=."
+        )
     check_name(model, name or content.name)
     _check_sites(model, content, folder)
     _check_tensors(content, folder)
@@ -232,6 +240,12 @@ def _check_sites(model: nn.Module, content: AdapterFile, folder: Path) -> None:
             )
         if site.owner and not _has(model, site.owner):
             raise FileError(f"{folder} does not fit {type(model).__name__}: there is no module {site.owner}.")
+        held_by = site.weight.rpartition(".")[0]
+        if site.form == "weight" and site.owner != held_by and not isinstance(model, fx.GraphModule):
+            raise FileError(
+                f"{folder}: {site.weight} is to be read as weight + ΔW in {site.owner or 'the model'}, which does not hold it "
+                f"itself. The file was changed by hand, or damaged."
+            )
     for site in (entry.site for entry in content.entries):
         loose = [p.weight for p in site.tied if stored(model, p.weight) is not stored(model, site.weight)]
         if loose:

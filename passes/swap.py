@@ -21,7 +21,7 @@ from graphpeft.passes.storage import attach, read
 from graphpeft.program import Site
 from graphpeft.state import Adapter, chains, get_state, names, refuse_merged
 from graphpeft.steps import named
-from graphpeft.store import hub
+from graphpeft.store.hub import local
 
 
 @named("swap")
@@ -33,6 +33,7 @@ def swap(
     name: str = "default",
     *,
     any_base: bool = False,
+    hub: bool = False,
     revision: str | None = None,
 ) -> nn.Module:
     """Replace the numbers of the adapter `name` by those of a folder, in place; returns the model.
@@ -44,8 +45,7 @@ def swap(
 
     Args:
         folder: as for `load`; adapters of PEFT as well.
-        any_base: as for `load`.
-        revision: of a repository on the Hub.
+        any_base, hub, revision: as for `load`.
 
     Raises `AdapterError` for an unknown name, a merged model, or what does not fit; `FileError` as `load` does. The model is
     then as it was.
@@ -60,7 +60,7 @@ def swap(
         )
     visitor = next(n for i in range(len(state.adapters) + 1) if (n := f"swapped_in_{i}") not in state.adapters)
     sites = tuple(entry.site for entry in held.entries)
-    content = read(model, hub.local(folder, revision), visitor, sites, any_base=any_base, strict=True)
+    content = read(model, local(folder, revision, hub), visitor, sites, any_base=any_base, strict=True)
     attach(model, visitor, content)
     try:
         _swap(model, name, held, visitor)

@@ -54,7 +54,7 @@ def adapt(
     model: nn.Module, sites: list[Site], method: Method = LORA, name: str = "default", seed: int = 0
 ) -> nn.Module:
     """What gp.apply does once it has a plan."""
-    insert(model, name, "by hand", seed, tuple(Entry(s, method, f"{s.role}:{method}") for s in sites))
+    insert(model, name, f"linear:{method}", seed, tuple(Entry(s, method, f"{s.role}:{method}") for s in sites))
     initialize(model, name)
     set_active(model, (name,))
     return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -155,7 +156,10 @@ def test_adapters_that_do_not_fit_are_refused_by_site(folder: Path, given: str) 
     [
         (lambda f: (f / "a.json").unlink(), "a.json: missing or unreadable.*copy both files together"),
         (lambda f: (f / "a.json").write_text("[]"), "a.json: missing or unreadable"),
-        (lambda f: (f / "a.json").write_text('{"base": "0123456789abcdef"}'), "made for base model 0123456789ab, but"),
+        (
+            lambda f: (f / "a.json").write_text(json.dumps({"base": "0123456789abcdef" * 4})),
+            "made for base model 0123456789ab, but",
+        ),
         (lambda f: (f / "a.onnx_adapter").write_bytes(b"not flat buffers"), "a.onnx_adapter: not an adapter of ONNX"),
     ],
     ids=["sidecar gone", "sidecar garbled", "other base", "garbled"],

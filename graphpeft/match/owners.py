@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from graphpeft.hooked import replaced
 from graphpeft.match.products import PICKS, SAME, TRANSPOSES, Affine, behind_transposes, op, read_affine
+from graphpeft.names import unwritable
 from graphpeft.program import Program, stored
 from graphpeft.quantized import kept_graph, packed
 
@@ -67,7 +68,7 @@ CONSTANT = re.compile(r"_tensor_constant\d+")
 
 
 def trace(module: nn.Module, keep: bool = False) -> fx.Graph | None:
-    """The module's own FX graph, or `None` where its code cannot be traced or was replaced on the instance.
+    """The module's own FX graph, or `None` where its code cannot be traced or written, or was replaced on the instance.
 
     Constants that the code makes become attributes of the module; they go again unless `keep` is set, for a graph that
     is to run."""
@@ -79,7 +80,8 @@ def trace(module: nn.Module, keep: bool = False) -> fx.Graph | None:
         return kept_graph(module)
     before = set(module.__dict__)
     try:
-        return _Tracer().trace(module)
+        graph = _Tracer().trace(module)
+        return None if unwritable(graph) else graph
     except Exception:
         # Tracing runs the module's code on proxies, so anything may be raised; the caller takes the weight form.
         return None

@@ -14,9 +14,10 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from graphpeft.errors import ExportError
+from graphpeft.errors import ExportError, FileError
 from graphpeft.store.aside import aside
 from graphpeft.store.exchange import exchange
+from graphpeft.store.foreign import read_json
 from graphpeft.store.unfinished import flush
 
 REPORT = "graphpeft.json"
@@ -151,8 +152,10 @@ def _refuse_foreign(target: Path) -> None:
     if not present:
         return
     try:
-        ours = {REPORT, *json.loads((target / REPORT).read_text(encoding="utf-8"))["files"]}
-    except (OSError, ValueError, KeyError, TypeError):
+        listed = read_json(target / REPORT, free={"checks", "notes"})["files"]
+        if not all(Path(name).name == name and type(size) is int for name, size in listed.items()):
+            raise TypeError(listed)
+    except (FileError, KeyError, TypeError, AttributeError):
         raise ExportError(f"{target}: the folder exists and no export of graphpeft wrote it. {remedy}") from None
-    if foreign := sorted(present - ours):
+    if foreign := sorted(present - {REPORT, *listed}):
         raise ExportError(f"{target}: an earlier export, but {foreign[0]!r} is not of it and would be lost. {remedy}")

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
 from graphpeft.errors import AdapterError, FileError
-from graphpeft.runtime.adapter_file import SCHEMA, SUFFIX, write
-from graphpeft.runtime.layout import ROW_WEIGHTS, Arrays, Held, Pairs, a_of, b_of, filled, pair_slots, place, unfilled
+from graphpeft.runtime.adapter_file import SUFFIX, write
+from graphpeft.runtime.facts import read_facts, read_sidecar
+from graphpeft.runtime.layout import ROW_WEIGHTS, Arrays, Held, Pairs, a_of, b_of, filled, pair_slots, unfilled
 
 one_cause = "Usual cause: an adapter of another model or export. Remedy: export model and adapter together."
 NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64,
@@ -47,15 +46,8 @@ class Graph:
                 f"{path}: ONNX Runtime {ort.__version__} cannot load it: {error} Usual causes: {path.name}.data was "
                 "not copied along, or the graph's opset is too new. Copy the whole folder, or update ONNX Runtime."
             ) from error
-        facts = self.inference.get_modelmeta().custom_metadata_map
-        if facts.get("graphpeft.schema") != str(SCHEMA):
-            raise FileError(
-                f"{path}: graphpeft.schema is {facts.get('graphpeft.schema')!r} in the model's metadata, this "
-                f"version reads {SCHEMA}. Export the model again with this version of graphpeft."
-            )
-        self.base = facts["graphpeft.base"]
-        self.slots = tuple(place(fields) for fields in json.loads(facts["graphpeft.slots"]))
-        self.facts: Mapping[str, Any] = json.loads(facts.get("graphpeft.generation", "{}"))
+        facts = read_facts(path, self.inference)
+        self.base, self.slots, self.facts, self.oldest = facts.base, facts.slots, facts.generation, facts.onnxruntime
         self.open = {node.name: node for node in self.inference.get_overridable_initializers()}
         self.inputs = {node.name: node for node in self.inference.get_inputs()}
         self.outputs = [node.name for node in self.inference.get_outputs()]
@@ -187,15 +179,9 @@ class Graph:
 def checked_base(sidecar: Path, base: str) -> None:
     """Refuse an adapter whose sidecar names another base model, or none."""
     name = sidecar.name.removesuffix(".json") + SUFFIX
-    try:
-        said = json.loads(sidecar.read_text(encoding="utf-8"))["base"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FileError(
-            f"{sidecar}: missing or unreadable. It states which base model {name} was trained on, and the "
-            "adapter's file cannot; copy both files together."
-        ) from error
+    said = read_sidecar(sidecar)
     if said != base:
         raise FileError(
-            f"{sidecar.with_name(name)}: made for base model {str(said)[:12]}, but the graph holds {base[:12]}. The "
+            f"{sidecar.with_name(name)}: made for base model {said[:12]}, but the graph holds {base[:12]}. The "
             "shapes may fit, the answers would not: export the adapter from this base model."
         )

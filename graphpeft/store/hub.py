@@ -1,7 +1,8 @@
-"""Adapters on the Hugging Face Hub, through huggingface_hub alone."""
+"""Adapters on the Hugging Face Hub, through huggingface_hub alone. It is asked only where somebody says so."""
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -10,24 +11,44 @@ from graphpeft.errors import FileError
 
 FILES = ["adapter*.json", "adapter*.safetensors"]
 """All that is fetched: neither pickles nor code."""
+PREFIX = "hub:"
+REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
-def local(folder: str | Path, revision: str | None = None) -> Path:
-    """The folder itself, or a snapshot of the Hub's repository if it is none and reads `owner/name`.
+def local(folder: str | Path, revision: str | None = None, hub: bool = False) -> Path:
+    """The folder, or for `hub:owner/name` (with `hub`, `owner/name`) a snapshot of that repository.
 
-    Raises `FileError` if there is no such repository, or no way to it.
+    A mistyped path asks nobody: raises `FileError` if there is no such folder, no such repository, or no way to it.
     """
-    path = Path(folder)
-    if path.exists() or not isinstance(folder, str) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", folder):
-        return path
+    text = str(folder)
+    if hub or text.startswith(PREFIX):
+        return _snapshot(text.removeprefix(PREFIX), revision)
+    if revision is not None:
+        raise FileError(f"{folder} is a folder here, which has no revision {revision!r}. Write {PREFIX}owner/name.")
+    if not os.path.exists(folder):  # False for what no path can be, too
+        meant = (
+            f" For the repository of that name on the Hugging Face Hub, write {PREFIX}{text!s}."
+            if _is_name(text)
+            else ""
+        )
+        raise FileError(f"{folder}: there is no such folder. Check the path.{meant}")
+    return Path(folder)
+
+
+def _is_name(text: str) -> bool:
+    return REPOSITORY.fullmatch(text) is not None and len(text) <= 200
+
+
+def _snapshot(name: str, revision: str | None) -> Path:
+    if not _is_name(name):
+        raise FileError(f"{name[:80]!r} is no name of a repository on the Hugging Face Hub. Write {PREFIX}owner/name.")
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(folder, revision=revision, allow_patterns=FILES))
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=FILES))
     except (OSError, ValueError) as error:
         raise FileError(
-            f"{folder} is no folder here, and the Hub gave no repository of that name: {error} Check the path, the name, and "
-            f"the connection."
+            f"The Hub gave no repository {name}: {error} Check the name, the revision, and the connection."
         ) from error
 
 

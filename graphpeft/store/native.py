@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,11 +25,14 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from graphpeft.errors import FileError, RuleError
+from graphpeft.match.registry import check_name
 from graphpeft.methods import options
+from graphpeft.names import is_name
 from graphpeft.plan import Entry
 from graphpeft.program import Site
-from graphpeft.rules import parse
+from graphpeft.rules import Rule, parse
 from graphpeft.store.files import write
+from graphpeft.store.foreign import LONGEST, read_json, shortened
 
 FORMAT, VERSION = "graphpeft", 1
 TENSORS, DESCRIPTION = "adapter.safetensors", "adapter.json"
@@ -65,7 +70,7 @@ def write_adapter(folder: Path, adapter: AdapterFile) -> None:
         "tensors_sha256": hashlib.sha256(data).hexdigest(),
         "versions": {name: version(name) for name in ("graphpeft", "torch")},
         "sites": [
-            {**asdict(e.site), "method": e.method.text([o.name for o in options(type(e.method))]), "rule": e.rule}
+            {**_described(e.site), "method": e.method.text([o.name for o in options(type(e.method))]), "rule": e.rule}
             for e in adapter.entries
         ],
     }
@@ -74,19 +79,28 @@ def write_adapter(folder: Path, adapter: AdapterFile) -> None:
     (folder / ASIDE).replace(folder / TENSORS)
 
 
+def _described(site: Site) -> dict[str, Any]:
+    """The fields of a site; the file that its code is in may have any name, and no more of it is kept than a text may have."""
+    about = asdict(site)
+    for each in (about, *about["tied"]):
+        each["source"] = re.sub(r"[^\w.:<> -]", "_", each["source"])[-LONGEST:]
+    return about
+
+
 def read_adapter(folder: Path) -> AdapterFile:
     """Read and check an adapter folder. Raises `FileError` for anything missing, torn, foreign or newer."""
     about = _describe(folder)
     data = _tensors(folder, about["tensors_sha256"])
     try:
         tensors = load_tensors(data)
+        _parsed(about["rules"])
         entries = tuple(_entry(site) for site in about["sites"])
         if len({entry.site.key for entry in entries}) < len(entries):
             raise ValueError("a site is there twice")
     except (safetensors.SafetensorError, RuleError, KeyError, TypeError, ValueError) as error:
         raise FileError(
-            f"{folder} cannot be understood: {error}. Usually it was written by another version of graphpeft, or edited by "
-            f"hand. Save the adapter again with the version that made it."
+            f"{folder} cannot be understood: {shortened(str(error), 500)}. Usually it was written by another version of "
+            f"graphpeft, or edited by hand. Save the adapter again with the version that made it."
         ) from error
     return AdapterFile(about["name"], about["rules"], about["seed"], entries, tensors, about["base_fingerprint"])
 
@@ -123,12 +137,7 @@ def _describe(folder: Path) -> dict[str, Any]:
             + (f" (it holds {', '.join(found)})." if found else ".")
             + f"{foreign} Pass a folder that gp.save or PEFT wrote."
         )
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FileError(
-            f"{path} is not readable JSON: {error}. It was cut short or edited; copy the folder again."
-        ) from error
+    about = read_json(path, free=FREE)
     needed = {"format": str, "version": int, "name": str, "rules": str, "seed": int, "base_fingerprint": str,
               "tensors_sha256": str, "sites": list}  # fmt: skip
     wrong = [k for k, kind in needed.items() if not isinstance(about, dict) or not isinstance(about.get(k), kind)]
@@ -136,6 +145,12 @@ def _describe(folder: Path) -> dict[str, Any]:
         raise FileError(
             f"{path} is not a description of a graphpeft adapter: {', '.join(wrong) or 'format'} missing or wrong."
         )
+    for field, shape in SHAPES.items():
+        if not shape(about.get(field)):
+            raise FileError(
+                f"{path}: its {field} is {shortened(str(about.get(field)))!r}, which gp.save never writes. Usually the file was "
+                f"edited or damaged. Copy the folder again, from where you trust it."
+            )
     if about["version"] > VERSION:
         raise FileError(
             f"{path} has format version {about['version']}; this graphpeft reads up to {VERSION}. Update graphpeft."
@@ -146,10 +161,50 @@ def _describe(folder: Path) -> dict[str, Any]:
     return about
 
 
+def _is_hex(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
+
+
+def _are_versions(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(each, str) and re.fullmatch(r"\d[\w.+!-]{0,99}", each) for each in value.values()
+    )
+
+
+FREE = {"rules", "rule", "method", "weight", "owner"}
+"""Fields with texts in quotes, or with names of modules. The former are parsed, the latter looked up in the model."""
+SHAPES: dict[str, Callable[[Any], bool]] = {
+    "name": is_name,
+    "base_fingerprint": _is_hex,
+    "tensors_sha256": _is_hex,
+    "versions": lambda value: value is None or _are_versions(value),
+}
+
+
 def _entry(saved: Any) -> Entry:
     # A method is only ever written in a rule, so a rule is what reads it.
     site = _site(saved)
-    return Entry(site, parse(f"linear:{saved['method']}")[0].method, str(saved["rule"]))
+    _parsed(saved["rule"])
+    (rule,) = _parsed(f"linear:{saved['method']}")
+    return Entry(site, rule.method, saved["rule"])
+
+
+@lru_cache(1000)
+def _parsed(text: str) -> tuple[Rule, ...]:
+    """The rules of a text, which may name roles that this process does not know. Raises `RuleError`."""
+    roles = {word for word in re.findall(r"[A-Za-z_][\w.]*", text, re.ASCII) if _is_role(word)}
+    return parse(text, sorted(roles))
+
+
+def _is_role(text: str) -> bool:
+    try:
+        check_name(text)
+    except RuleError:
+        return False
+    return len(text) <= LONGEST_ROLE
+
+
+LONGEST_ROLE = 100
 
 
 KINDS: dict[str, tuple[type, ...]] = {
@@ -171,6 +226,10 @@ def _site(saved: Any) -> Site:
     rows, shape = values["rows"], values["shape"]
     values["rows"] = tuple((_size(a, least=0), _size(b)) for a, b in rows) if rows else None
     values["shape"] = tuple(map(_size, shape))
+    if not _is_role(values["role"]):
+        raise ValueError(f"a site has the role {shortened(values['role'])!r}")
+    if values.get("owner") and not values["weight"].startswith(f"{values['owner']}."):
+        raise ValueError(f"{shortened(values['weight'])} is not in {shortened(values['owner'])}")
     if len(shape) != 2 or values.get("form", "branch") not in {"branch", "weight"}:
         raise ValueError(f"a site has shape {shape} and form {values.get('form')!r}")
     bounds = [0, *(bound for run in values["rows"] or () for bound in run), values.get("full") or shape[0]]

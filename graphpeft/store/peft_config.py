@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import warnings
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from graphpeft.errors import FileError
+from graphpeft.store.foreign import read_json, shortened
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 T = TypeVar("T")
@@ -53,8 +53,27 @@ SHAPES: dict[str, Callable[[Any], bool]] = {
     "modules_to_save": lambda names: isinstance(names, list) and all(isinstance(name, str) for name in names),
 }
 """What the fields are that are reckoned with."""
+FREE = {
+    "target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "rank_pattern", "alpha_pattern",
+    "target_parameters", "base_model_name_or_path",
+}  # fmt: skip
+"""Fields with patterns or paths, which have any characters."""
+TEXTS = {
+    "init_lora_weights": r"(?i)true|false|gaussian|eva|orthogonal|mica",
+    "bias": "none|all|lora_only|vera_only",
+    "task_type": r"\w{0,100}",
+    "peft_version": r"(\d[\w.+!@-]{0,99})?",
+    "revision": r"[\w./+@-]{0,200}",
+    "megatron_core": r"\w+(\.\w+)*",
+    "base_model_name_or_path": r".{0,4096}",
+}
+"""How other texts look, those too that nothing depends on."""
 MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Beginnings of `init_lora_weights` with which PEFT subtracts something from the base weights."""
+
+
+def _reads(value: Any, shape: str) -> bool:
+    return not isinstance(value, str) or re.fullmatch(shape, value) is not None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -64,10 +83,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     variant, or an adapter that is relative to base weights that PEFT changed.
     """
     path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FileError(f"{path} is not readable JSON: {error}. Copy the folder again.") from error
+    config = read_json(path, free=FREE)
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if not isinstance(kind, str) or kind not in KNOWN:
         raise FileError(
@@ -84,6 +100,11 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"say what the adapter does. Convert it with PEFT: model.save_pretrained(folder, "
             f"path_initial_model_for_weight_conversion=<the untrained adapter>)."
         )
+    if known := [name for name, shape in TEXTS.items() if not _reads(config.get(name), shape)]:
+        raise FileError(
+            f"{path}: its {known[0]} is {shortened(str(config[known[0]]))!r}, which PEFT never writes. Usually it was edited by "
+            f"hand, or is of a later version of PEFT. Use it with PEFT, and merge it there."
+        )
     wrong = [name for name, fits in SHAPES.items() if config.get(name) is not None and not fits(config[name])]
     if wrong:
         raise FileError(
@@ -93,6 +114,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     if unknown:
         warnings.warn(f"{path} has fields that this version ignores: {', '.join(unknown)}", stacklevel=5)
     return dict(config)
+
+
+def selects_nothing(config: Mapping[str, Any], modules: Iterable[str]) -> bool:
+    """Whether the config says which modules it adapts, and none of these is one of them."""
+    targets = config.get("target_modules")
+    told = bool(targets) and targets != "all-linear" and not config.get("target_parameters")
+    return told and not targeted(config, modules)
 
 
 def targeted(config: Mapping[str, Any], modules: Iterable[str]) -> list[str]:

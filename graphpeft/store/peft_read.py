@@ -25,14 +25,16 @@ from graphpeft.plan import Entry
 from graphpeft.program import Site
 from graphpeft.rules import parse, to_text
 from graphpeft.state import find_state, saved
+from graphpeft.store.foreign import shortened
 from graphpeft.store.native import AdapterFile
-from graphpeft.store.peft_config import CONFIG, TENSORS, looked_up, read_config
+from graphpeft.store.peft_config import CONFIG, TENSORS, looked_up, read_config, selects_nothing
 from graphpeft.store.peft_layout import (
     BANK,
     MAGNITUDE,
     PREFIX,
     NoEquivalent,
     Place,
+    modules,
     shapes,
 )
 from graphpeft.store.peft_sites import locate
@@ -94,6 +96,9 @@ def read_peft(
     prefixes = dict.fromkeys(match[1] for key in tensors if (match := OURS.match(key)))
     vera = config["peft_type"] == "VERA"
     try:
+        if selects_nothing(config, (name for name, _ in modules(model) if name)):
+            named = shortened(str(config["target_modules"]))
+            raise ValueError(f"its target_modules, {named}, name no module of {type(model).__name__}.")
         spots = list(locate(model, config, prefixes, found))
         parts = list((_vera if vera else _lora)(config, tensors, spots, problems))
     except NoEquivalent as error:

@@ -494,9 +494,7 @@ def test_a_folder_of_named_adapters_says_where_they_are(tmp_path: Path) -> None:
 # -- the Hub ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_repository_is_fetched_only_if_there_is_no_such_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_repository_is_fetched_only_where_somebody_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = theirs("llama", LoraConfig(r=4, target_modules=["q_proj"]), tmp_path / "owner" / "name")
     asked: list[Any] = []
 
@@ -506,20 +504,30 @@ def test_a_repository_is_fetched_only_if_there_is_no_such_folder(
         return str(tmp_path / "owner" / "name")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    model = gp.load(fresh("llama"), "some/where", revision="v1")
-    assert asked == [("some/where", "v1")]
+    model = gp.load(fresh("llama"), "hub:some/where", revision="v1")
     assert distance(logits(model.eval()), wanted) < TOLERANCE
+    gp.load(fresh("llama"), "some/where", hub=True)
+    gp.swap(model, "hub:some/where")
+    assert asked == [("some/where", "v1"), ("some/where", None), ("some/where", None)]
     monkeypatch.chdir(tmp_path)
-    gp.load(fresh("llama"), "owner/name")
-    for no_repository in ("nowhere", "./some/where", Path("some/where")):
-        with pytest.raises(FileError, match="no graphpeft adapter"):
-            gp.load(fresh("llama"), no_repository)
-    assert len(asked) == 1
+    gp.load(fresh("llama"), "owner/name")  # a folder here
+    for mistyped in ("some/where", Path("some/where")):
+        with pytest.raises(FileError, match=r"some/where: there is no such folder.*write hub:some/where\."):
+            gp.load(fresh("llama"), mistyped)
+    for nowhere in ("nowhere", "./some/where", "some/where/else", "x" * 5000):
+        with pytest.raises(FileError, match=r"there is no such folder\. Check the path\.$"):
+            gp.load(fresh("llama"), nowhere)
+    for no_name in ("hub:", "hub:one", "hub:a/b/c", "hub:a/b;c", 'hub:a/"b"', f"hub:a/{'b' * 500}"):
+        with pytest.raises(FileError, match="no name of a repository"):
+            gp.load(fresh("llama"), no_name)
+    with pytest.raises(FileError, match=r"has no revision 'v1'\. Write hub:owner/name"):
+        gp.load(fresh("llama"), "owner/name", revision="v1")
+    assert len(asked) == 3
 
 
 def test_a_repository_out_of_reach_is_a_file_error() -> None:
-    with pytest.raises(FileError, match="nobody/nothing is no folder here, and the Hub gave no repository"):
-        gp.load(fresh("llama"), "nobody/nothing")
+    with pytest.raises(FileError, match="The Hub gave no repository nobody/nothing"):
+        gp.load(fresh("llama"), "hub:nobody/nothing")
 
 
 @pytest.mark.parametrize(("format", "file"), [("peft", "adapter_config.json"), ("graphpeft", "adapter.json")])
