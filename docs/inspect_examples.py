@@ -39,7 +39,7 @@ def trained(model: nn.Module, rules: str) -> nn.Module:
     gp.apply(model, rules)
     torch.manual_seed(1)
     tokens = torch.randint(3, 128, (8, 16))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2, fused=True)
     for _ in range(20):
         model(tokens, labels=tokens).loss.backward()
         optimizer.step()

@@ -22,7 +22,7 @@ print(gp.plan(model, "qv:rlora; mlp:lora(r=4)"))  # what would be adapted; nothi
 gp.apply(model, rules="qv:rlora; mlp:lora(r=4)")  # in place; also returns the model
 
 tokens = torch.randint(3, 128, (4, 16))
-optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=True)
 for _ in range(10):  # any training loop, Trainer, accelerate
     loss = model(tokens, labels=tokens).loss
     optimizer.zero_grad()

@@ -31,7 +31,7 @@ print(gp.sites(model, (x,)), end="\n\n")
 gp.apply(model, "factor:lora(r=2); fold:lora(r=4)", inputs=(x,))
 print(gp.explain(model), end="\n\n")
 
-optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=True)
 for _ in range(5):
     loss = (model(x) - x.flip(-1)).square().mean()
     optimizer.zero_grad()
