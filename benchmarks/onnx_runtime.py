@@ -84,7 +84,7 @@ def write(folder: Path, width: int, layers: int) -> None:
     model = transformers.LlamaForCausalLM(config).eval()
     flat = Flat.of(model, cached=True)  # `export` wants adapters; this translates as it does, without slots and passes
     with torch.no_grad():
-        base = onnx.translate(flat.module(), flat.inputs, flat.outputs, [flat.axes[name] for name in flat.inputs], None)
+        base = onnx.translate(flat.module(), flat.inputs, flat.outputs, [flat.axes[name] for name in flat.inputs])
     (folder / "base").mkdir()
     onnx.save(base, folder / "base" / "model.onnx", (), {"graphpeft.base": fingerprint(model)})
     adapt(model, 8, "r8")

@@ -56,6 +56,7 @@ def export(
     share: bool = False,
     compact: bool = False,
     quantize: onnx.Bits | None = None,
+    accuracy_level: int = onnx.ROUNDED,
     tokenizer: Any = None,
     opset: int | None = None,
     verify: Verify = "full",
@@ -79,10 +80,13 @@ def export(
             and shapes are those of `olive convert-adapters`. Fewer launches, but each B has zeros in the others' rows.
         compact: hold open what the method trains, in its own shapes, instead of a pair: kilobytes for VeRA, RLoRA, MELoRA
             or a compacted B-LoRA, whose integers stay integers. All adapters then have to be of one method and seed.
-        quantize: "int4" (weights, in blocks of 32) or "int8" (activations too) for the base's matrices; adapters stay float
-            and read unquantized activations. The float graph is verified first, the quantized one against its weights.
+        quantize: "int4" (weights in blocks of 32) or "int8" for the base's matrices; adapters stay float and read activations
+            that nobody rounded. The float graph is verified first, then the quantized one, as users run it, against its weights.
+        accuracy_level: ONNX Runtime's, of int4 products: 4 rounds their activations to 8 bits, in blocks, and decodes about twice
+            as fast; 0 leaves them as they are. int8 rounds activations as they come, in either case.
         tokenizer: of transformers; its files are saved beside the graph, for `graphpeft run` and onnxruntime-genai.
-        opset: 18 or later; default: that of torch.onnx.
+        opset: 18 or later; default: 23, with which decoders run faster. A lower one is for older runtimes; the report says with
+            which ones it was tried.
         verify: `off`: the graph's structure only. `fast`: also ONNX Runtime against PyTorch, at sizes that were not
             traced. `full`: also every slot by itself, swaps on one session, and that each adapter moves the output.
 
@@ -96,7 +100,8 @@ def export(
     After an error the folder is as it was before.
     """
     start = time.perf_counter()
-    check_options(verify, quantize, compact, rows, merged)
+    opset = onnx.DEFAULT_OPSET if opset is None else opset
+    check_options(verify, quantize, accuracy_level, compact, rows, merged)
     chosen = exported_names(model, merged, adapters)
     refuse_inexportable(model)
     with quiet(model), as_called(), _restored(model), staged(Path(path)) as folder:
@@ -110,7 +115,7 @@ def export(
                        as_trained if compact else as_pairs)  # fmt: skip
         work.merged() if merged else work.swappable()
         if quantize is not None:
-            work.quantize(quantize, () if merged else chosen)
+            work.quantize(quantize, accuracy_level, () if merged else chosen)
         for part in pieces:
             figures = [check.value for check in part.checks if not check.least]
             onnx.annotate(part.path, {"graphpeft.tolerance": f"{max(figures):.2g}"} if figures else {})
@@ -128,6 +133,7 @@ def export(
             notes=tuple(note for part in pieces for note in part.notes),
             versions={name: version(name) for name in ("graphpeft", "torch", "onnx", "onnxruntime")},
             seconds=round(time.perf_counter() - start, 2),
+            onnxruntime=onnx.oldest(opset),
         )
         report.save(folder)
     return report
@@ -145,7 +151,7 @@ class _Export:
     model: nn.Module
     parts: Sequence[Part]
     folder: Path
-    opset: int | None
+    opset: int
     verify: Verify
     names: tuple[str, ...]
     passes: Sequence[Pass]
@@ -158,6 +164,8 @@ class _Export:
             "graphpeft.base": fingerprint(self.model),
             "graphpeft.generation": json.dumps(genai.facts(self.model)),
         }
+        if onnx.oldest(self.opset):
+            self.facts["graphpeft.onnxruntime"] = onnx.oldest(self.opset)
 
     def swappable(self) -> None:
         """Write the base graph with slots and files for each adapter, then verify."""
@@ -197,19 +205,23 @@ class _Export:
             if self.verify == "full" and not any(moved):
                 raise ExportError("The merged adapters move no graph's output. Train them, or activate others.")
 
-    def quantize(self, bits: onnx.Bits, names: Sequence[str]) -> None:
-        """Replace the graphs by quantized ones, and hold those against the same rounded weights in float."""
+    def quantize(self, bits: onnx.Bits, accuracy_level: int, names: Sequence[str]) -> None:
+        """Replace the graphs by quantized ones, and hold those against the same rounded weights in float.
+
+        In the session that users get: without prepacking ONNX Runtime takes other kernels, which round nothing.
+        """
+        limits = {"int4": self.parts[0].limit if accuracy_level == 0 else parity.IN_8_BITS, "int8": None}
         with tempfile.TemporaryDirectory(prefix="graphpeft-") as name:
             reference = Path(name)
             for file in self.folder.iterdir():
                 if file.suffix in {".json", ".onnx_adapter"}:
                     shutil.copy(file, reference)
             for part in self.parts:
-                part.quantize(bits, reference)
+                part.quantize(bits, accuracy_level, reference)
             if self.verify != "off":
                 float_session = Session(reference)
-                for part, runner in self._runners():
-                    part.check_quantized(runner, Runner(float_session, part.name), (None, *names), bits)
+                for part, runner in self._runners(prepacked=True):
+                    part.check_quantized(runner, Runner(float_session, part.name), (None, *names), limits[bits])
 
     def _finish(self) -> None:
         """What stands beside the graphs."""
@@ -245,10 +257,12 @@ class _Export:
                 f"adapter {still[0]!r}: it moves no graph's output. Train it, or leave it out (adapters=)."
             )
 
-    def _runners(self) -> list[tuple[Part, Runner]]:
+    def _runners(self, prepacked: bool = False) -> list[tuple[Part, Runner]]:
+        """Each graph in ONNX Runtime; float ones without prepacking, which is a second copy of the weights, for speed."""
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        options.add_session_config_entry("session.disable_prepacking", "1")  # a second copy of the weights, for speed
+        if not prepacked:
+            options.add_session_config_entry("session.disable_prepacking", "1")
         try:
             session = Session(self.folder, options=options)
         except FileError as error:

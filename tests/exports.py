@@ -110,7 +110,7 @@ def translated(model: nn.Module, inputs: Any = None) -> ir.Model:
     """The base model's graph by the same translation."""
     flat = Flat.of(model, inputs)
     with torch.no_grad():
-        return onnx.translate(flat.module(), flat.inputs, flat.outputs, [flat.axes[name] for name in flat.inputs], None)
+        return onnx.translate(flat.module(), flat.inputs, flat.outputs, [flat.axes[name] for name in flat.inputs])
 
 
 def silent() -> ort.SessionOptions:

@@ -66,7 +66,7 @@ def test_a_merged_graph_is_the_base_graph(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = BUILD[name]().eval()
     with torch.no_grad():
-        base = {part: _nodes(onnx.translate(flat.module(), flat.inputs, flat.outputs, [*flat.axes.values()], None))
+        base = {part: _nodes(onnx.translate(flat.module(), flat.inputs, flat.outputs, [*flat.axes.values()]))
                 for part, flat in parts(model)}  # fmt: skip
     gp.apply(model, "qv:lora(r=4); mlp:rlora(r=4)")
     randomize(model, "default", seed=0)

@@ -38,7 +38,10 @@ def export(
     rows: Annotated[bool, typer.Option("--rows", help="Allow another adapter for each row of a batch.")] = False,
     compact: Annotated[bool, typer.Option("--compact", help="Keep what the method trains in its own shapes.")] = False,
     quantize: Annotated[str | None, typer.Option(help="int4 or int8, for the base's weights.")] = None,
-    opset: Annotated[int | None, typer.Option(help="Of ONNX; default: that of torch.onnx.")] = None,
+    accuracy_level: Annotated[
+        int, typer.Option(help="Of int4 products: 4 rounds activations to 8 bits, 0 does not.")
+    ] = 4,
+    opset: Annotated[int, typer.Option(help="Of ONNX; a lower one for older runtimes.")] = 23,
     verify: Annotated[str, typer.Option(help="off, fast or full.")] = "full",
     as_json: AsJson = False,
     print_after: PrintAfter = None,
@@ -46,7 +49,8 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Write a model with adapters for ONNX Runtime, and check it against PyTorch."""
-    options = dict(merged=merged, rows=rows, compact=compact, quantize=quantize, opset=opset, verify=verify)
+    options = dict(merged=merged, rows=rows, compact=compact, quantize=quantize, accuracy_level=accuracy_level)
+    options |= dict(opset=opset, verify=verify)
     with at_work(debug, print_after, dump):
         from graphpeft.cli.shipping import ship
 

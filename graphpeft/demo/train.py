@@ -28,7 +28,9 @@ def fit(
     order = random.Random(seed)
     steps = epochs * len(training)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=True)  # one kernel, for there are many small tensors
+    optimizer = torch.optim.AdamW(
+        trained, lr=lr, weight_decay=0.0, fused=True
+    )  # one kernel, for there are many small tensors
     warmup = max(1, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (steps - step) / (steps - warmup + 1))

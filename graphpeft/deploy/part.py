@@ -53,7 +53,7 @@ class Part:
 
     @_graph
     def write(
-        self, slots: Sequence[Place], fed: Tensors, passes: Sequence[Pass], facts: Mapping[str, str], opset: int | None,
+        self, slots: Sequence[Place], fed: Tensors, passes: Sequence[Pass], facts: Mapping[str, str], opset: int,
         whole: bool = True,
     ) -> None:  # fmt: skip
         """Translate, run passes with a census after each, and save. Unless `whole`, slots of other graphs are left out."""
@@ -74,18 +74,21 @@ class Part:
         onnx.save(graph, self.path, self.slots, facts)
 
     @_graph
-    def quantize(self, bits: onnx.Bits, reference: Path) -> None:
+    def quantize(self, bits: onnx.Bits, accuracy_level: int, reference: Path) -> None:
         """Write the graph anew with quantized weights, and to `reference` in float with the same rounded weights."""
         graph = ir.load(self.path)
-        quantized = onnx.quantize(graph, self.slots, bits)
+        quantized = onnx.quantize(graph, self.slots, bits, accuracy_level)
         onnx.tag(quantized, self.slots)
         facts = dict(graph.metadata_props) | {"graphpeft.quantized": bits}
+        if bits == "int4":
+            facts["graphpeft.accuracy_level"] = str(accuracy_level)
         onnx.save(onnx.rounded(graph, quantized), reference / self.path.name, self.slots, facts)
         onnx.save(quantized, self.path, self.slots, facts)
 
     @_graph
-    def check_quantized(self, runner: Runner, reference: Runner, uses: Sequence[str | None], bits: onnx.Bits) -> None:
-        limit = self.limit if bits == "int4" else None
+    def check_quantized(
+        self, runner: Runner, reference: Runner, uses: Sequence[str | None], limit: float | None
+    ) -> None:
         self.checks += parity.check_quantized(runner, reference, uses, self.cases, limit)
 
     @_graph

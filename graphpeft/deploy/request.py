@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from graphpeft.errors import ExportError
+from graphpeft.onnx.quantize import ROUNDED
 from graphpeft.quantized import quantized
 from graphpeft.runtime.folder import REPORT
 from graphpeft.sharded import ELSEWHERE, refuse_sharded
@@ -20,12 +21,18 @@ RESERVED = {
 """Names of JSON files that an export has or a tokenizer saves, where an adapter has its sidecar."""
 
 
-def check_options(verify: str, quantize: str | None, compact: bool, rows: bool, merged: bool) -> None:
+def check_options(
+    verify: str, quantize: str | None, accuracy_level: int, compact: bool, rows: bool, merged: bool
+) -> None:
     """Raise `ExportError` for an option that is not there, and for two that exclude each other."""
     if verify not in ("off", "fast", "full"):
         raise ExportError(f'verify={verify!r}: it is one of "off", "fast", "full".')
     if quantize not in (None, "int4", "int8"):
         raise ExportError(f'quantize={quantize!r}: it is "int4", "int8" or None.')
+    if accuracy_level not in (0, ROUNDED):
+        raise ExportError(
+            f"accuracy_level={accuracy_level!r}: it is {ROUNDED}, with which int4 products round activations to 8 bits, or 0."
+        )
     if compact and (rows or merged):
         raise ExportError("compact=True has no rows=True, and nothing to hold open with merged=True. Choose one.")
 

@@ -1,4 +1,4 @@
-"""Base weights in 4 or 8 bits, with the quantizers of onnxruntime. Adapters stay float, and read unquantized activations.
+"""Base weights in 4 or 8 bits, with the quantizers of onnxruntime. Adapters stay float, and read activations that nobody rounded.
 
 Both quantizers take an optional input for a weight and fold it, so slots are required inputs while they run.
 """
@@ -24,11 +24,15 @@ from graphpeft.steps import named
 Bits = Literal["int4", "int8"]
 BLOCK = 32
 """Inputs that share a scale in 4 bits."""
+ROUNDED = 4
+"""ONNX Runtime's name for products of 4-bit weights with activations in 8 bits; 0 leaves activations as they are."""
 
 
 @named("quantize")
-def quantize(model: ir.Model, slots: Sequence[Place], bits: Bits) -> ir.Model:
-    """The graph with its constant matrices in `int4` (`MatMulNBits`, weights alone) or `int8` (activations too, as they come).
+def quantize(model: ir.Model, slots: Sequence[Place], bits: Bits, accuracy_level: int = ROUNDED) -> ir.Model:
+    """The graph with its constant matrices in `int4` (`MatMulNBits`) or `int8` (activations too, as they come).
+
+    Of 4-bit products `accuracy_level` says what ONNX Runtime may make of activations: with 4, integers of 8 bits for each block.
 
     Raises:
         ExportError: a slot did not survive, or there was nothing to quantize.
@@ -38,7 +42,8 @@ def quantize(model: ir.Model, slots: Sequence[Place], bits: Bits) -> ir.Model:
     slotted = (node for node in model.graph if any(value in model.graph.inputs for value in node.inputs))
     exclude = [node.name for node in slotted if node.name]
     with tempfile.TemporaryDirectory() as folder, _quiet():
-        made = (_int4 if bits == "int4" else _int8)(ir.to_proto(model), exclude, Path(folder))
+        proto = ir.to_proto(model)
+        made = _int4(proto, exclude, accuracy_level) if bits == "int4" else _int8(proto, exclude, Path(folder))
     graph = ir.from_proto(made)
     _reopened(model, defaults)
     census(graph, slots)
@@ -66,19 +71,24 @@ def rounded(model: ir.Model, quantized: ir.Model) -> ir.Model:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide what the quantizers say about every node."""
-    level = logging.root.manager.disable
+    """Hide what the quantizers say about every node, and undo that their import has the root logger print everybody's remarks."""
+    root, before = logging.root, logging.root.manager.disable
+    handlers, level = list(root.handlers), root.level
     logging.disable(logging.WARNING)
     try:
         yield
     finally:
-        logging.disable(level)
+        logging.disable(before)
+        root.handlers[:] = handlers
+        root.setLevel(level)
 
 
-def _int4(proto: onnx.ModelProto, exclude: list[str], folder: Path) -> onnx.ModelProto:
+def _int4(proto: onnx.ModelProto, exclude: list[str], accuracy_level: int) -> onnx.ModelProto:
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-    quantizer = MatMulNBitsQuantizer(proto, block_size=BLOCK, is_symmetric=False, nodes_to_exclude=exclude)
+    quantizer = MatMulNBitsQuantizer(
+        proto, block_size=BLOCK, is_symmetric=False, nodes_to_exclude=exclude, accuracy_level=accuracy_level or None
+    )
     quantizer.process()
     return quantizer.model.model
 

@@ -8,10 +8,11 @@ from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 
 from graphpeft.errors import AdapterError, FileError
 from graphpeft.runtime.adapter_file import read
-from graphpeft.runtime.folder import recovered
+from graphpeft.runtime.folder import REPORT, oldest_runtime, recovered
 from graphpeft.runtime.layout import b_of
 from graphpeft.runtime.session import Session
 
@@ -36,9 +37,14 @@ def doctor(folder: str | Path, adapter: str | Path | None = None) -> list[Findin
     try:
         session = Session(folder, adapters=False)
     except FileError as error:
-        return [Finding("graph", False, str(error))]
+        return [Finding("graph", False, f"{error}{_tried(folder)}")]
+    report = []
+    try:
+        oldest_runtime(folder)
+    except FileError as error:
+        report = [Finding(REPORT, False, str(error))]
     files = [Path(adapter)] if adapter is not None else session.files
-    return [*_graphs(session), *(one for file in files for one in _adapter(session, file))]
+    return [*_graphs(session), *report, *(one for file in files for one in _adapter(session, file))]
 
 
 def _graphs(session: Session) -> Iterator[Finding]:
@@ -47,7 +53,16 @@ def _graphs(session: Session) -> Iterator[Finding]:
         open_for = (
             f"open for adapters at {sites} sites, {len(graph.slots)} slots" if sites else "with adapters folded in"
         )
-        yield Finding(f"{name}.onnx", True, f"loads; base {graph.base[:12]}; {open_for}")
+        tried = f"; tried with ONNX Runtime {graph.oldest} and later, here {ort.__version__}" if graph.oldest else ""
+        yield Finding(f"{name}.onnx", True, f"loads; base {graph.base[:12]}; {open_for}{tried}")
+
+
+def _tried(folder: Path) -> str:
+    try:
+        oldest = oldest_runtime(folder)
+    except FileError:
+        return ""
+    return f" It was tried with ONNX Runtime {oldest} and later; here is {ort.__version__}." if oldest else ""
 
 
 def _adapter(session: Session, file: Path) -> Iterator[Finding]:

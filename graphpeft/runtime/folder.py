@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,7 +29,8 @@ class Check:
     """One figure of the verification and the limit that it kept."""
 
     test: str
-    """`numbers`, `swap`, `slots` (differences from PyTorch) or `effect` (distance from the base model)."""
+    """`numbers`, `swap`, `slots`, `rows` (differences from PyTorch), `effect` (distance from the base model), or `quantized`
+    (difference of a quantized graph, as users run it, from the same weights in float)."""
     subject: str
     value: float
     limit: float
@@ -53,6 +55,8 @@ class ExportReport:
     notes: tuple[str, ...]
     versions: Mapping[str, str]
     seconds: float
+    onnxruntime: str = ""
+    """The oldest ONNX Runtime that ran exports of this opset when it was tried."""
 
     def save(self, folder: Path) -> None:
         """Write the report into the folder, without the path it happened to have here."""
@@ -68,6 +72,7 @@ class ExportReport:
             limit = f"{'>=' if check.least else '<='} {check.limit:.1e}"
             table.add_row(check.test, check.subject, f"{check.value:.1e}", limit)
         head = f"{self.path}: {self.mode}, opset {self.opset}, {self.slots} slots, {size:.1f} MiB, {self.seconds:.1f} s"
+        head += f"; tried with ONNX Runtime {self.onnxruntime} and later" if self.onnxruntime else ""
         names = "adapters: " + (", ".join(self.adapters) or "none")
         body = table if self.checks else Text('not verified: verify="off"')
         return Group(Text(head), Text(names), body, *(Text(f"note: {note}") for note in self.notes))
@@ -76,6 +81,16 @@ class ExportReport:
         text = io.StringIO()
         Console(file=text, width=120, color_system=None).print(self)
         return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())
+
+
+def oldest_runtime(folder: Path) -> str:
+    """The `onnxruntime` of a folder's report, "" if it has none. Raises `FileError` for a report that is none."""
+    path = folder / REPORT
+    told = read_json(path, free={"checks", "notes"}) if path.is_file() else {}
+    found = told.get("onnxruntime", "") if isinstance(told, dict) else None
+    if not isinstance(found, str) or not re.fullmatch(r"(\d[\w.+!-]{0,99})?", found):
+        raise FileError(f"{path} is no report of an export. Usually it was edited or damaged. Copy the folder again.")
+    return found
 
 
 def sizes(folder: Path) -> dict[str, int]:

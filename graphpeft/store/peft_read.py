@@ -97,8 +97,10 @@ def read_peft(
     vera = config["peft_type"] == "VERA"
     try:
         if selects_nothing(config, (name for name, _ in modules(model) if name)):
-            named = shortened(str(config["target_modules"]))
-            raise ValueError(f"its target_modules, {named}, name no module of {type(model).__name__}.")
+            raise FileError(
+                f"{folder / CONFIG} does not fit {type(model).__name__}: its target_modules, "
+                f"{shortened(str(config['target_modules']))}, name no module of it. Load the base that the adapter was made for."
+            )
         spots = list(locate(model, config, prefixes, found))
         parts = list((_vera if vera else _lora)(config, tensors, spots, problems))
     except NoEquivalent as error:

@@ -71,4 +71,4 @@ def test_a_model_that_torch_cannot_translate_is_explained() -> None:
 
     flat = Flat.of(Deciding().eval(), SAMPLE)
     with pytest.raises(ExportError, match=r"torch.onnx cannot translate the model: .*[Dd]ata-dependent"):
-        onnx.translate(flat.module(), flat.inputs, flat.outputs, [flat.axes["x"]], None)
+        onnx.translate(flat.module(), flat.inputs, flat.outputs, [flat.axes["x"]])

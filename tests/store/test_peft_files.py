@@ -447,7 +447,11 @@ def test_what_fits_can_be_asked_for(tmp_path: Path) -> None:
 
 def test_an_adapter_of_another_architecture_is_refused(tmp_path: Path) -> None:
     theirs("llama", LoraConfig(r=4, target_modules=["q_proj"]), tmp_path)
-    with pytest.raises(FileError, match=r"do not fit GPT2LMHeadModel; unexpected: .*q_proj"):
+    with pytest.raises(FileError, match=r"does not fit GPT2LMHeadModel: its target_modules, \['q_proj'\], name no"):
+        gp.load(fresh("gpt2"), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["q_proj", "c_attn"]}))
+    with pytest.raises(FileError, match=r"do not fit GPT2LMHeadModel; missing: .*unexpected: .*q_proj"):
         gp.load(fresh("gpt2"), tmp_path)
     with pytest.raises(FileError, match=r"of another shape: .*\(4, 64\), not \(4, 32\)"):
         gp.load(llama(hidden_size=32), tmp_path)

@@ -1,0 +1,10 @@
+"""The oldest ONNX Runtimes that ran exports of an opset, as `python benchmarks/old_runtimes.py` found them."""
+
+from __future__ import annotations
+
+OLDEST = {18: "1.20.1", 19: "1.20.1", 20: "1.20.1", 21: "1.20.1", 22: "1.21.1", 23: "1.23.0"}
+
+
+def oldest(opset: int) -> str:
+    """The oldest version that was tried with good answers; "" for an opset that nobody tried."""
+    return OLDEST.get(opset, "")
