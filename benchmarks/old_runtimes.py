@@ -79,8 +79,8 @@ def run(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--opsets", nargs="*", type=int, default=[18, 20, 21, 22, 23])
-    parser.add_argument("--versions", nargs="*", default=["1.20.1", "1.21.1", "1.22.1", "1.23.0", "1.24.1"])
+    parser.add_argument("--opsets", nargs="*", type=int, default=[*range(18, 24)])
+    parser.add_argument("--versions", nargs="*", default=["1.20.1", "1.22.1", "1.23.0", "1.23.2"])
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.run is not None:

@@ -13,8 +13,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,14 +24,11 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from graphpeft.errors import FileError, RuleError
-from graphpeft.match.registry import check_name
-from graphpeft.methods import options
 from graphpeft.names import is_name
 from graphpeft.plan import Entry
-from graphpeft.program import Site
-from graphpeft.rules import Rule, parse
+from graphpeft.store.entries import described, parsed, read_entry
 from graphpeft.store.files import write
-from graphpeft.store.foreign import LONGEST, read_json, shortened
+from graphpeft.store.foreign import read_json, shortened
 
 FORMAT, VERSION = "graphpeft", 1
 TENSORS, DESCRIPTION = "adapter.safetensors", "adapter.json"
@@ -57,8 +53,8 @@ def write_adapter(folder: Path, adapter: AdapterFile) -> None:
 
     New tensors stand aside until their description, which holds their digest, has replaced the old one.
     """
-    with contextlib.suppress(OSError, FileError):  # a kill may have left the tensors of what is there aside
-        _tensors(folder, json.loads((folder / DESCRIPTION).read_bytes())["tensors_sha256"], settle=True)
+    with contextlib.suppress(FileError):  # a kill may have left the tensors of what is there aside
+        _tensors(folder, _describe(folder)["tensors_sha256"], settle=True)
     data = save_tensors({k: t.detach().cpu().contiguous() for k, t in adapter.tensors.items()}, {"format": "pt"})
     description = {
         "format": FORMAT,
@@ -69,22 +65,11 @@ def write_adapter(folder: Path, adapter: AdapterFile) -> None:
         "base_fingerprint": adapter.fingerprint,
         "tensors_sha256": hashlib.sha256(data).hexdigest(),
         "versions": {name: version(name) for name in ("graphpeft", "torch")},
-        "sites": [
-            {**_described(e.site), "method": e.method.text([o.name for o in options(type(e.method))]), "rule": e.rule}
-            for e in adapter.entries
-        ],
+        "sites": [described(entry) for entry in adapter.entries],
     }
     write(folder / ASIDE, data)
     write(folder / DESCRIPTION, (json.dumps(description, indent=1) + "\n").encode())
     (folder / ASIDE).replace(folder / TENSORS)
-
-
-def _described(site: Site) -> dict[str, Any]:
-    """The fields of a site; the file that its code is in may have any name, and no more of it is kept than a text may have."""
-    about = asdict(site)
-    for each in (about, *about["tied"]):
-        each["source"] = re.sub(r"[^\w.:<> -]", "_", each["source"])[-LONGEST:]
-    return about
 
 
 def read_adapter(folder: Path) -> AdapterFile:
@@ -93,11 +78,11 @@ def read_adapter(folder: Path) -> AdapterFile:
     data = _tensors(folder, about["tensors_sha256"])
     try:
         tensors = load_tensors(data)
-        _parsed(about["rules"])
-        entries = tuple(_entry(site) for site in about["sites"])
+        parsed(about["rules"])
+        entries = tuple(map(read_entry, about["sites"]))
         if len({entry.site.key for entry in entries}) < len(entries):
             raise ValueError("a site is there twice")
-    except (safetensors.SafetensorError, RuleError, KeyError, TypeError, ValueError) as error:
+    except (safetensors.SafetensorError, RuleError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise FileError(
             f"{folder} cannot be understood: {shortened(str(error), 500)}. Usually it was written by another version of "
             f"graphpeft, or edited by hand. Save the adapter again with the version that made it."
@@ -179,73 +164,6 @@ SHAPES: dict[str, Callable[[Any], bool]] = {
     "tensors_sha256": _is_hex,
     "versions": lambda value: value is None or _are_versions(value),
 }
-
-
-def _entry(saved: Any) -> Entry:
-    # A method is only ever written in a rule, so a rule is what reads it.
-    site = _site(saved)
-    _parsed(saved["rule"])
-    (rule,) = _parsed(f"linear:{saved['method']}")
-    return Entry(site, rule.method, saved["rule"])
-
-
-@lru_cache(1000)
-def _parsed(text: str) -> tuple[Rule, ...]:
-    """The rules of a text, which may name roles that this process does not know. Raises `RuleError`."""
-    roles = {word for word in re.findall(r"[A-Za-z_][\w.]*", text, re.ASCII) if _is_role(word)}
-    return parse(text, sorted(roles))
-
-
-def _is_role(text: str) -> bool:
-    try:
-        check_name(text)
-    except RuleError:
-        return False
-    return len(text) <= LONGEST_ROLE
-
-
-LONGEST_ROLE = 100
-
-
-KINDS: dict[str, tuple[type, ...]] = {
-    "role": (str,), "weight": (str,), "cross": (bool,), "layer": (int, type(None)), "form": (str,), "owner": (str,),
-    "full": (int,), "transposed": (bool,), "stack": (int, type(None)), "calls": (int,), "source": (str,),
-    "rows": (list, type(None)), "shape": (list,), "tied": (list,),
-}  # fmt: skip
-"""Of a site's fields, as JSON gives them."""
-
-
-def _site(saved: Any) -> Site:
-    """A site of a file. Raises `ValueError`, `TypeError` or `KeyError` for what cannot be one."""
-    if not isinstance(saved, dict):
-        raise TypeError(f"{str(saved)[:40]!r} is no site")
-    values = {k: v for k, v in saved.items() if k in {f.name for f in fields(Site)}}
-    for name, value in values.items():
-        if type(value) not in KINDS[name]:
-            raise TypeError(f"a site's {name} is {str(value)[:40]!r}")
-    rows, shape = values["rows"], values["shape"]
-    values["rows"] = tuple((_size(a, least=0), _size(b)) for a, b in rows) if rows else None
-    values["shape"] = tuple(map(_size, shape))
-    if not _is_role(values["role"]):
-        raise ValueError(f"a site has the role {shortened(values['role'])!r}")
-    if values.get("owner") and not values["weight"].startswith(f"{values['owner']}."):
-        raise ValueError(f"{shortened(values['weight'])} is not in {shortened(values['owner'])}")
-    if len(shape) != 2 or values.get("form", "branch") not in {"branch", "weight"}:
-        raise ValueError(f"a site has shape {shape} and form {values.get('form')!r}")
-    bounds = [0, *(bound for run in values["rows"] or () for bound in run), values.get("full") or shape[0]]
-    if bounds != sorted(bounds):
-        raise ValueError(f"a site has rows {rows} of {bounds[-1]}")
-    values["tied"] = tuple(map(_site, values.get("tied", ())))
-    made = Site(**values)
-    if len({(place.owner, place.weight, place.role) for place in (made, *made.tied)}) <= len(made.tied):
-        raise ValueError(f"{made.weight} is tied to itself")
-    return made
-
-
-def _size(value: Any, least: int = 1) -> int:
-    if type(value) is not int or value < least:
-        raise ValueError(f"{str(value)[:40]!r} is no size")
-    return value
 
 
 def fingerprint(names: Iterable[str], weight_of: Callable[[str], torch.Tensor]) -> str:

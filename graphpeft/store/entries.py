@@ -1,0 +1,91 @@
+"""What an adapter's file says of its sites, read as from a stranger: each field by its own rule, before anything is made."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, fields
+from functools import lru_cache
+from typing import Any
+
+from graphpeft.errors import RuleError
+from graphpeft.match.registry import check_name
+from graphpeft.methods import options
+from graphpeft.plan import Entry
+from graphpeft.program import Site
+from graphpeft.rules import Rule, parse
+from graphpeft.store.foreign import LONGEST, shortened
+
+LONGEST_ROLE = 100
+KINDS: dict[str, tuple[type, ...]] = {
+    "role": (str,), "weight": (str,), "cross": (bool,), "layer": (int, type(None)), "form": (str,), "owner": (str,),
+    "full": (int,), "transposed": (bool,), "stack": (int, type(None)), "calls": (int,), "source": (str,),
+    "rows": (list, type(None)), "shape": (list,), "tied": (list,),
+}  # fmt: skip
+"""Of a site's fields, as JSON gives them."""
+
+
+def described(entry: Entry) -> dict[str, Any]:
+    """An entry as a file has it. The file that a model's code is in may have any name; what no text may have is left out."""
+    about = asdict(entry.site)
+    for each in (about, *about["tied"]):
+        each["source"] = re.sub(r"[^\w.:<> -]", "_", each["source"])[-LONGEST:]
+    method = entry.method.text([option.name for option in options(type(entry.method))])
+    return {**about, "method": method, "rule": entry.rule}
+
+
+def read_entry(saved: Any) -> Entry:
+    """An entry of a file. Raises `RuleError`, `ValueError`, `TypeError` or `KeyError` for what cannot be one."""
+    # A method is only ever written in a rule, so a rule is what reads it.
+    site = _site(saved)
+    parsed(saved["rule"])
+    (rule,) = parsed(f"linear:{saved['method']}")
+    return Entry(site, rule.method, saved["rule"])
+
+
+@lru_cache(1000)
+def parsed(text: str) -> tuple[Rule, ...]:
+    """The rules of a text, which may name roles that this process does not know. Raises `RuleError`."""
+    roles = {word for word in re.findall(r"[A-Za-z_][\w.]*", text, re.ASCII) if _is_role(word)}
+    return parse(text, sorted(roles))
+
+
+def _is_role(text: str) -> bool:
+    """Whether a text is a role, or may be one that another package declares."""
+    try:
+        check_name(text)
+    except RuleError:
+        return False
+    return len(text) <= LONGEST_ROLE
+
+
+def _site(saved: Any) -> Site:
+    """A site of a file. Raises `ValueError`, `TypeError` or `KeyError` for what cannot be one."""
+    if not isinstance(saved, dict):
+        raise TypeError(f"{str(saved)[:40]!r} is no site")
+    values = {k: v for k, v in saved.items() if k in {f.name for f in fields(Site)}}
+    for name, value in values.items():
+        if type(value) not in KINDS[name]:
+            raise TypeError(f"a site's {name} is {str(value)[:40]!r}")
+    rows, shape = values["rows"], values["shape"]
+    values["rows"] = tuple((_size(a, least=0), _size(b)) for a, b in rows) if rows else None
+    values["shape"] = tuple(map(_size, shape))
+    if not _is_role(values["role"]):
+        raise ValueError(f"a site has the role {shortened(values['role'])!r}")
+    if values.get("owner") and not values["weight"].startswith(f"{values['owner']}."):
+        raise ValueError(f"{shortened(values['weight'])} is not in {shortened(values['owner'])}")
+    if len(shape) != 2 or values.get("form", "branch") not in {"branch", "weight"}:
+        raise ValueError(f"a site has shape {shape} and form {values.get('form')!r}")
+    bounds = [0, *(bound for run in values["rows"] or () for bound in run), values.get("full") or shape[0]]
+    if bounds != sorted(bounds):
+        raise ValueError(f"a site has rows {rows} of {bounds[-1]}")
+    values["tied"] = tuple(map(_site, values.get("tied", ())))
+    made = Site(**values)
+    if len({(place.owner, place.weight, place.role) for place in (made, *made.tied)}) <= len(made.tied):
+        raise ValueError(f"{made.weight} is tied to itself")
+    return made
+
+
+def _size(value: Any, least: int = 1) -> int:
+    if type(value) is not int or value < least:
+        raise ValueError(f"{str(value)[:40]!r} is no size")
+    return value
