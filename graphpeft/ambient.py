@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from threading import RLock
 
 import torch
 
@@ -18,14 +19,16 @@ Defaults = tuple[torch.dtype, torch.device]
 TORCHS: Defaults = torch.float32, torch.device("cpu")
 
 _callers: ContextVar[Defaults] = ContextVar("callers")
+_one_at_a_time = RLock()
+"""The default dtype is the process's: what one thread sets for a while, another would take for the caller's."""
 
 
 @contextmanager
 def plain() -> Iterator[None]:
     """torch's settings as a new process has them, for a while. As a decorator, `@plain()`, for a whole function."""
-    token = _callers.set(callers())
-    try:
-        with ExitStack() as stack:
+    with _one_at_a_time, ExitStack() as stack:
+        token = _callers.set(callers())
+        try:
             if torch.is_inference_mode_enabled():
                 stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
@@ -35,8 +38,8 @@ def plain() -> Iterator[None]:
                     stack.enter_context(torch.autocast(kind, enabled=False))
             stack.enter_context(_defaults(TORCHS))
             yield
-    finally:
-        _callers.reset(token)
+        finally:
+            _callers.reset(token)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import fx, nn
 
+from graphpeft.errors import AdapterError
 from graphpeft.hooked import fetched
 from graphpeft.quantized import Kept, dense
 from graphpeft.sharded import whole
@@ -82,9 +83,18 @@ class Program:
 
 
 def stored(model: nn.Module, name: str) -> nn.Parameter:
-    """The parameter of that qualified name itself, even where a module shows an adapted weight under the name."""
+    """The parameter of that qualified name itself, even where a module shows an adapted weight under the name.
+
+    Raises `AdapterError` if there is none, as after pruning.
+    """
     path, _, leaf = name.rpartition(".")
-    return dict(model.get_submodule(path).named_parameters(recurse=False, remove_duplicate=False))[leaf]
+    found = dict(model.get_submodule(path).named_parameters(recurse=False, remove_duplicate=False)).get(leaf)
+    if found is None:
+        raise AdapterError(
+            f"{name} is no parameter of {type(model).__name__} any more. Usually a tool has put another in its place, as pruning "
+            f"and weight norm do. Take that back first, as by torch.nn.utils.prune.remove."
+        )
+    return found
 
 
 def values(model: nn.Module, name: str) -> torch.Tensor:

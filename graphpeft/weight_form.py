@@ -2,7 +2,8 @@
 
 Only the model's own computation is shown weight + ΔW. Everything else that asks for the weight meets the parameter as it is
 stored: `fully_shard` looks it up by name and shards what it finds, pruning and quantizers read it and write it back, and each
-of them would fold ΔW into the base for good. Who is asking is told from the call stack (`_computing`).
+of them would fold ΔW into the base for good. Who is asking is told from the call stack (`_computing`): code outside of all
+modules, as in a script, counts as a tool.
 """
 
 from __future__ import annotations
@@ -24,8 +25,15 @@ from graphpeft.quantized import dense
 Named = tuple[str, str, Site]
 """The name of an adapter, that of a branch in it, and the branch's site."""
 
-TOOLS = ("torch.distributed.", "torch.nn.utils.", "torchao.", "accelerate.", "deepspeed.", "bitsandbytes.")
-"""Packages whose code looks after parameters, also while a model runs: in hooks around `forward`."""
+TOOLS = (
+    "torch.distributed.", "torch.nn.utils.", "torch.nn.modules.module", "torch.nn.init", "torchao.", "accelerate.", "deepspeed.",
+    "bitsandbytes.", "transformers.modeling_utils", "transformers.initialization",
+)  # fmt: skip
+"""Code that looks after parameters, also while a model runs: in hooks around `forward`."""
+HIDING = ("torch.nn.utils.parametrize", "torch.nn.utils.fusion")
+"""Code that puts other weights in the place of what it reads, past which ΔW would be lost or be added to other numbers."""
+UPKEEP = ("_init_weights", "init_weights", "reset_parameters", "tie_weights")
+"""Methods of models that write weights."""
 
 
 def weight_form(adapters: Adapters, forward: Callable[..., Any]) -> dict[str, Any]:
@@ -71,10 +79,13 @@ def _property(name: str, places: tuple[Named, ...]) -> property:
         key = name, torch.is_grad_enabled()
         if adapters.shown is not None and key in adapters.shown:
             return adapters.shown[key]
-        weight = base = dense(base, self)
-        for adapter, branch, site in places:
-            branches = cast(nn.ModuleDict, adapters._modules[adapter])
-            weight = fold(weight, site, update(branches[branch], base, site))
+        try:
+            weight = base = dense(base, self)
+            for adapter, branch, site in places:
+                branches = cast(nn.ModuleDict, adapters._modules[adapter])
+                weight = fold(weight, site, update(branches[branch], base, site))
+        except AttributeError as error:  # Python would take it for a missing attribute, and nn.Module give the base
+            raise RuntimeError(f"ΔW of {places[0][2].weight} cannot be computed: {error}") from error
         if adapters.shown is not None:
             adapters.shown[key] = weight
         return weight
@@ -97,31 +108,46 @@ def _base(owner: nn.Module, name: str) -> torch.Tensor:
 
 
 def _computing(path: str) -> bool:
-    """Whether the weight at `path` is asked for by a model that runs, rather than by a tool.
+    """Whether the weight at `path` is asked for by a model that computes, rather than by a tool.
 
-    It is called by a property, so the code that asks is two frames up. A parent may read the weight of its child in any helper
-    of its own, hence it is enough that some module is being called further up. Tools may be at work there too: FSDP asks
-    for parameters in hooks around `forward`; their code is known by its package. Traced code asks only in order to compute.
+    It is called by a property, so the code that asks is two frames up. A parent may read the weight of its child in any helper,
+    hence it is enough that a module computes further up: it is called, or its `forward` or another method of its own runs.
+    Recomputation for checkpointing has no module above it, and is known by where it is done. Tools may be at work inside of all
+    of that, as FSDP is in hooks around `forward`; their code is known by its package. Traced code asks in order to compute.
 
-    Raises `AdapterError` for a parametrization, which reads the parameter first of all: it would hide ΔW for good.
+    Raises `AdapterError` for a parametrization and for fusion with a batch norm, before either has changed anything.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or cast(Any, torch.jit).is_tracing():
         return True
     frame: FrameType | None = sys._getframe(2)
     assert frame is not None, "a property is read by somebody"
-    asking = str(frame.f_globals.get("__name__"))
-    if asking == "torch.nn.utils.parametrize":
+    asking = _package(frame)
+    if asking in HIDING:
         raise AdapterError(
-            f"{path} is read as weight + ΔW, and a parametrization would hide ΔW, so that the adapter would do nothing. Nothing "
-            f"was changed. Call gp.merge(model) or gp.remove(model) before you parametrize the module."
+            f"{path} is read as weight + ΔW, and {asking} would put another weight in its place: the adapter would be lost, or "
+            f"be added to other numbers. Nothing was changed. Call gp.merge(model) or gp.remove(model) first."
         )
-    if asking.startswith(TOOLS):
+    if asking.startswith(TOOLS) or frame.f_code.co_name in UPKEEP:
         return False
     while frame is not None:
-        if frame.f_code is nn.Module.__call__.__code__ or frame.f_code.co_name == "forward":
+        if _computes(frame):
             return True
         frame = frame.f_back
     return False
+
+
+def _computes(frame: FrameType) -> bool:
+    code, package = frame.f_code, _package(frame)
+    if code is nn.Module.__call__.__code__ or code.co_name == "forward" or package == "torch.utils.checkpoint":
+        return True
+    if not code.co_argcount or package.startswith(TOOLS) or code.co_name in UPKEEP:
+        return False
+    own = frame.f_locals.get(code.co_varnames[0])
+    return isinstance(own, nn.Module) and hasattr(type(own), code.co_name) and not hasattr(nn.Module, code.co_name)
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__"))
 
 
 def update(branch: Any, weight: torch.Tensor, site: Site) -> torch.Tensor:

@@ -119,8 +119,9 @@ def unmerge(model: nn.Module) -> None:
 def _put_back(model: nn.Module) -> None:
     """The weights and adapters that are noted. The note itself goes last, so that this can be begun anew at any point."""
     state = get_state(model)
+    weights = {path: stored(model, path) for path in state.originals}  # all there, or nothing is changed
     for path, original in state.originals.items():
-        stored(model, path).data.copy_(original)
+        weights[path].data.copy_(original)
     for path, adapters in state.parked.items():
         reoccupy(model.get_submodule(path), adapters)
     set_active(model, state.active)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -183,6 +184,19 @@ def test_the_same_answers_and_the_same_export(setting: str, outside: dict[str, O
         assert str(gp.explain(model)) == told
         report = gp.export(model, tmp_path / "onnx")  # which compares with PyTorch
     assert {check.test for check in report.checks} == {"numbers", "effect", "swap", "slots"}
+
+
+def test_threads_leave_the_default_dtype_as_it_was() -> None:
+    """It is the process's: a thread must not take for the caller's what another one set for a while."""
+    models = [build("hand_written") for _ in range(4)]
+    x = torch.randn(2, 7, 32)
+    with default_dtype(torch.float64):
+        threads = [Thread(target=gp.sites, args=(model, (x,))) for model in models for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert torch.get_default_dtype() == torch.float64
 
 
 class Counting(nn.Module):

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torchao
-from checks import delta, randomize, same
+from checks import adapters, delta, randomize, same
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
 
 import graphpeft as gp
 from graphpeft.errors import AdapterError
@@ -84,6 +88,82 @@ def test_a_parent_that_reads_the_weight_of_its_child_computes_too(call: Callable
     assert delta([torch.compile(model, backend="eager", fullgraph=True)(X, step=True)], [model(X)]) < 1e-12
 
 
+class Helpers(nn.Module):
+    """Computes with the weight of its child in methods that are not `forward`."""
+
+    def __init__(self, reentrant: bool | None = None) -> None:
+        super().__init__()
+        self.conv, self.reentrant = nn.Conv1d(4, 8, 3), reentrant
+
+    def features(self, x: Tensor) -> Tensor:
+        return F.conv1d(x, self.conv.weight, self.conv.bias).relu()
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = (
+            self.conv(x).relu()
+            if self.reentrant is None
+            else checkpoint(self.features, x, use_reentrant=self.reentrant)
+        )
+        return 3 * found
+
+    def tie_weights(self) -> Tensor:
+        return self.conv.weight
+
+
+def helpers(reentrant: bool | None = None) -> Helpers:
+    torch.manual_seed(0)
+    model = Helpers().double()
+    gp.apply(model, "head:lora(r=2)", inputs=(X,))
+    randomize(model)
+    model.reentrant = reentrant
+    return model
+
+
+def test_methods_of_a_model_compute_also_where_no_forward_runs() -> None:
+    model = helpers()
+    assert delta([3 * model.features(X)], [model(X)]) < 1e-12
+    assert model.tie_weights() is model.conv.weight  # but for those that look after weights
+    model.requires_grad_(False)
+    with torch.no_grad():
+        traced = torch.jit.trace(lambda x: F.conv1d(x, model.conv.weight, model.conv.bias).relu(), X)
+    assert delta([3 * traced(X)], [model(X)]) < 1e-12
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputation_computes(reentrant: bool) -> None:
+    """In backward, where no module is called any more."""
+    found = []
+    for model in (helpers(), helpers(reentrant)):
+        x = X.clone().requires_grad_()
+        model(x).square().sum().backward()
+        found.append([x.grad, *(p.grad for p in adapters(model).values())])
+    assert all(grad is not None for grad in found[1])
+    assert delta(*found) < 1e-12
+
+
+def test_fusion_with_a_batch_norm_is_refused() -> None:
+    """It scales the weight that it reads, and would add an unscaled ΔW to it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(OrderedDict(conv=nn.Conv1d(4, 8, 3), norm=nn.BatchNorm1d(8))).double().eval()
+    gp.apply(model, "path(conv):lora(r=2)", inputs=(X,))
+    randomize(model)
+    before = model(X)
+    with pytest.raises(AdapterError, match=r"conv\.weight is read as weight \+ ΔW, and torch\.nn\.utils\.fusion"):
+        fuse_conv_bn_eval(model.conv, model.norm)
+    assert same([model(X)], [before])
+    gp.merge(model)
+    assert delta([fuse_conv_bn_eval(model.conv, model.norm)(X)], [before]) < 1e-12
+
+
+def test_a_branch_that_fails_is_no_missing_attribute() -> None:
+    """Python asks `__getattr__` then, and that has the base weight."""
+    model, _, _ = adapted()
+    (chain,) = chains(model, "default").values()
+    chain.delta = lambda weight=None: None.nothing  # type: ignore[attr-defined,method-assign,union-attr]
+    with pytest.raises(RuntimeError, match=r"ΔW of conv\.weight cannot be computed.*nothing"):
+        model(X)
+
+
 @pytest.mark.parametrize("method", ["lora(r=2)", "dora(r=2)"])
 def test_functional_call_takes_the_place_of_the_base(method: str) -> None:
     model, base, _ = adapted(method)
@@ -112,6 +192,10 @@ def test_pruning_prunes_the_base() -> None:
     prune.l1_unstructured(model.conv, "weight", 0.5)
     assert torch.equal(model.conv.weight_orig, base)
     pruned = base * model.conv.weight_mask
+    assert delta([model(X)], [by_hand(model, pruned + update)]) < 1e-12
+    for act in (gp.remove, gp.merge, partial(gp.save, folder="nowhere")):  # refused by name, and nothing is changed
+        with pytest.raises(AdapterError, match=r"conv\.weight is no parameter of Conv any more.*prune\.remove"):
+            act(model)
     assert delta([model(X)], [by_hand(model, pruned + update)]) < 1e-12
     prune.remove(model.conv, "weight")
     assert delta([model(X)], [by_hand(model, pruned + update)]) < 1e-12

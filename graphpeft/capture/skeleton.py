@@ -16,6 +16,9 @@ AUTO = ("PreTraining", "CausalLM", "Seq2SeqLM", "MaskedLM", "ImageTextToText", "
 """Auto classes in which a config without `architectures` is looked up, in this order; the bare model comes last."""
 
 
+ATTENTIONS = {"eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"}
+
+
 def skeleton(name: str) -> nn.Module:
     """The model of a local folder, of a `config.json`, or of a model type that transformers knows (as it is by default).
 
@@ -53,7 +56,10 @@ def _class(name: str, config: Any) -> Any:
     names = config.architectures or ()
     if not isinstance(names, list | tuple) or not all(isinstance(each, str) for each in names):
         raise CaptureError(f"{name} has architectures {str(names)[:40]!r} in its config.json, where names are listed.")
-    classes = [getattr(transformers, each, each) for each in names]
+    found = [getattr(transformers, each, None) if each.isidentifier() else None for each in names]
+    classes = [
+        c if isinstance(c, type) and issubclass(c, nn.Module) else each for c, each in zip(found, names, strict=True)
+    ]
     build = next((c for c in classes if not isinstance(c, str)), None) or (None if classes else _usual(config))
     if build is None:
         raise CaptureError(f"{name} names the architecture {classes[0]!r}, which transformers does not have.")
@@ -66,7 +72,10 @@ def _config(name: str) -> Any:
     path = Path(name)
     if path.is_file() or (path / "config.json").is_file():
         try:
-            return AutoConfig.from_pretrained(name, local_files_only=True)
+            # Without an answer, transformers asks on the terminal whether to run code that lies beside the config.
+            return _ours(name, AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False))
+        except CaptureError:
+            raise
         except Exception as error:
             raise CaptureError(f"{name} holds no config that transformers can read: {_first(error)}") from error
     if name in CONFIG_MAPPING:
@@ -80,6 +89,18 @@ def _config(name: str) -> Any:
         f"{name} is neither a folder, nor a config.json, nor a model type of transformers"
         + (f". Did you mean {near[0]}?" if near else " such as llama or bert.")
     )
+
+
+def _ours(name: str, config: Any) -> Any:
+    """The config, whose attention is transformers' own: any other is the name of a repository, whose kernels would be fetched."""
+    for part in [config, *(each for each in vars(config).values() if hasattr(each, "to_dict"))]:
+        asked = getattr(part, "_attn_implementation", None)
+        if asked is not None and not (isinstance(asked, str) and asked in ATTENTIONS):
+            raise CaptureError(
+                f"{name} asks for the attention {str(asked)[:60]!r} in its config.json, which is none of transformers' own "
+                f"({', '.join(sorted(ATTENTIONS))}). Take attn_implementation out of the config."
+            )
+    return config
 
 
 def _usual(config: Any) -> Any:

@@ -27,7 +27,7 @@ class VeRA(Method):
 
     r: Rank = 256
     d_initial: Positive = 0.1
-    key: Annotated[int, Where(lambda key: key >= 0, "int >= 0")] = 0
+    key: Annotated[int, Where(lambda key: 0 <= key < 2**63, "int >= 0 and < 2**63")] = 0
     store: Literal["key", "projection"] = "key"
 
     def chain(self, site: Site) -> Chain:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from graphpeft.errors import FileError
+from graphpeft.store.foreign import read_json
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -117,9 +118,9 @@ def _index(folder: Path) -> dict[str, str]:
             f"are rewritten by from_pretrained(...).save_pretrained(...)."
         )
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        found = read_json(path, free={"weight_map"})["weight_map"]
         index = {str(key): str(name) for key, name in found.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FileError(f"{path} is no index of a checkpoint: {error!r}. Copy the folder again.") from error
     outside = [name for name in index.values() if Path(name).name != name or "\0" in name]
     if outside or not index:
@@ -138,7 +139,7 @@ def _shard(path: Path) -> Shard:
         raise FileError(f"{path} cannot be read: {error.strerror}. Every file of a checkpoint is needed.") from error
     try:
         tensors = _places(json.loads(text), 8 + len(text))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise _broken(path, "its header is not one of safetensors") from error
     ends = [8 + len(text), *(place.end for place in tensors.values())]
     if any(place.begin != end for place, end in zip(tensors.values(), ends, strict=False)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
 from collections import Counter
@@ -37,12 +36,16 @@ KNOWN = {
 """By type, the fields of PEFT 0.21.2."""
 
 
+LARGEST = 2**31
+"""Beyond any rank or scale, and within what torch and numpy count with."""
+
+
 def _is_rank(value: Any) -> bool:
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value < LARGEST
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and -LARGEST < value < LARGEST
 
 
 SHAPES: dict[str, Callable[[Any], bool]] = {
@@ -50,6 +53,10 @@ SHAPES: dict[str, Callable[[Any], bool]] = {
     "lora_alpha": _is_number,
     "rank_pattern": lambda ranks: isinstance(ranks, dict) and all(map(_is_rank, ranks.values())),
     "alpha_pattern": lambda alphas: isinstance(alphas, dict) and all(map(_is_number, alphas.values())),
+    "lora_dropout": _is_number,
+    "vera_dropout": _is_number,
+    "d_initial": _is_number,
+    "projection_prng_key": lambda key: type(key) is int and 0 <= key < 2**63,
     "modules_to_save": lambda names: isinstance(names, list) and all(isinstance(name, str) for name in names),
 }
 """What the fields are that are reckoned with."""

@@ -105,9 +105,10 @@ def read_peft(
         parts = list((_vera if vera else _lora)(config, tensors, spots, problems))
     except NoEquivalent as error:
         raise FileError(f"{folder}: {error}. Use it with PEFT, and merge it there.") from error
-    except (RuleError, TypeError, ValueError, re.error) as error:
+    except (RuleError, TypeError, ValueError, re.error, RecursionError, OverflowError) as error:
         raise FileError(
-            f"{folder / CONFIG} cannot be understood: {error} Usually it was edited by hand; save it again with PEFT."
+            f"{folder / CONFIG} cannot be understood: {shortened(str(error), 500)} Usually it was edited by hand; save it again "
+            f"with PEFT."
         ) from error
     _tell(problems, folder, model, strict)
     if not parts:
@@ -213,7 +214,7 @@ def _vera(
         _fit(wanted, tensors, problems)
     for site, spot in spots:
         names = [f"{spot.prefix}.vera_lambda_{which}" for which in "bd"]
-        expected = dict(zip(names, (torch.empty(site.full), torch.empty(r)), strict=True))
+        expected = dict(zip(names, (torch.empty(n, device="meta") for n in (site.full, r)), strict=True))
         wanted |= expected
         if config.get("vera_dropout"):
             problems.undropped.append(spot.target)

@@ -116,7 +116,7 @@ def _noted(part: Path, note: Path) -> dict[str, str] | None:
         if not part.exists():
             return None
         found: Path = part
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         found = note
     raise FileError(
         f"{found} is in the way: it is not what a merge leaves. Move it, or name another folder to write to."

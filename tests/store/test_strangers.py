@@ -22,9 +22,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import graphpeft as gp
-from graphpeft.errors import AdapterError, ExportError, FileError
+from graphpeft.capture.skeleton import skeleton
+from graphpeft.errors import AdapterError, CaptureError, ExportError, FileError
 from graphpeft.names import attribute, is_name, unwritable
 from graphpeft.runtime.doctor import doctor
+from graphpeft.store.checkpoint import open_checkpoint
 
 RAN = "GRAPHPEFT_RAN"
 """An environment variable that hostile text sets where it runs as code."""
@@ -179,6 +181,111 @@ def test_in_every_name_of_a_field(kind: str, format: str, saved: dict[str, Saved
     for where in keys(one.about):
         found = one.try_on(renamed(one.about, where, HOSTILE[kind]), tmp_path, numbers=format == "graphpeft")
         assert found == "refused" or kind not in REFUSED_THERE, where
+
+
+BRACKETS = "(" * 2000 + ")" * 2000
+ODD: list[tuple[str, Any]] = [
+    *((field, text) for field in ("target_modules", "exclude_modules") for text in (BRACKETS, "a{99999999999}", "(")),
+    ("modules_to_save", [BRACKETS]),
+    ("rank_pattern", {BRACKETS: 2}),
+    ("alpha_pattern", {"a{99999999999}": 2}),
+    ("rank_pattern", {"q_proj": 10**12}),
+    ("lora_alpha", 10**400),
+    ("lora_alpha", float("nan")),
+    ("lora_dropout", 10**400),
+    ("r", 10**12),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), ODD, ids=[f"{field} {str(value)[:12]}" for field, value in ODD])
+def test_patterns_and_numbers_that_nothing_can_count_with(
+    field: str, value: Any, saved: dict[str, Saved], tmp_path: Path
+) -> None:
+    one = saved["peft"]
+    assert one.try_on({**one.about, field: value}, tmp_path, numbers=False) == "refused" or field in {
+        "exclude_modules",
+        "alpha_pattern",
+        "modules_to_save",
+    }
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("projection_prng_key", 2**64), ("projection_prng_key", -1), ("d_initial", 10**40), ("r", 10**12)],
+)
+def test_vera_with_such_numbers(field: str, value: Any, tmp_path: Path) -> None:
+    model = build("llama")
+    gp.save(gp.apply(model, "q:vera(r=4)"), tmp_path, format="peft")
+    gp.remove(model)
+    about = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**about, field: value}))
+    with pytest.raises(FileError):
+        gp.load(model, tmp_path)
+    assert not hasattr(model, "_graphpeft")
+
+
+def test_a_key_that_no_generator_takes(saved: dict[str, Saved], tmp_path: Path) -> None:
+    one = saved["graphpeft"]
+    about = copy.deepcopy(one.about)
+    about["sites"][0]["method"] = f"vera(r=2, key={2**64})"
+    assert one.try_on(about, tmp_path) == "refused"
+
+
+@pytest.mark.parametrize("name", ["adapter.json", "adapter_config.json"])
+def test_deep_nesting(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("[" * 100_000)
+    with pytest.raises(FileError, match="not readable JSON"):
+        gp.load(build("llama"), tmp_path)
+    tied: dict[str, Any] = {}
+    for _ in range(400):
+        tied = {"tied": [tied]}
+    (tmp_path / name).write_text(json.dumps({"format": "graphpeft", "sites": [tied]}))
+    with pytest.raises(FileError):
+        gp.load(build("llama"), tmp_path)
+
+
+# -- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "nope", "auto_map": {"AutoConfig": "x.Y"}}, "no config that transformers can read"),
+        ({"model_type": "llama", "_attn_implementation": "evil/kernel"}, "asks for the attention 'evil/kernel'"),
+        ({"model_type": "llama", "attn_implementation": "evil/kernel"}, "asks for the attention 'evil/kernel'"),
+        ({"model_type": "llama", "architectures": ["pipeline"]}, "names the architecture 'pipeline'"),
+        ({"model_type": "llama", "architectures": ["__class__"]}, "names the architecture '__class__'"),
+        ({"model_type": "llama", "architectures": ["utils"]}, "names the architecture 'utils'"),
+    ],
+)
+def test_the_config_of_a_checkpoint_runs_nothing(
+    config: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "x.py").write_text(f"{CODE}\nclass Y: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # whoever asks is told yes
+    with pytest.raises(CaptureError, match=message):
+        skeleton(str(tmp_path))
+
+
+def test_the_index_of_a_checkpoint_and_its_shards(tmp_path: Path) -> None:
+    index, shard = tmp_path / "model.safetensors.index.json", tmp_path / "model.safetensors"
+    for text in (
+        "[" * 100_000,
+        '{"weight_map": {"a": "../b"}}',
+        '{"weight_map": {"a": "\\ud800"}}',
+        '{"weight_map": 5}',
+        "{}",
+    ):
+        index.write_text(text)
+        with pytest.raises(FileError):
+            open_checkpoint(tmp_path)
+    index.unlink()
+    headers = ("[" * 100_000, '{"a": {"dtype": "F32", "shape": [Infinity], "data_offsets": [0, 4]}}', '{"a": 5}')
+    for header in map(str.encode, headers):
+        shard.write_bytes(len(header).to_bytes(8, "little") + header)
+        with pytest.raises(FileError):
+            open_checkpoint(tmp_path)
 
 
 @hostile
