@@ -221,7 +221,7 @@ REFUSED: dict[str, tuple[Callable[[Job], Any], str]] = {
     "missing shard": (lambda job: _shard(job).unlink(), r"model-00002-of-0000\d\.safetensors cannot be read: No such"),
     "no header": (_header, "is damaged: its header is not one of safetensors"),
     "a shard of another": (_swap, "says that model-00002.* holds .*, and it does not"),
-    "no JSON": (_index("{"), "is no index of a checkpoint"),
+    "no JSON": (_index("{"), "index.json is not readable JSON"),
     "an index that leaves the folder": (_index('{"weight_map": {"a": "../b.safetensors"}}'), "names .'../b.safet"),
     "no safetensors": (_only_pickle, "holds neither model.safetensors nor .* save_pretrained"),
     "other weights": (_map(Q, lambda t: t + 1), "was trained on other base weights than .*--any-base"),
