@@ -7,6 +7,7 @@ multiplied under autocast are rounded to half precision.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -21,6 +22,16 @@ TORCHS: Defaults = torch.float32, torch.device("cpu")
 _callers: ContextVar[Defaults] = ContextVar("callers")
 _one_at_a_time = RLock()
 """The default dtype is the process's: what one thread sets for a while, another would take for the caller's."""
+
+
+def _forked() -> None:
+    """In a forked process nobody holds the lock any more, for the thread that did has stayed behind."""
+    global _one_at_a_time
+    _one_at_a_time = RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 @contextmanager

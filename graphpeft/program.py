@@ -88,11 +88,14 @@ def stored(model: nn.Module, name: str) -> nn.Parameter:
     Raises `AdapterError` if there is none, as after pruning.
     """
     path, _, leaf = name.rpartition(".")
-    found = dict(model.get_submodule(path).named_parameters(recurse=False, remove_duplicate=False)).get(leaf)
+    try:
+        found = dict(model.get_submodule(path).named_parameters(recurse=False, remove_duplicate=False)).get(leaf)
+    except AttributeError:  # no such module
+        found = None
     if found is None:
         raise AdapterError(
-            f"{name} is no parameter of {type(model).__name__} any more. Usually a tool has put another in its place, as pruning "
-            f"and weight norm do. Take that back first, as by torch.nn.utils.prune.remove."
+            f"{name} is no parameter of {type(model).__name__} any more. Usually its module was replaced, or a "
+            f"tool has put something else in its place, as pruning does. Take that back first, as by torch.nn.utils.prune.remove."
         )
     return found
 

@@ -8,10 +8,11 @@ modules, as in a script, counts as a tool.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from functools import wraps
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, cast
 
 import torch
@@ -26,8 +27,8 @@ Named = tuple[str, str, Site]
 """The name of an adapter, that of a branch in it, and the branch's site."""
 
 TOOLS = (
-    "torch.distributed.", "torch.nn.utils.", "torch.nn.modules.module", "torch.nn.init", "torchao.", "accelerate.", "deepspeed.",
-    "bitsandbytes.", "transformers.modeling_utils", "transformers.initialization",
+    "torch.distributed.", "torch.nn.utils.", "torch.nn.init", "torch.ao.", "torch.quantization.", "torch.optim.", "torchao.",
+    "accelerate.", "deepspeed.", "bitsandbytes.", "transformers.modeling_utils", "transformers.initialization",
 )  # fmt: skip
 """Code that looks after parameters, also while a model runs: in hooks around `forward`."""
 HIDING = ("torch.nn.utils.parametrize", "torch.nn.utils.fusion")
@@ -112,7 +113,7 @@ def _computing(path: str) -> bool:
 
     It is called by a property, so the code that asks is two frames up. A parent may read the weight of its child in any helper,
     hence it is enough that a module computes further up: it is called, or its `forward` or another method of its own runs.
-    Recomputation for checkpointing has no module above it, and is known by where it is done. Tools may be at work inside of all
+    Recomputation in a backward pass has no module above it, and is known by where it is done. Tools may be at work inside of all
     of that, as FSDP is in hooks around `forward`; their code is known by its package. Traced code asks in order to compute.
 
     Raises `AdapterError` for a parametrization and for fusion with a batch norm, before either has changed anything.
@@ -138,12 +139,25 @@ def _computing(path: str) -> bool:
 
 def _computes(frame: FrameType) -> bool:
     code, package = frame.f_code, _package(frame)
-    if code is nn.Module.__call__.__code__ or code.co_name == "forward" or package == "torch.utils.checkpoint":
+    if (
+        code is nn.Module.__call__.__code__
+        or code.co_name in ("forward", "backward")
+        or package == "torch.utils.checkpoint"
+    ):
         return True
-    if not code.co_argcount or package.startswith(TOOLS) or code.co_name in UPKEEP:
+    if not code.co_varnames or package.startswith(TOOLS) or code.co_name in UPKEEP:
         return False
-    own = frame.f_locals.get(code.co_varnames[0])
-    return isinstance(own, nn.Module) and hasattr(type(own), code.co_name) and not hasattr(nn.Module, code.co_name)
+    first = frame.f_locals.get(code.co_varnames[0])
+    own = first[0] if isinstance(first, tuple) and first else first  # of `*args`
+    return isinstance(own, nn.Module) and _has_method(own, code)
+
+
+def _has_method(module: nn.Module, code: CodeType) -> bool:
+    """Whether the code is that of a method which the module has by itself, under whatever name."""
+    kinds = [kind for kind in type(module).__mro__ if kind not in nn.Module.__mro__]
+    held = [each for kind in kinds for each in vars(kind).values()] + list(vars(module).values())
+    plain = (getattr(each, "__func__", getattr(each, "fget", each)) for each in held)
+    return any(getattr(inspect.unwrap(each), "__code__", None) is code for each in plain if callable(each))
 
 
 def _package(frame: FrameType) -> str:

@@ -13,7 +13,6 @@ from graphpeft.errors import AdapterError
 from graphpeft.owner import STATE, vacate
 from graphpeft.passes.insert import require
 from graphpeft.passes.merge import unmerge
-from graphpeft.program import stored
 from graphpeft.quantized import release_order
 from graphpeft.state import chains, get_state, inactive, inside, names, owners, refuse_inside, refuse_merged, set_active
 from graphpeft.steps import named
@@ -66,8 +65,6 @@ def remove(model: nn.Module, name: str | None = None) -> None:
     state = get_state(model)
     refuse_inside(model, "remove an adapter")
     leaving = names(model, name)
-    for path in state.required:
-        stored(model, path)  # all there, or nothing is changed
     if state.merged:
         unmerge(model)
     set_active(model, tuple(n for n in state.active if n not in leaving))

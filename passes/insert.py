@@ -77,11 +77,12 @@ def insert(model: nn.Module, name: str, rules: str, seed: int, entries: tuple[En
 
 
 def require(model: nn.Module, required: Mapping[str, bool]) -> None:
-    """Let parameters train, or freeze them. Those made in inference mode never train, and torch forbids to say that they do."""
+    """Let parameters train, or freeze them, but for those that are gone, as a head that was replaced. Those made in inference
+    mode never train, and torch forbids to say that they do."""
+    held = dict(model.named_parameters(remove_duplicate=False))
     for name, trained in required.items():
-        parameter = stored(model, name)
-        if not parameter.is_inference():
-            parameter.requires_grad_(trained)
+        if name in held and not held[name].is_inference():
+            held[name].requires_grad_(trained)
 
 
 def _check(model: nn.Module, entry: Entry) -> None:

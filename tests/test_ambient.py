@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -15,6 +18,7 @@ from checks import adapters, build, call, delta, outputs, randomize, same
 from torch import Tensor, nn
 
 import graphpeft as gp
+from graphpeft.ambient import plain
 from graphpeft.errors import CaptureError
 from graphpeft.state import chains
 
@@ -197,6 +201,35 @@ def test_threads_leave_the_default_dtype_as_it_was() -> None:
         for thread in threads:
             thread.join()
         assert torch.get_default_dtype() == torch.float64
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_waits_for_no_thread_of_its_parent() -> None:
+    within, done = Event(), Event()
+
+    def hold() -> None:
+        with plain():
+            within.set()
+            done.wait(30)
+
+    thread = Thread(target=hold)
+    thread.start()
+    within.wait(30)
+    child = os.fork()
+    if child == 0:
+        with plain():
+            os._exit(7)
+    for _ in range(100):
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(child, signal.SIGKILL)
+    done.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(status) == 7
 
 
 class Counting(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from checks import Snapshot, adapters, build, call, delta, inputs, outputs, rand
 from torch import nn
 
 import graphpeft as gp
+from graphpeft.state import get_state
 
 RULES = "attn:lora(r=4); up+down:rlora"
 
@@ -251,3 +253,22 @@ def test_disabled_is_restored_after_an_error() -> None:
     with gp.disabled(model), gp.disabled(model):
         assert delta(outputs(model, example), before) > 0
     assert same(outputs(model, example), before)
+
+
+@pytest.mark.parametrize("gone", ["replaced", "pruned"])
+def test_what_an_adapter_does_not_touch_may_be_gone(gone: str, tmp_path: Path) -> None:
+    """A head that was replaced or pruned keeps nobody from swapping, adding and removing adapters elsewhere."""
+    model = gp.apply(build("llama"), "q:lora(r=2)")
+    gp.save(model, tmp_path)
+    if gone == "pruned":
+        torch.nn.utils.prune.l1_unstructured(model.lm_head, "weight", 0.5)
+    else:
+        model.lm_head = nn.Identity()
+    base = outputs(model, call("llama", model))[:1]
+    gp.swap(model, tmp_path)
+    gp.load(model, tmp_path, "second")
+    gp.remove(model, "second")
+    assert list(get_state(model).adapters) == ["default"]
+    gp.remove(model)
+    assert same(outputs(model, call("llama", model))[:1], base)
+    assert not hasattr(model, "_graphpeft")

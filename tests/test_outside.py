@@ -98,6 +98,19 @@ class Helpers(nn.Module):
     def features(self, x: Tensor) -> Tensor:
         return F.conv1d(x, self.conv.weight, self.conv.bias).relu()
 
+    def __private(self, x: Tensor) -> Tensor:
+        return self.features(x)
+
+    def unnamed(*args: Any) -> Tensor:
+        self, x = args
+        return F.conv1d(x, self.conv.weight, self.conv.bias).relu()
+
+    renamed = lambda self, x: F.conv1d(x, self.conv.weight, self.conv.bias).relu()  # noqa: E731
+
+    @property
+    def weight_twice(self) -> Tensor:
+        return 2 * self.conv.weight
+
     def forward(self, x: Tensor) -> Tensor:
         found = (
             self.conv(x).relu()
@@ -121,12 +134,48 @@ def helpers(reentrant: bool | None = None) -> Helpers:
 
 def test_methods_of_a_model_compute_also_where_no_forward_runs() -> None:
     model = helpers()
-    assert delta([3 * model.features(X)], [model(X)]) < 1e-12
+    for method in (model.features, model.unnamed, model.renamed, model._Helpers__private):
+        assert delta([3 * method(X)], [model(X)]) < 1e-12
+    assert delta([F.conv1d(X, model.weight_twice / 2, model.conv.bias).relu() * 3], [model(X)]) < 1e-12
+    with gp.disabled(model):
+        assert model.weight_twice.equal(2 * model.conv.weight)
     assert model.tie_weights() is model.conv.weight  # but for those that look after weights
     model.requires_grad_(False)
     with torch.no_grad():
         traced = torch.jit.trace(lambda x: F.conv1d(x, model.conv.weight, model.conv.bias).relu(), X)
     assert delta([3 * traced(X)], [model(X)]) < 1e-12
+
+
+class Recomputed(torch.autograd.Function):
+    """Checkpointing by hand."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Callable[[Tensor], Tensor], x: Tensor, *weights: Tensor) -> Tensor:
+        ctx.run, ctx.weights = run, weights
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return run(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            y = ctx.run(x)
+        return None, *torch.autograd.grad(y, [x, *ctx.weights], grad)
+
+
+def test_recomputation_by_hand_computes() -> None:
+    model = helpers()
+    weights = list(adapters(model).values())
+
+    def features(x: Tensor) -> Tensor:
+        return F.conv1d(x, model.conv.weight, model.conv.bias).relu()
+
+    found = []
+    for run in (model, lambda x: Recomputed.apply(features, x, *weights) * 3):
+        x = X.clone().requires_grad_()
+        found.append(torch.autograd.grad(run(x).square().sum(), [x, *weights]))
+    assert delta(*found) < 1e-12
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -193,7 +242,7 @@ def test_pruning_prunes_the_base() -> None:
     assert torch.equal(model.conv.weight_orig, base)
     pruned = base * model.conv.weight_mask
     assert delta([model(X)], [by_hand(model, pruned + update)]) < 1e-12
-    for act in (gp.remove, gp.merge, partial(gp.save, folder="nowhere")):  # refused by name, and nothing is changed
+    for act in (gp.merge, partial(gp.save, folder="nowhere")):  # refused by name, and nothing is changed
         with pytest.raises(AdapterError, match=r"conv\.weight is no parameter of Conv any more.*prune\.remove"):
             act(model)
     assert delta([model(X)], [by_hand(model, pruned + update)]) < 1e-12

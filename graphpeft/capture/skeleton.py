@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,6 @@ from graphpeft.errors import CaptureError
 AUTO = ("PreTraining", "CausalLM", "Seq2SeqLM", "MaskedLM", "ImageTextToText", "ImageClassification",
         "SpeechSeq2Seq", "CTC", "AudioClassification", "ZeroShotImageClassification")  # fmt: skip
 """Auto classes in which a config without `architectures` is looked up, in this order; the bare model comes last."""
-
-
-ATTENTIONS = {"eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"}
 
 
 def skeleton(name: str) -> nn.Module:
@@ -93,14 +92,26 @@ def _config(name: str) -> Any:
 
 def _ours(name: str, config: Any) -> Any:
     """The config, whose attention is transformers' own: any other is the name of a repository, whose kernels would be fetched."""
-    for part in [config, *(each for each in vars(config).values() if hasattr(each, "to_dict"))]:
+    for part in _parts(config):
         asked = getattr(part, "_attn_implementation", None)
-        if asked is not None and not (isinstance(asked, str) and asked in ATTENTIONS):
+        if asked is not None and not (isinstance(asked, str) and re.fullmatch(r"[\w|]+", asked)):
             raise CaptureError(
-                f"{name} asks for the attention {str(asked)[:60]!r} in its config.json, which is none of transformers' own "
-                f"({', '.join(sorted(ATTENTIONS))}). Take attn_implementation out of the config."
+                f"{name} asks for the attention {str(asked)[:60]!r} in its config.json, which is none of transformers' own. Take "
+                f"attn_implementation out of the config."
             )
     return config
+
+
+def _parts(config: Any) -> Iterator[Any]:
+    """A config and all that are in it."""
+    waiting = [config]
+    while waiting:
+        part = waiting.pop()
+        if hasattr(part, "to_dict"):
+            yield part
+            waiting += vars(part).values()
+        elif isinstance(part, dict | list | tuple):
+            waiting += part.values() if isinstance(part, dict) else part
 
 
 def _usual(config: Any) -> Any:

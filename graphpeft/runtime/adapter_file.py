@@ -35,7 +35,7 @@ def read(path: Path) -> Arrays:
         raise FileError(f"{path}: there is no such file. Copy all files of the adapter, one for each graph.")
     try:
         file = ort.AdapterFormat.read_adapter(str(path))
-    except RuntimeError as error:
+        # Copies: the values point into the file's own memory, which goes with it.
+        return {name: value.numpy().copy() for name, value in file.get_parameters().items()}
+    except (RuntimeError, ValueError) as error:
         raise FileError(f"{path}: not an adapter of ONNX Runtime ({error}). Export the adapter again.") from error
-    # Copies: the values point into the file's own memory, which goes with it.
-    return {name: value.numpy().copy() for name, value in file.get_parameters().items()}

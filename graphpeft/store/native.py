@@ -24,7 +24,6 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from graphpeft.errors import FileError, RuleError
-from graphpeft.names import is_name
 from graphpeft.plan import Entry
 from graphpeft.store.entries import described, parsed, read_entry
 from graphpeft.store.files import write
@@ -159,7 +158,8 @@ def _are_versions(value: Any) -> bool:
 FREE = {"rules", "rule", "method", "weight", "owner"}
 """Fields with texts in quotes, or with names of modules. The former are parsed, the latter looked up in the model."""
 SHAPES: dict[str, Callable[[Any], bool]] = {
-    "name": is_name,
+    # Earlier versions let keywords be names; whoever loads such a file has to give another.
+    "name": lambda value: isinstance(value, str) and re.fullmatch(r"[A-Za-z_]\w{0,199}", value) is not None,
     "base_fingerprint": _is_hex,
     "tensors_sha256": _is_hex,
     "versions": lambda value: value is None or _are_versions(value),

@@ -71,7 +71,7 @@ TEXTS = {
     "task_type": r"\w{0,100}",
     "peft_version": r"(\d[\w.+!@-]{0,99})?",
     "revision": r"[\w./+@-]{0,200}",
-    "megatron_core": r"\w+(\.\w+)*",
+    "megatron_core": r"[\w.-]{0,100}",
     "base_model_name_or_path": r".{0,4096}",
 }
 """How other texts look, those too that nothing depends on."""

@@ -253,6 +253,10 @@ def test_deep_nesting(name: str, tmp_path: Path) -> None:
         ({"model_type": "nope", "auto_map": {"AutoConfig": "x.Y"}}, "no config that transformers can read"),
         ({"model_type": "llama", "_attn_implementation": "evil/kernel"}, "asks for the attention 'evil/kernel'"),
         ({"model_type": "llama", "attn_implementation": "evil/kernel"}, "asks for the attention 'evil/kernel'"),
+        (
+            {"model_type": "qwen2_5_omni", "attn_implementation": {"thinker_config": {"text_config": "evil/kernel"}}},
+            "asks for the attention 'evil/kernel'",
+        ),
         ({"model_type": "llama", "architectures": ["pipeline"]}, "names the architecture 'pipeline'"),
         ({"model_type": "llama", "architectures": ["__class__"]}, "names the architecture '__class__'"),
         ({"model_type": "llama", "architectures": ["utils"]}, "names the architecture 'utils'"),
@@ -315,7 +319,7 @@ def test_a_role_in_every_place_that_names_it(kind: str, saved: dict[str, Saved],
 
 def test_a_name_of_the_files_that_cannot_be_one_here(saved: dict[str, Saved], tmp_path: Path) -> None:
     one = saved["graphpeft"]
-    for name in ("items", "__class__", "training", "sites"):
+    for name in ("items", "__class__", "training", "sites", "class", "lambda"):
         shutil.copytree(one.folder, tmp_path, dirs_exist_ok=True)
         (tmp_path / "adapter.json").write_text(json.dumps({**one.about, "name": name}))
         with pytest.raises(FileError, match=rf"calls its adapter '{name}'.*with name="):
