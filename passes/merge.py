@@ -125,8 +125,7 @@ def _put_back(model: nn.Module) -> None:
     for path, adapters in state.parked.items():
         reoccupy(model.get_submodule(path), adapters)
     set_active(model, state.active)
-    state.merged = ()
-    state.originals, state.parked = {}, {}
+    state.merged, state.originals, state.parked = (), {}, {}
 
 
 def _refuse_overflow(weights: Mapping[str, nn.Parameter], updated: Mapping[nn.Parameter, torch.Tensor]) -> None:

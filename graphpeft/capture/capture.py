@@ -67,8 +67,8 @@ def _captured(model: nn.Module, inputs: Inputs, blocks: bool) -> Program:
     made_inside = next((name for name, p in model.named_parameters() if p.is_inference()), None)
     if made_inside is not None:
         raise CaptureError(
-            f"{made_inside} of {type(model).__name__} was made inside of torch.inference_mode, so that autograd, which a capture "
-            f"asks and training needs, refuses it. Build or load the model outside; it may run inside."
+            f"{made_inside} of {type(model).__name__} was made inside of torch.inference_mode. Autograd, which a capture and "
+            f"training need, refuses it. Build or load the model outside; it may run inside."
         )
     with in_floats(model):
         try:

@@ -24,10 +24,10 @@ from graphpeft.steps import counted, named
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 5e-3}
 """Largest difference, relative to the largest value where that exceeds 1. Sums in another order cost up to 3e-6 in
 fp32 on small models, growing with depth; in fp16, whose resolution is 1e-3, a few roundings."""
-IN_8_BITS = 0.05
-"""The same where int4 products round their activations to 8 bits, each block of 32 by its largest value: 0.011 on the trained
-MiniLM, 0.006 to 0.028 on random Llamas of 2 to 16 layers, whose outputs are small sums of large terms. A model beyond it has
-outliers that dwarf what stands beside them."""
+IN_8_BITS = 0.1
+"""The same, relative to the largest value of whatever size, where int4 products round their activations to 8 bits, each block of
+32 by its largest value. Three times what the trained MiniLM shows, 0.035; random Llamas show 0.009 to 0.028
+(`python benchmarks/int4_rounding.py`). A model beyond it has outliers that dwarf what stands beside them."""
 SMALL = 1e-3
 """Rounding is relative: embeddings of length 1 have no entry above 0.2. Outputs below this count as zero."""
 VISIBLE, ROUNDING = 100, 1e-7
@@ -214,6 +214,7 @@ def check_quantized(
     """
     checks = []
     base: list[Outputs] = []
+    noise = 0.0  # of the base
     for use in uses:
         step = Step(use, f"adapter {use!r}" if use else "base model", ())
         session.use(use)
@@ -223,6 +224,9 @@ def check_quantized(
         value, output = max(distance(_run(session, step, c), one, SMALL) for c, one in zip(cases, want, strict=True))
         moves = max(distance(_seen(one), _seen(other), SMALL)[0] for one, other in zip(want, base, strict=True))
         most = limit if limit is not None else moves / 2 if use else float("inf")
+        if limit == IN_8_BITS and use:  # a lost adapter is off by all that it does, unless rounding hides it
+            most = min(limit, max(moves / 2, 3 * noise, TOLERANCE[torch.float16]))
+        noise = noise if use else value
         if not value <= most:
             raise ExportError(
                 f"{step.subject}: output {output!r} of the quantized graph is {value:.2g} off the same weights in float, more "
