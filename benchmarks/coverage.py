@@ -31,9 +31,9 @@ from architectures import build, entries  # noqa: E402
 from judge import ATTENTION, MLP, Verdict, judge  # noqa: E402
 from rich.progress import track  # noqa: E402
 
-from graphpeft.apply import found_in  # noqa: E402
+from graphpeft.applying import found_in  # noqa: E402
 from graphpeft.errors import CaptureError  # noqa: E402
-from graphpeft.program import Site  # noqa: E402
+from graphpeft.ir.site import Site  # noqa: E402
 
 LIMIT = 300
 """Seconds for one model."""

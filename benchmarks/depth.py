@@ -20,8 +20,8 @@ def run(layers: int) -> dict[str, float]:
     import transformers
 
     import graphpeft as gp
+    from graphpeft.capturing.normalize import normalize
     from graphpeft.match.find import find
-    from graphpeft.passes.normalize import normalize
 
     torch.set_num_threads(1)
     with torch.device("meta"):

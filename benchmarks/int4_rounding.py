@@ -16,7 +16,7 @@ import transformers as tf
 from torch import nn
 
 import graphpeft as gp
-from graphpeft.inspect.table import table
+from graphpeft.show.table import table
 
 
 def minilm() -> nn.Module:

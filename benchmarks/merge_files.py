@@ -69,7 +69,7 @@ def _adapter(folder: Path, model: Any, rules: str) -> None:
     import torch
 
     import graphpeft as gp
-    from graphpeft.state import chains, get_state, saved
+    from graphpeft.rewrite.state import chains, get_state, saved
     from graphpeft.store.checkpoint import open_checkpoint
     from graphpeft.store.native import AdapterFile, fingerprint, write_adapter
 

@@ -29,7 +29,7 @@ def exports(folder: Path, opset: int) -> None:
     from checks import randomize
 
     import graphpeft as gp
-    from graphpeft.capture.samples import sample_inputs
+    from graphpeft.capturing.samples import sample_inputs
 
     kinds = {
         "llama": (zoo.llama, "qv:lora(r=2); mlp:lora(r=2)", {}),

@@ -21,7 +21,7 @@ import torch
 import transformers
 
 import graphpeft as gp
-from graphpeft.inspect.table import table
+from graphpeft.show.table import table
 
 PROMPT, TOKENS = 128, 96
 KINDS: dict[str, dict[str, Any]] = {

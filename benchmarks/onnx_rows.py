@@ -20,7 +20,7 @@ import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from graphpeft.inspect.table import table
+from graphpeft.show.table import table
 
 FORMS = ("base", "gate", "gather")
 Feeds = dict[str, np.ndarray]

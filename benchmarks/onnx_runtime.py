@@ -28,11 +28,11 @@ import torch
 import transformers
 
 import graphpeft as gp
-from graphpeft import onnx
-from graphpeft.deploy.flat import Flat
-from graphpeft.deploy.slots import fingerprint
-from graphpeft.inspect.table import table
+from graphpeft.exporting import onnx
+from graphpeft.exporting.flat import Flat
+from graphpeft.exporting.slots import fingerprint
 from graphpeft.runtime.session import Use
+from graphpeft.show.table import table
 
 RANKS = (8, 16, 64)
 STYLES = ("apart", "shared")  # slots for each weight, or one for weights that read the same activation

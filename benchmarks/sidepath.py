@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 import graphpeft as gp
+from graphpeft.ir.site import Site
 from graphpeft.methods import Method
-from graphpeft.program import Site
-from graphpeft.rules import parse
+from graphpeft.rules.rule import parse
 
 TOKENS = 512
 PATHS = ["lora(r=8)", "vera(r=256)", "rlora(r=256)", "rlora(r=256, rows=uniform)", "melora(n=8, r=8)", "olora(r=8)"]

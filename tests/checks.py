@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from zoo import BERT, SMALL, VOCAB, ZOO
 
-from graphpeft.capture.samples import sample_inputs
+from graphpeft.capturing.samples import sample_inputs
 
 __all__ = [
     "BERT",

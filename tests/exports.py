@@ -20,11 +20,11 @@ from checks import Snapshot, randomize, same
 from torch import nn
 
 import graphpeft as gp
-from graphpeft import onnx
-from graphpeft.deploy.flat import Flat
+from graphpeft.exporting import onnx
+from graphpeft.exporting.flat import Flat
 from graphpeft.passes.export import export
+from graphpeft.rewrite.state import get_state
 from graphpeft.runtime.session import Session
-from graphpeft.state import get_state
 
 SAMPLE = {"x": torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(7))}
 CLOSE = 2e-6

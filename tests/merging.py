@@ -17,8 +17,8 @@ from checks import randomize
 from torch import nn
 
 import graphpeft as gp
-from graphpeft.passes.merge_files import MergedFiles
-from graphpeft.passes.storage import Format
+from graphpeft.passes.save import Format
+from graphpeft.store.merge_files import MergedFiles
 
 
 @dataclass(frozen=True)

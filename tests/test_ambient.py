@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import graphpeft as gp
 from graphpeft.ambient import plain
 from graphpeft.errors import CaptureError
-from graphpeft.state import chains
+from graphpeft.rewrite.state import chains
 
 Context = Callable[[], AbstractContextManager[Any]]
 

@@ -17,14 +17,14 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 import graphpeft as gp
-from graphpeft.capture.blocks import Folding, kinds
-from graphpeft.capture.kinds import Used, differing, watched
+from graphpeft.capturing.blocks import Folding, kinds
+from graphpeft.capturing.kinds import Used, differing, watched
+from graphpeft.capturing.normalize import normalize
 from graphpeft.errors import CaptureError
+from graphpeft.ir.program import Program
 from graphpeft.match.find import find
-from graphpeft.passes.normalize import normalize
-from graphpeft.program import Program
 
-capturing = importlib.import_module("graphpeft.capture.capture")
+capturing = importlib.import_module("graphpeft.capturing.capture")
 X = torch.randn(2, 7, 8)
 
 
@@ -72,7 +72,7 @@ def captured(model: nn.Module, given: Any, monkeypatch: pytest.MonkeyPatch) -> l
         left_out.extend(paths)
         return result
 
-    unfold_ = importlib.import_module("graphpeft.capture.unfold").unfold
+    unfold_ = importlib.import_module("graphpeft.capturing.unfold").unfold
     monkeypatch.setattr(capturing, "unfold", unfold)
     shapes_only = any(p.is_meta for p in model.parameters())
     before = None if shapes_only else Snapshot.of(model)

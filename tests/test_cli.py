@@ -18,14 +18,14 @@ from zoo import llama
 
 import graphpeft as gp
 from graphpeft import methods
-from graphpeft.capture.skeleton import skeleton
+from graphpeft.capturing.skeleton import skeleton
 from graphpeft.cli import complete
 from graphpeft.cli.main import app
 from graphpeft.errors import RuleError
 from graphpeft.inspect.why import why
 from graphpeft.match import registry
-from graphpeft.rules import coerce
-from graphpeft.steps import PASSES
+from graphpeft.rules.rule import coerce
+from graphpeft.tracing import PASSES
 
 run = CliRunner()
 

@@ -95,10 +95,10 @@ def test_the_judge_notices_what_is_missing_and_what_is_wrong() -> None:
     from architectures import build
     from judge import judge
 
-    from graphpeft.apply import found_in
+    from graphpeft.capturing.survey import find_base_sites
 
     model = build("bert", "BertForMaskedLM")
-    found = found_in(model)
+    found = find_base_sites(model)
     sites = tuple(replace(s, role="k") if s.role == "q" and s.layer == 0 else s for s in found.sites)
     verdict = judge(model, replace(found, sites=sites))
     assert set(verdict.missed) == {"q"}

@@ -18,8 +18,8 @@ from checks import randomize
 from torch import nn
 
 import graphpeft as gp
-from graphpeft import onnx
-from graphpeft.deploy.parts import parts
+from graphpeft.exporting import onnx
+from graphpeft.exporting.parts import parts
 
 
 def minilm() -> nn.Module:

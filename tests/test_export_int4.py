@@ -22,9 +22,9 @@ from test_export_families import minilm
 from torch import nn
 
 import graphpeft as gp
-from graphpeft.deploy import parity
 from graphpeft.errors import ExportError, FileError
-from graphpeft.onnx import runtimes
+from graphpeft.exporting import parity
+from graphpeft.exporting.onnx import runtimes
 from graphpeft.runtime.doctor import doctor
 from graphpeft.runtime.folder import REPORT
 

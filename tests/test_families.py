@@ -21,8 +21,8 @@ from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 from zoo import SMALL, VOCAB
 
 import graphpeft as gp
-from graphpeft.program import Site
-from graphpeft.state import chains
+from graphpeft.ir.site import Site
+from graphpeft.rewrite.state import chains
 
 Build = Callable[[], nn.Module]
 ONE = SMALL | dict(num_hidden_layers=1)

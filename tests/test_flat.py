@@ -9,9 +9,9 @@ import torch
 from exports import CLOSE, SAMPLE, ids, off, tiny
 from torch import nn
 
-from graphpeft.deploy.flat import Flat
-from graphpeft.deploy.parts import parts
 from graphpeft.errors import ExportError
+from graphpeft.exporting.flat import Flat
+from graphpeft.exporting.parts import parts
 
 
 def test_equal_sizes_of_batch_and_sequence_are_refused() -> None:

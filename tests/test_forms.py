@@ -20,16 +20,17 @@ from torch import nn
 from zoo import VOCAB, gpt2, t5
 
 import graphpeft as gp
-from graphpeft.adapters import home, places
 from graphpeft.errors import AdapterError, ExportError, FileError, VerifyError
+from graphpeft.ir.site import Rows, Site
+from graphpeft.ir.weights import stored
 from graphpeft.match.owners import lookups, trace
 from graphpeft.methods import LoRA, Method, RLoRA
-from graphpeft.owner import Adapted
 from graphpeft.passes.initialize import initialize
 from graphpeft.passes.insert import insert
-from graphpeft.plan import Entry
-from graphpeft.program import Rows, Site, stored
-from graphpeft.state import chains, find_state, get_state, set_active
+from graphpeft.planning.plan import Entry
+from graphpeft.rewrite.adapters import home, places
+from graphpeft.rewrite.owner import Adapted
+from graphpeft.rewrite.state import chains, find_state, get_state, set_active
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 LORA, RLORA = LoRA(r=3, alpha=6.0), RLoRA(r=12)

@@ -14,8 +14,8 @@ from exports import arrays, deployed, ids, running, serving
 from transformers import GenerationConfig, GenerationMixin
 
 import graphpeft as gp
-from graphpeft import onnx
 from graphpeft.errors import AdapterError
+from graphpeft.exporting import onnx
 from graphpeft.runtime.session import Session
 
 USES = (None, "a", "b")

@@ -13,7 +13,7 @@ from checks import Snapshot, adapters, build, call, delta, inputs, outputs, rand
 from torch import nn
 
 import graphpeft as gp
-from graphpeft.state import get_state
+from graphpeft.rewrite.state import get_state
 
 RULES = "attn:lora(r=4); up+down:rlora"
 

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import graphpeft as gp
 from graphpeft.errors import AdapterError
-from graphpeft.state import chains
+from graphpeft.rewrite.state import chains
 
 X = torch.randn(2, 4, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 TOKENS = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1))

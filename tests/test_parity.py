@@ -10,12 +10,12 @@ import pytest
 import torch
 from exports import CLOSE, SAMPLE, deployed, ids, tiny
 
-from graphpeft.deploy import parity
-from graphpeft.deploy.cases import Case, Outputs, cases
-from graphpeft.deploy.flat import Flat
-from graphpeft.deploy.opening import as_pairs
-from graphpeft.deploy.part import Part
 from graphpeft.errors import ExportError
+from graphpeft.exporting import parity
+from graphpeft.exporting.cases import Case, Outputs, cases
+from graphpeft.exporting.flat import Flat
+from graphpeft.exporting.opening import as_pairs
+from graphpeft.exporting.part import Part
 from graphpeft.runtime.session import Session
 
 

@@ -14,9 +14,9 @@ import graphpeft as gp
 
 
 def test_names_resolve_and_types_see_the_same_ones() -> None:
-    import graphpeft.apply
-    import graphpeft.capture.capture
-    import graphpeft.plan  # noqa: F401  # the modules, whose import would put them in the functions' places
+    import graphpeft.applying
+    import graphpeft.capturing.capture
+    import graphpeft.planning.plan  # noqa: F401  # the modules, whose import would put them in the functions' places
 
     found = {name: getattr(gp, name) for name in gp.__all__}
     assert not [name for name, value in found.items() if isinstance(value, ModuleType)]

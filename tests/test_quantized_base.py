@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from zoo import llama
 
 import graphpeft as gp
+from graphpeft.compat.quantized import FAST, library, quantized
 from graphpeft.errors import AdapterError, ExportError, FileError
-from graphpeft.passes.requantize import Requantized
-from graphpeft.program import values
-from graphpeft.quantized import FAST, library, quantized
+from graphpeft.ir.weights import values
+from graphpeft.rewrite.requantize import Requantized
 
 torchao = pytest.importorskip("torchao.quantization")
 CONFIGS: dict[str, Callable[[], Any]] = {

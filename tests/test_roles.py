@@ -16,9 +16,9 @@ from checks import CASES, build, inputs
 from zoo import llama
 
 import graphpeft as gp
-from graphpeft.capture.capture import capture
+from graphpeft.capturing.capture import capture
+from graphpeft.capturing.normalize import normalize
 from graphpeft.match.find import find
-from graphpeft.passes.normalize import normalize
 
 ATTENTION = {r: f"self_attn.{r}_proj" for r in "qkvo"}
 GATED = ATTENTION | {r: f"mlp.{r}_proj" for r in ("gate", "up", "down")}

@@ -4,12 +4,12 @@ from itertools import product
 import pytest
 
 from graphpeft.errors import RuleError
+from graphpeft.ir.site import Site
 from graphpeft.match import registry
 from graphpeft.match.pattern import affine
-from graphpeft.match.registry import Declaration
+from graphpeft.match.declaration import Declaration
 from graphpeft.methods import LoRA, RLoRA
-from graphpeft.program import Site
-from graphpeft.rules import Rule, coerce, parse, to_text
+from graphpeft.rules.rule import Rule, coerce, parse, to_text
 
 CANONICAL = [
     "qv:rlora",

@@ -16,8 +16,8 @@ from checks import build, randomize
 from exports import CLOSE, FAR, SAMPLE, dense, deployed, off, silent
 
 import graphpeft as gp
-from graphpeft import onnx
 from graphpeft.errors import AdapterError, FileError
+from graphpeft.exporting import onnx
 from graphpeft.runtime.doctor import doctor
 from graphpeft.runtime.session import Session
 

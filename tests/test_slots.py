@@ -12,9 +12,9 @@ from zoo import torch_encoder
 
 import graphpeft as gp
 from graphpeft.chain import Chain, Dense, zeros
-from graphpeft.deploy.slots import SlotBranch, fingerprint, inserted, lower, slot_at
 from graphpeft.errors import ExportError
-from graphpeft.state import chains
+from graphpeft.exporting.slots import SlotBranch, fingerprint, inserted, lower, slot_at
+from graphpeft.rewrite.state import chains
 
 
 @pytest.mark.parametrize(

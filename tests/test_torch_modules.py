@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import graphpeft as gp
-from graphpeft.state import chains
+from graphpeft.rewrite.state import chains
 
 X, MEMORY = (torch.randn(2, n, 32, generator=torch.Generator().manual_seed(n)) for n in (5, 7))
 THIRDS = {"q": ((0, 32),), "k": ((32, 64),), "v": ((64, 96),)}

@@ -21,12 +21,12 @@ from torch.nn import functional as F
 from zoo import ZOO, gpt2, llama
 
 import graphpeft as gp
-from graphpeft.capture.capture import as_module, capture
-from graphpeft.capture.samples import sample_inputs
+from graphpeft.capturing.capture import as_module, capture
+from graphpeft.capturing.normalize import normalize
+from graphpeft.capturing.samples import sample_inputs
 from graphpeft.errors import CaptureError, MatchError
-from graphpeft.graph import CHECKS
 from graphpeft.match.products import op
-from graphpeft.passes.normalize import normalize
+from graphpeft.rewrite.graph import CHECKS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
 

@@ -18,7 +18,7 @@ from digits_vit import train
 from workers import parallel
 
 import graphpeft as gp
-from graphpeft.state import get_state
+from graphpeft.rewrite.state import get_state
 
 LAMBDAS = (0.0, 1e-4, 1e-3, 1e-2, 1e-1)
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)

@@ -28,6 +28,6 @@ class Run:
 
 @torch.no_grad()
 def ranks(model: nn.Module) -> tuple[int, ...]:
-    from graphpeft.state import chains
+    from graphpeft.rewrite.state import chains
 
     return tuple(int(torch.linalg.matrix_rank(c.delta(), rtol=1e-5)) for c in chains(model, "default").values())

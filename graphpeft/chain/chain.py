@@ -305,3 +305,6 @@ def _dense(factors: list[Factor]) -> Tensor:
 
 def _streams(seed: int, names: tuple[str, ...]) -> Callable[[str], np.random.RandomState]:
     return lambda name: generator(seed, *names, name)
+
+
+Factor.chained = Chain

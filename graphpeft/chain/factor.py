@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -30,6 +30,10 @@ class Factor(nn.Module):
     `torch.fx` for activations of any rank: no control flow on shapes, and no expression of buffers alone, which
     FX would evaluate once while tracing.
     """
+
+    chained: ClassVar[Callable[[list[Factor]], Chain]]
+    """The class `Chain`. A chain is made of factors, and a factor times another is a chain; so that the two files do not import
+    each other, chain.py sets this."""
 
     def __init__(self, outputs: int, inputs: int, shared: str | None = None) -> None:
         super().__init__()
@@ -86,9 +90,7 @@ class Factor(nn.Module):
         return torch.add(y, update, alpha=alpha)
 
     def __matmul__(self, other: Factor | Chain) -> Chain:
-        from graphpeft.chain.chain import Chain  # a chain is made of factors; this is the one arrow back
-
-        return Chain([self]) @ other
+        return self.chained([self]) @ other
 
     def extra_repr(self) -> str:
         return f"{self.outputs}, {self.inputs}" + (f", shared={self.shared!r}" if self.shared else "")

@@ -1,4 +1,4 @@
-"""What a shell offers after a tab. It is asked at every tab, so nothing here imports torch; tests hold the lists current."""
+"""What a shell offers after a tab. It is asked at every tab, so nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -10,13 +10,7 @@ from pathlib import Path
 
 import typer
 
-from graphpeft.steps import PASSES
-
-TARGETS = (
-    "q", "k", "v", "o", "qv", "qkv", "qkvo", "attn", "latent", "gate", "up", "down", "mlp", "linear", "experts", "experts.gate",
-    "experts.up", "experts.down", "router", "mixer", "mixer.in", "mixer.out", "conv", "embed", "head", "path(",
-)  # fmt: skip
-METHODS = ("blora", "dora", "lora", "melora", "olora", "pissa", "rlora", "vera")
+from graphpeft import registered
 
 
 def models(incomplete: str) -> list[str]:
@@ -33,8 +27,8 @@ def rules(incomplete: str) -> list[str]:
     """The target, and after a colon the method, of the rule that is being written."""
     before, target, colon, method = _split(incomplete)
     if colon:
-        return [f"{before}{target}:{name}" for name in _starting(METHODS, method)]
-    return [f"{before}{name}" for name in _starting(TARGETS, target)]
+        return [f"{before}{target}:{name}" for name in _starting(registered.methods(), method)]
+    return [f"{before}{name}" for name in _starting((*registered.targets(), "path("), target)]
 
 
 def _split(text: str) -> tuple[str, str, str, str]:
@@ -45,9 +39,9 @@ def _split(text: str) -> tuple[str, str, str, str]:
 
 def passes(incomplete: str) -> list[tuple[str, str]]:
     """Passes, and what each does."""
-    return [(name, PASSES[name]) for name in _starting(PASSES, incomplete)] + [("all", "every pass")] * (
-        "all".startswith(incomplete)
-    )
+    return [item for item in registered.passes().items() if item[0].startswith(incomplete)] + [
+        ("all", "every pass")
+    ] * ("all".startswith(incomplete))
 
 
 def adapters(ctx: typer.Context, incomplete: str) -> list[str]:

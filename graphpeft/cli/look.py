@@ -20,7 +20,7 @@ def plan(
     """Show what the rules would adapt: sites, methods, parameter counts."""
     with at_work(debug, print_after, dump):
         import graphpeft as gp
-        from graphpeft.capture.skeleton import skeleton
+        from graphpeft.capturing.skeleton import skeleton
 
         made = gp.plan(skeleton(model), rules)
     say(made, as_json)
@@ -32,7 +32,7 @@ def sites(
     """List every projection of a model and the role that its graph gives it."""
     with at_work(debug, print_after, dump):
         import graphpeft as gp
-        from graphpeft.capture.skeleton import skeleton
+        from graphpeft.capturing.skeleton import skeleton
 
         found = gp.sites(skeleton(model))
     say(found, as_json)
@@ -43,14 +43,12 @@ def roles(
 ) -> None:
     """Show what a model has of each role, why it lacks the others, and what no example call reaches."""
     with at_work(debug, print_after, dump):
-        from graphpeft.capture.samples import settled
-        from graphpeft.capture.skeleton import skeleton
+        from graphpeft.capturing.skeleton import skeleton
+        from graphpeft.capturing.survey import find_base_sites
         from graphpeft.inspect.roles import overview
-        from graphpeft.survey import survey
 
         built = skeleton(model)
-        with settled(built):
-            found = overview(built, survey(built))
+        found = overview(built, find_base_sites(built))
     say(found, as_json)
 
 
@@ -62,12 +60,12 @@ def methods(
 ) -> None:
     """List the adapter methods: chain, trained numbers, whether they lower to LoRA, paper, options."""
     with at_work(debug):
-        from graphpeft.apply import found_in
-        from graphpeft.capture.skeleton import skeleton
+        from graphpeft.capturing.skeleton import skeleton
+        from graphpeft.capturing.survey import find_base_sites
         from graphpeft.inspect.methods import methods as described
 
         built = skeleton(model) if model else None
-        found = (built, found_in(built)) if built is not None else None
+        found = (built, find_base_sites(built)) if built is not None else None
         told = described(found, target)
     say(told, as_json)
 
@@ -82,7 +80,7 @@ def why(
     """Say why a layer has an adapter, or would have none: its role, the rules, the pattern that came nearest."""
     with at_work(debug):
         import graphpeft as gp
-        from graphpeft.capture.skeleton import skeleton
+        from graphpeft.capturing.skeleton import skeleton
 
         answer = gp.why(skeleton(model), path, rules)
     say(answer, as_json)

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from graphpeft.cli import done, look, ship
+from graphpeft.cli import inspect as done
+from graphpeft.cli import look, ship
 from graphpeft.cli.shared import Debug, one_line
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)

@@ -100,7 +100,7 @@ def say(result: Any, as_json: bool = False) -> None:
 def adapted(model: str, rules: str | None = None, adapters: Sequence[Path] = ()) -> nn.Module:
     """A model, by rules or with saved adapters, which need its weights; without them as shapes alone."""
     import graphpeft as gp
-    from graphpeft.capture.skeleton import pretrained, skeleton
+    from graphpeft.capturing.skeleton import pretrained, skeleton
 
     built = pretrained(model) if adapters else skeleton(model)
     for folder in adapters:

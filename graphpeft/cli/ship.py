@@ -24,7 +24,7 @@ def merge(
 ) -> None:
     """Fold adapters into a checkpoint on disk, one weight in memory at a time. After a kill, run it again to go on."""
     with at_work(debug):
-        from graphpeft.passes.merge_files import merge_files
+        from graphpeft.store.merge_files import merge_files
 
         done = merge_files(base, adapters, out, any_base=any_base)
     say(asdict(done) | {"out": str(done.out)} if as_json else done, as_json)
@@ -52,7 +52,7 @@ def export(
     options = dict(merged=merged, rows=rows, compact=compact, quantize=quantize, accuracy_level=accuracy_level)
     options |= dict(opset=opset, verify=verify)
     with at_work(debug, print_after, dump):
-        from graphpeft.cli.shipping import ship
+        from graphpeft.cli.deploy import ship
 
         report = ship(model, adapter, out, **options)
     say(asdict(report) if as_json else report, as_json)
@@ -89,7 +89,7 @@ def run(
 ) -> None:
     """Run an exported folder on a text, with no, one or several adapters."""
     with one_line(debug):
-        from graphpeft.cli.shipping import answer
+        from graphpeft.cli.deploy import answer
 
         told = answer(folder, text, adapter or [], tokens, temperature=temperature, seed=seed)
     say(told)

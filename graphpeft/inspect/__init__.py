@@ -1,0 +1,1 @@
+"""Looking at a model: sites, plans, graphs, differences, reports. Nothing here changes one."""

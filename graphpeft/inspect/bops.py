@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from graphpeft.chain import Chain, Coded, Factor, Rounded
-from graphpeft.inspect.table import table
-from graphpeft.plan import Entry
-from graphpeft.state import chains, get_state
+from graphpeft.planning.plan import Entry
+from graphpeft.rewrite.state import chains, get_state
+from graphpeft.show.table import table
 
 FULL = 32
 """Bits of a weight or an activation that nothing rounds."""

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.export import ExportedProgram
 
-from graphpeft.capture.capture import Inputs
-from graphpeft.inspect.align import Aligned
+from graphpeft.capturing.capture import Inputs
+from graphpeft.inspect.graph_alignment import Aligned
 from graphpeft.inspect.network import general, layer_of, network, shown, to_networkx
 from graphpeft.inspect.rewrite import rewrite
-from graphpeft.inspect.table import folded, layers_text
-from graphpeft.inspect.view import Grid, View
-from graphpeft.state import get_state
+from graphpeft.rewrite.state import get_state
+from graphpeft.show.table import folded, layers_text
+from graphpeft.show.view import Grid, View
 
 if TYPE_CHECKING:
     from networkx import MultiDiGraph

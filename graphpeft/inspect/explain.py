@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import nn
 
+from graphpeft.compat.sharded import gathered
+from graphpeft.inspect.adapter_stats import Numbers, numbers
 from graphpeft.inspect.network import general
-from graphpeft.inspect.numbers import Numbers, numbers
-from graphpeft.inspect.table import folded, layers_text, names_text, role_text, rows_text, site_dict, size_text
-from graphpeft.inspect.view import Grid, View
-from graphpeft.program import Site
-from graphpeft.sharded import gathered
-from graphpeft.state import State, base_weight, branches, chains, get_state
+from graphpeft.ir.site import Site
+from graphpeft.rewrite.state import State, base_weight, branches, chains, get_state
+from graphpeft.show.table import folded, layers_text, names_text, role_text, rows_text, site_dict, size_text
+from graphpeft.show.view import Grid, View
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from torch import nn
 
 from graphpeft.chain import Chain
 from graphpeft.errors import AdapterError
-from graphpeft.inspect.view import Grid, View
+from graphpeft.ir.site import Site
 from graphpeft.match.find import Found
 from graphpeft.methods import get, names, options
-from graphpeft.plan import make_plan
-from graphpeft.program import Site
-from graphpeft.rules import coerce
+from graphpeft.planning.plan import make_plan
+from graphpeft.rules.rule import coerce
+from graphpeft.show.view import Grid, View
 
 SAMPLE = Site("q", "q.weight", None, False, 0, (768, 768))
 """The site that a chain is shown for."""

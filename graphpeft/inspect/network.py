@@ -18,15 +18,15 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from graphpeft.adapters import HOME
-from graphpeft.capture.capture import Inputs
-from graphpeft.capture.meta import is_fake
+from graphpeft.capturing.capture import Inputs
+from graphpeft.compat.fake_tensors import is_fake
+from graphpeft.compat.quantized import dense, library
 from graphpeft.inspect.rewrite import Branch, Part, Rewrite, rewrite
-from graphpeft.inspect.suggest import any_layer
 from graphpeft.match.fused import concrete
 from graphpeft.match.products import op
-from graphpeft.quantized import dense, library
-from graphpeft.state import find_state
+from graphpeft.planning.suggest import any_layer
+from graphpeft.rewrite.adapters import HOME
+from graphpeft.rewrite.state import find_state
 
 if TYPE_CHECKING:
     from networkx import MultiDiGraph
@@ -81,7 +81,8 @@ def to_networkx(model: Any, inputs: Inputs = None, *, adapted: bool = True, valu
     """
     import networkx
 
-    from graphpeft.inspect import files, onnx_network
+    from graphpeft.inspect import graph_files as files
+    from graphpeft.inspect import onnx_network
 
     if isinstance(model, networkx.MultiDiGraph):
         return model

@@ -12,8 +12,8 @@ import onnx
 import onnx_ir as ir
 
 from graphpeft.errors import FileError
+from graphpeft.exporting.onnx.tags import ADAPTER, SCOPES, SITE
 from graphpeft.inspect.network import Node, layer_of
-from graphpeft.onnx.tags import ADAPTER, SCOPES, SITE
 
 if TYPE_CHECKING:
     from networkx import MultiDiGraph

@@ -14,18 +14,20 @@ from dataclasses import dataclass, replace
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from graphpeft.adapters import HOME, home, places, slot
-from graphpeft.capture.capture import Inputs, as_module
-from graphpeft.capture.meta import fill_shapes
-from graphpeft.capture.samples import settled
+from graphpeft.capturing.base_view import base_view
+from graphpeft.capturing.capture import Inputs, as_module
+from graphpeft.capturing.survey import capture_programs, find_sites
 from graphpeft.chain import Chain
+from graphpeft.compat.fake_tensors import fill_shapes
+from graphpeft.ir.program import Program
+from graphpeft.ir.site import Site
+from graphpeft.ir.weights import stored
 from graphpeft.match.find import Found
 from graphpeft.match.owners import Uses
-from graphpeft.owner import adapt
-from graphpeft.plan import Entry
-from graphpeft.program import Program, Site, stored
-from graphpeft.state import chains, example, find_state, hidden, inactive
-from graphpeft.survey import survey
+from graphpeft.planning.plan import Entry
+from graphpeft.rewrite.adapters import HOME, home, places, slot
+from graphpeft.rewrite.owner import adapt
+from graphpeft.rewrite.state import chains, example, find_state, inactive
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,9 @@ def rewrite(model: nn.Module | ExportedProgram, inputs: Inputs = None) -> Rewrit
 
     While adapters are merged the graph stays the base's: the weights alone are others. Raises `CaptureError`.
     """
-    module = as_module(model) if isinstance(model, ExportedProgram) else model
-    with inactive(module), hidden(module), settled(module):
-        found = survey(_base(module), example(module, inputs))
+    module = as_module(model)
+    with base_view(module):
+        found = find_sites(capture_programs(_base(module), example(module, inputs)))
     branches = tuple(_branches(module))
     served: set[tuple[nn.Module, nn.Parameter]] = set()
     with inactive(module):  # an owner may show an adapted weight under the weight's own name

@@ -9,12 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from graphpeft.inspect.misses import Absence, absences
-from graphpeft.inspect.suggest import any_layer
-from graphpeft.inspect.table import role_text, rows_text, size_text, table
+from graphpeft.ir.site import Rows, Site
+from graphpeft.ir.weights import stored
 from graphpeft.match.find import Found
 from graphpeft.match.registry import roles as declared
-from graphpeft.program import Rows, Site, stored
+from graphpeft.planning.absence import Absence, absences
+from graphpeft.planning.suggest import any_layer
+from graphpeft.show.table import role_text, rows_text, size_text, table
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from graphpeft.errors import GraphPeftError
-from graphpeft.inspect import listing
-from graphpeft.inspect.table import table
-from graphpeft.steps import PASSES, Step, Watcher, watching
+from graphpeft.inspect import pass_dump as listing
+from graphpeft.registered import passes
+from graphpeft.show.table import table
+from graphpeft.tracing import Step, Watcher, watching
 
 INDEX = "steps.json"
 
@@ -110,11 +111,12 @@ def watch(
 def _known(names: str | Iterable[str]) -> frozenset[str]:
     wanted = frozenset([names] if isinstance(names, str) else names)
     if "all" in wanted:
-        return frozenset(PASSES)
-    for name in sorted(wanted - PASSES.keys()):
-        near = get_close_matches(name, PASSES, 1)
+        return frozenset(passes())
+    known = passes()
+    for name in sorted(wanted - known.keys()):
+        near = get_close_matches(name, known, 1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise WatchError(f'There is no pass {name!r}.{hint} There are: {", ".join(PASSES)}; or "all".')
+        raise WatchError(f'There is no pass {name!r}.{hint} There are: {", ".join(known)}; or "all".')
     return wanted
 
 

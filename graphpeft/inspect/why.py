@@ -10,19 +10,18 @@ from typing import Any
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from graphpeft.capture.capture import Inputs, as_module
-from graphpeft.capture.samples import settled
+from graphpeft.capturing.capture import Inputs, as_module
+from graphpeft.capturing.survey import find_base_sites
 from graphpeft.errors import MatchError
-from graphpeft.inspect.misses import absences
 from graphpeft.inspect.network import code_of, general, layer_of, location
-from graphpeft.inspect.table import any_outside, folded, layers_text, role_text, rows_text
-from graphpeft.inspect.view import Grid, View
+from graphpeft.ir.site import Site
 from graphpeft.match.find import Found
 from graphpeft.match.products import op
-from graphpeft.program import Site
-from graphpeft.rules import Rule, coerce, fits
-from graphpeft.state import example, find_state, hidden, inactive
-from graphpeft.survey import survey
+from graphpeft.planning.absence import absences
+from graphpeft.rewrite.state import example, find_state, hidden, inactive
+from graphpeft.rules.rule import Rule, coerce, fits
+from graphpeft.show.table import any_outside, folded, layers_text, role_text, rows_text
+from graphpeft.show.view import Grid, View
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def why(model: nn.Module | ExportedProgram, path: str, rules: Any = None, *, inp
 
     Raises: `MatchError` if the model has no weight of such a name, with the nearest names; `RuleError`, `CaptureError`.
     """
-    module = as_module(model) if isinstance(model, ExportedProgram) else model
+    module = as_module(model)
     state = find_state(module)
     on = state.adapters if state is not None else {}
     asked = coerce(rules) if rules is not None else tuple(r for adapter in on.values() for r in coerce(adapter.rules))
@@ -91,8 +90,7 @@ def why(model: nn.Module | ExportedProgram, path: str, rules: Any = None, *, inp
                 f"{type(module).__name__} has no weight matrix {path!r}; vectors, such as those of norms, take no adapter. "
                 f"Near it: {', '.join(near) or 'nothing'}. A glob such as '*.q_proj' means a weight in every layer."
             )
-        with settled(module):
-            found = survey(module, example(module, inputs))
+        found = find_base_sites(module, example(module, inputs))
         work = _Reasons(module, found, asked)
         items = [(one, layer_of(name)) for name in meant for one in work.of(name, on)]
     grouped = folded((replace(one, weight=general(one.weight)), layer) for one, layer in items)

@@ -1,6 +1,7 @@
 """The pattern language, for those who declare roles of their own: one import, described in docs/patterns.md."""
 
 from graphpeft.match.dataflow import Dataflow
+from graphpeft.match.declaration import Declaration
 from graphpeft.match.pattern import (
     ANY,
     FIXED,
@@ -19,7 +20,7 @@ from graphpeft.match.pattern import (
     softmax,
     unbound,
 )
-from graphpeft.match.registry import Declaration, register
+from graphpeft.match.registry import register
 from graphpeft.match.walk import elementwise, flow, join, mixed, seen
 
 __all__ = [

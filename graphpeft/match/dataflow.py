@@ -12,6 +12,8 @@ from functools import cached_property
 import torch
 from torch import fx
 
+from graphpeft.ir.program import Program
+from graphpeft.ir.site import Rows
 from graphpeft.match.operators import (
     ADD,
     ATTENTION,
@@ -25,7 +27,6 @@ from graphpeft.match.operators import (
     strip,
 )
 from graphpeft.match.products import MATMULS, PRODUCTS, Affine, behind_transposes, op, read_affine
-from graphpeft.program import Program, Rows
 
 
 class Dataflow:

@@ -12,15 +12,18 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from graphpeft.ir.program import Program
+from graphpeft.ir.site import Rows, Site
+from graphpeft.ir.weights import stored
 from graphpeft.match import fused
 from graphpeft.match.dataflow import Dataflow
+from graphpeft.match.declaration import Declaration
 from graphpeft.match.operators import partial
 from graphpeft.match.owners import locate
 from graphpeft.match.pattern import Bound, Match, Miss
 from graphpeft.match.products import Affine
-from graphpeft.match.registry import Declaration, declarations
-from graphpeft.program import Program, Rows, Site, stored
-from graphpeft.steps import named
+from graphpeft.match.registry import declarations
+from graphpeft.tracing import as_pass
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Found:
     """What was captured and searched, by the path of the module: the root, and parts that it did not run."""
 
 
-@named("find")
+@as_pass("find", "what each weight is for, by dataflow")
 def find(program: Program) -> Found:
     """All sites of a program. Seconds grow linearly with the graph."""
     flow = Dataflow(program)

@@ -14,9 +14,9 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from graphpeft.ir.site import Rows
 from graphpeft.match.dataflow import Dataflow
 from graphpeft.match.products import op
-from graphpeft.program import Rows
 
 DRAWS = 3
 """Independent draws whose answers are united: a ReLU hides a feature in one draw with probability 2^-positions."""

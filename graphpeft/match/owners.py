@@ -9,11 +9,12 @@ from typing import Any, Literal
 
 from torch import fx, nn
 
-from graphpeft.hooked import replaced
+from graphpeft.compat.accelerate import replaced
+from graphpeft.compat.quantized import kept_graph, packed
+from graphpeft.ir.program import Program
+from graphpeft.ir.weights import stored
 from graphpeft.match.products import PICKS, SAME, TRANSPOSES, Affine, behind_transposes, op, read_affine
 from graphpeft.names import unwritable
-from graphpeft.program import Program, stored
-from graphpeft.quantized import kept_graph, packed
 
 
 def locate(program: Program, node: fx.Node, weight: str) -> tuple[str, Literal["branch", "weight"]]:

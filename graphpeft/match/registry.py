@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from graphpeft.errors import RuleError
+from graphpeft.match.declaration import Declaration
 from graphpeft.match.pattern import Pattern, Unbound
+from graphpeft.match.roles import DECLARED
 
 GROUP = "graphpeft.roles"
 """The entry points by which a package declares roles; each names a `Declaration` or a list of them."""
@@ -30,27 +32,13 @@ RESERVED = (*ALIASES["experts"], "other")
 """Roles that the search gives to projections in a stack, and to those that no declaration binds."""
 
 
-@dataclass(frozen=True)
-class Declaration:
-    """A pattern and the roles that it binds. `absent` says in words what is missing where it matches nowhere."""
-
-    name: str
-    pattern: Pattern
-    roles: tuple[str, ...]
-    absent: str
-    at: frozenset[str] | None = None
-    """The operators at which the pattern is tried; `None` for wherever flow stops (see `Dataflow.barrier`)."""
-    rest: bool = False
-    """Whether it is only for projections that no declaration before it has bound."""
-
-
 _REGISTERED: list[Declaration] = []
 
 
 def declarations() -> tuple[Declaration, ...]:
     """Every declaration, in the order in which they are tried: those from outside before the built-in ones that take
     the rest. Raises `RuleError` when a package declares roles that cannot be loaded, or that clash with others."""
-    builtin = _builtin()
+    builtin = DECLARED
     known = {d.name: (d, "graphpeft") for d in builtin}
     outside = [*_installed(), *((d, "register()") for d in _REGISTERED)]
     for declaration, source in outside:
@@ -72,9 +60,7 @@ def register(declaration: Declaration) -> None:
     The same declaration again changes nothing. Raises `RuleError` for a name or a role that exists already, for a role
     that rules would read as something else, and for a pattern that binds what `declaration.roles` does not list.
     """
-    check(
-        declaration, "register()", [*((d, "graphpeft") for d in _builtin()), *((d, "register()") for d in _REGISTERED)]
-    )
+    check(declaration, "register()", [*((d, "graphpeft") for d in DECLARED), *((d, "register()") for d in _REGISTERED)])
     if declaration not in _REGISTERED:
         _REGISTERED.append(declaration)
 
@@ -129,12 +115,6 @@ def bound(pattern: Pattern) -> Iterator[str]:
         for part in value if isinstance(value, tuple) else (value,):
             if isinstance(part, Pattern):
                 yield from bound(part)
-
-
-def _builtin() -> list[Declaration]:
-    from graphpeft.match.roles import DECLARED
-
-    return DECLARED
 
 
 @cache

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from graphpeft.ir.site import Rows
 from graphpeft.match import fused
 from graphpeft.match.dataflow import Dataflow
+from graphpeft.match.declaration import Declaration
 from graphpeft.match.operators import activation, depthwise
 from graphpeft.match.pattern import (
     FIXED,
@@ -20,9 +22,7 @@ from graphpeft.match.pattern import (
     unbound,
 )
 from graphpeft.match.products import CONVOLUTIONS, op
-from graphpeft.match.registry import Declaration
 from graphpeft.match.walk import elementwise, flow, join, mixed, seen
-from graphpeft.program import Rows
 
 
 def apart(flow: Dataflow, match: Match) -> str | None:

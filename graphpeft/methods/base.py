@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
+from functools import cache
+from importlib.metadata import entry_points
 from math import isfinite
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from graphpeft.chain import Chain
 from graphpeft.errors import AdapterError, RuleError
-from graphpeft.program import Site
+from graphpeft.ir.site import Site
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,20 @@ Probability = Annotated[float, Where(lambda p: 0 <= p < 1, "float in [0, 1)")]
 
 
 @dataclass(frozen=True)
+class Summary:
+    """A method's line in the tables of README and docs."""
+
+    update: str = ""
+    """ΔW in symbols; `*` marks what is frozen."""
+    trained: str = ""
+    """How many numbers are trained per site, by its features `in` and `out`."""
+    start: str = "0"
+    """The update before training."""
+    as_lora: str = ""
+    """What `gp.lower` makes of it."""
+
+
+@dataclass(frozen=True)
 class Method:
     """Base of all methods. A subclass is a frozen dataclass with a `name`, a `paper`, options and a `chain`.
 
@@ -38,6 +54,9 @@ class Method:
 
     name: ClassVar[str]
     paper: ClassVar[str]
+    summary: ClassVar[Summary] = Summary()
+    examples: ClassVar[Mapping[str, int | None]] = {}
+    """Rules with small options, and the rank of a trained update, `None` where the base weight decides it. Tests run them."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -72,13 +91,35 @@ class Method:
 _METHODS: dict[str, type[Method]] = {}
 
 
+GROUP = "graphpeft.methods"
+"""The entry points by which a package adds methods; each names a `Method` or a module of methods."""
+
+
+@cache
+def _installed() -> None:
+    """Load what installed packages add. A class registers itself when it is made."""
+    for entry in entry_points(group=GROUP):
+        try:
+            entry.load()
+        except Exception as error:
+            package = entry.dist.name if entry.dist else "an unknown package"
+            raise RuleError(
+                f"The method of {package} (entry point {entry.name} = {entry.value}) cannot be loaded: "
+                f"{type(error).__name__}: {error}. Usually the package is broken or made for another version. Repair it, or "
+                f"uninstall {package}."
+            ) from error
+
+
 def names() -> tuple[str, ...]:
-    """The names of all known methods."""
+    """The names of all known methods. Raises `RuleError` when a package adds one that cannot be loaded."""
+    _installed()
     return tuple(sorted(_METHODS))
 
 
 def get(name: str) -> type[Method]:
     """The method of that name. Raises `RuleError` for an unknown one."""
+    if name not in _METHODS:
+        _installed()
     if name not in _METHODS:
         raise RuleError(f"Unknown method {name!r}. Known are: {', '.join(names())}.")
     return _METHODS[name]

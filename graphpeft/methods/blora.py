@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal, TypeVar
 
@@ -21,8 +22,8 @@ from graphpeft.chain import (
     normal,
 )  # fmt: skip
 from graphpeft.errors import RuleError
-from graphpeft.methods.base import Method, NotNegative, Positive, Rank, Where
-from graphpeft.program import Site
+from graphpeft.ir.site import Site
+from graphpeft.methods.base import Method, NotNegative, Positive, Rank, Summary, Where
 
 F = TypeVar("F", bound=Weighted)
 Bits = tuple[Annotated[int, Where(lambda bits: bits in WIDTHS, "2, 4, 8, 16 or 32")], ...]
@@ -59,6 +60,16 @@ class BLoRA(Method):
         "Meo, Sycheva, Goyal, Dauwels, Bayesian-LoRA: LoRA based Parameter Efficient Fine-Tuning using Optimal Quantization "
         "levels and Rank Values trough Differentiable Bayesian Gates, arXiv:2406.13046"
     )
+    summary: ClassVar[Summary] = Summary(
+        update="s · B̂ · diag(Ê ⊙ g) · Â, rounded to learned bits, gated to a learned rank",
+        trained="r (in + 1 + out) + gates",
+        start="0, by E = 0",
+        as_lora="rank kept",
+    )
+    examples: ClassVar[Mapping[str, int | None]] = {
+        "blora(r=4)": 4,
+        "blora(r=4, quantize=base, bits=(32, 32, 32, 32))": 4,
+    }
 
     r: Rank = 8
     alpha: Positive | None = None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from graphpeft.chain import Chain, Magnitude
-from graphpeft.methods.base import Method, Positive, Rank
+from graphpeft.ir.site import Site
+from graphpeft.methods.base import Method, Positive, Rank, Summary
 from graphpeft.methods.lora import LoRA
-from graphpeft.program import Site
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,15 @@ class DoRA(Method):
     paper: ClassVar[str] = (
         "Liu, Wang, Yin, Molchanov, Wang, Cheng, Chen, DoRA: Weight-Decomposed Low-Rank Adaptation, ICML 2024, arXiv:2402.09353"
     )
+    summary: ClassVar[Summary] = Summary(
+        update="diag(m / ‖W + s B A‖) · (W + s · B · A) - W",
+        trained="r (in + out) + out",
+        start="0",
+        as_lora="no",
+    )
+    examples: ClassVar[Mapping[str, int | None]] = {
+        "dora(r=4)": None,
+    }
 
     r: Rank = 8
     alpha: Positive | None = None

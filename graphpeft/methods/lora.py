@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
 from typing import ClassVar
 
 from graphpeft.chain import Chain, Dense, kaiming, zeros
-from graphpeft.methods.base import Method, Positive, Probability, Rank
-from graphpeft.program import Site
+from graphpeft.ir.site import Site
+from graphpeft.methods.base import Method, Positive, Probability, Rank, Summary
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,16 @@ class LoRA(Method):
 
     name: ClassVar[str] = "lora"
     paper: ClassVar[str] = "Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022, arXiv:2106.09685"
+    summary: ClassVar[Summary] = Summary(
+        update="s · B · A",
+        trained="r (in + out)",
+        start="0, by B = 0",
+        as_lora="itself",
+    )
+    examples: ClassVar[Mapping[str, int | None]] = {
+        "lora(r=4)": 4,
+        "lora(r=4, alpha=8, rslora=true)": 4,
+    }
 
     r: Rank = 8
     alpha: Positive | None = None

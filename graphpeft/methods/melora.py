@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import gcd
 from typing import ClassVar, Literal
 
 from graphpeft.chain import BlockDiag, Chain, MixedBlocks, kaiming, zeros
 from graphpeft.errors import AdapterError, RuleError
-from graphpeft.methods.base import Method, Positive, Probability, Rank
-from graphpeft.program import Site
+from graphpeft.ir.site import Site
+from graphpeft.methods.base import Method, Positive, Probability, Rank, Summary
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,16 @@ class MELoRA(Method):
         "Ren, Shi, Wu, Zhang, Ren, de Rijke, Chen, Pei, MELoRA: Mini-Ensemble Low-Rank Adapters for Parameter-Efficient "
         "Fine-Tuning, ACL 2024, arXiv:2402.17263"
     )
+    summary: ClassVar[Summary] = Summary(
+        update="s · diag(B₁ … Bₙ) · diag(A₁ … Aₙ)",
+        trained="r (in + out), r the rank of each",
+        start="0, by B = 0",
+        as_lora="rank n · r",
+    )
+    examples: ClassVar[Mapping[str, int | None]] = {
+        "melora(n=4, r=2)": 8,
+        "melora(n=2, r=(1, 3), alpha=2)": 4,
+    }
 
     n: Rank = 4
     r: Rank | tuple[Rank, ...] = 8

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import sqrt
 from typing import ClassVar
 
 from graphpeft.chain import Anchored, Chain, qr
-from graphpeft.methods.base import Method, Positive, Probability, Rank, check_rank
-from graphpeft.program import Site
+from graphpeft.ir.site import Site
+from graphpeft.methods.base import Method, Positive, Probability, Rank, Summary, check_rank
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,15 @@ class OLoRA(Method):
     paper: ClassVar[str] = (
         "Büyükakyüz, OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models, arXiv:2406.01775"
     )
+    summary: ClassVar[Summary] = Summary(
+        update="s · (B A - B₀* A₀*), B₀ A₀ from QR of W",
+        trained="r (in + out)",
+        start="0",
+        as_lora="rank 2r",
+    )
+    examples: ClassVar[Mapping[str, int | None]] = {
+        "olora(r=4)": 8,
+    }
 
     r: Rank = 8
     alpha: Positive | None = None

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import sqrt
 from typing import ClassVar
 
 from graphpeft.chain import Anchored, Chain, svd
-from graphpeft.methods.base import Method, Positive, Probability, Rank, check_rank
-from graphpeft.program import Site
+from graphpeft.ir.site import Site
+from graphpeft.methods.base import Method, Positive, Probability, Rank, Summary, check_rank
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,15 @@ class PiSSA(Method):
         "Meng, Wang, Zhang, PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models, "
         "NeurIPS 2024, arXiv:2404.02948"
     )
+    summary: ClassVar[Summary] = Summary(
+        update="s · (B A - B₀* A₀*), s B₀ A₀ from SVD of W",
+        trained="r (in + out)",
+        start="0",
+        as_lora="rank 2r",
+    )
+    examples: ClassVar[Mapping[str, int | None]] = {
+        "pissa(r=4)": 8,
+    }
 
     r: Rank = 8
     alpha: Positive | None = None

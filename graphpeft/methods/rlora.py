@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
 from typing import ClassVar, Literal
 
 from graphpeft.chain import SRHT, AdjointSRHT, Chain, Dense, Diag, constant, hadamard_order, zeros
-from graphpeft.methods.base import Method, Rank
-from graphpeft.program import Site
+from graphpeft.ir.site import Site
+from graphpeft.methods.base import Method, Rank, Summary
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,20 @@ class RLoRA(Method):
         "Lei, Qian, Cheung, Fast Randomized Low-Rank Adaptation of Pre-trained Language Models with PAC "
         "Regularization, Findings of ACL 2024, doi:10.18653/v1/2024.findings-acl.310"
     )
+    summary: ClassVar[Summary] = Summary(
+        update="diag(out) · C* · diag(mid) · C*, C a fast Hadamard transform",
+        trained="out + r; five variants",
+        start="0, by out = 0",
+        as_lora="rank r",
+    )
+    examples: ClassVar[Mapping[str, int | None]] = {
+        "rlora(r=16)": 16,
+        "rlora(r=16, rows=uniform)": 16,
+        "rlora(r=16, train=in_out)": 16,
+        "rlora(r=16, train=in_mid_out)": 16,
+        "rlora(r=8, train=core)": 8,
+        "rlora(r=8, train=b_only)": 8,
+    }
 
     r: Rank = 256
     train: Literal["out_mid", "in_out", "in_mid_out", "core", "b_only"] = "out_mid"

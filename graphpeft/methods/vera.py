@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from graphpeft.chain import Bank, Chain, Diag, Projection, constant, zeros
-from graphpeft.methods.base import Method, Positive, Rank, Where
-from graphpeft.program import Site
+from graphpeft.ir.site import Site
+from graphpeft.methods.base import Method, Positive, Rank, Summary, Where
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,15 @@ class VeRA(Method):
     paper: ClassVar[str] = (
         "Kopiczko, Blankevoort, Asano, VeRA: Vector-based Random Matrix Adaptation, ICLR 2024, arXiv:2310.11454"
     )
+    summary: ClassVar[Summary] = Summary(
+        update="diag(b) · B* · diag(d) · A*, one A, B for the model",
+        trained="out + r",
+        start="0, by b = 0",
+        as_lora="rank r",
+    )
+    examples: ClassVar[Mapping[str, int | None]] = {
+        "vera(r=16)": 16,
+    }
 
     r: Rank = 256
     d_initial: Positive = 0.1

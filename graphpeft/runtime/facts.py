@@ -12,9 +12,9 @@ from typing import Any, cast
 import onnxruntime as ort
 
 from graphpeft.errors import FileError
+from graphpeft.files.foreign import plain, read_json, shortened
 from graphpeft.runtime.adapter_file import SCHEMA, SUFFIX
 from graphpeft.runtime.layout import Place, place
-from graphpeft.store.foreign import plain, read_json, shortened
 
 HEX, VERSION, NAMES = r"[0-9a-f]{64}", r"\d[\w.+!-]{0,99}", r"\w{1,200}(,\w{1,200})*"
 TEXTS = {

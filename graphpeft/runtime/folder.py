@@ -16,10 +16,10 @@ from rich.table import Table
 from rich.text import Text
 
 from graphpeft.errors import ExportError, FileError
-from graphpeft.store.aside import aside
-from graphpeft.store.exchange import exchange
-from graphpeft.store.foreign import read_json
-from graphpeft.store.unfinished import flush
+from graphpeft.files.exchange import exchange
+from graphpeft.files.foreign import read_json
+from graphpeft.files.resumable import flush
+from graphpeft.files.staging import aside
 
 REPORT = "graphpeft.json"
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from graphpeft.errors import FileError
-from graphpeft.store.foreign import read_json
+from graphpeft.files.foreign import read_json
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

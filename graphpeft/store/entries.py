@@ -8,12 +8,12 @@ from functools import lru_cache
 from typing import Any
 
 from graphpeft.errors import RuleError
+from graphpeft.files.foreign import LONGEST, shortened
+from graphpeft.ir.site import Site
 from graphpeft.match.registry import check_name
 from graphpeft.methods import options
-from graphpeft.plan import Entry
-from graphpeft.program import Site
-from graphpeft.rules import Rule, parse
-from graphpeft.store.foreign import LONGEST, shortened
+from graphpeft.planning.plan import Entry
+from graphpeft.rules.rule import Rule, parse
 
 LONGEST_ROLE = 100
 KINDS: dict[str, tuple[type, ...]] = {

@@ -13,9 +13,9 @@ import torch
 
 from graphpeft.chain import Chain, Dense, Factor, Stack
 from graphpeft.errors import AdapterError
-from graphpeft.program import Site
-from graphpeft.state import saved
-from graphpeft.weight_form import added, update
+from graphpeft.ir.site import Site
+from graphpeft.rewrite.state import saved
+from graphpeft.rewrite.weight_form import added, update
 
 BLOCK = 1 << 19
 """Numbers that are summed at a time: few enough to stay in a cache."""

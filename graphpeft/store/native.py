@@ -24,10 +24,10 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from graphpeft.errors import FileError, RuleError
-from graphpeft.plan import Entry
+from graphpeft.files.atomic import write
+from graphpeft.files.foreign import read_json, shortened
+from graphpeft.planning.plan import Entry
 from graphpeft.store.entries import described, parsed, read_entry
-from graphpeft.store.files import write
-from graphpeft.store.foreign import read_json, shortened
 
 FORMAT, VERSION = "graphpeft", 1
 TENSORS, DESCRIPTION = "adapter.safetensors", "adapter.json"

@@ -8,7 +8,7 @@ from torch import nn
 
 from graphpeft.chain import Noise, Transform
 from graphpeft.errors import RuleError
-from graphpeft.state import chains, find_state
+from graphpeft.rewrite.state import chains, find_state
 
 
 def parameter_groups(

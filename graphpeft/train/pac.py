@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from graphpeft.chain import Noise, Weighted
 from graphpeft.chain.seeds import generator
+from graphpeft.compat.sharded import gathered, refuse_sharded
 from graphpeft.errors import AdapterError, RuleError
-from graphpeft.owner import relower
-from graphpeft.sharded import gathered, refuse_sharded
-from graphpeft.state import branches, find_state, get_state, names, owners, refuse_merged
+from graphpeft.rewrite.owner import relower
+from graphpeft.rewrite.state import branches, find_state, get_state, names, owners, refuse_merged
 from graphpeft.train.penalty import objectives
 from graphpeft.train.tensors import trained, weighted
 

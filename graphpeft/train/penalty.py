@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from graphpeft.chain import Transform
-from graphpeft.sharded import gathered
-from graphpeft.state import branches, chains, get_state
+from graphpeft.compat.sharded import gathered
+from graphpeft.rewrite.state import branches, chains, get_state
 from graphpeft.train.tensors import weighted
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from torch import nn
 
 from graphpeft.chain import Chain, Stack, Weighted
 from graphpeft.errors import AdapterError
-from graphpeft.state import chains
+from graphpeft.rewrite.state import chains
 
 
 def weighted(model: nn.Module, name: str) -> list[Weighted]:

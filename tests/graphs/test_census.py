@@ -10,9 +10,9 @@ import torch
 import zoo
 from exports import SAMPLE, deployed
 
-from graphpeft import onnx
-from graphpeft.deploy.flat import Flat
 from graphpeft.errors import ExportError
+from graphpeft.exporting import onnx
+from graphpeft.exporting.flat import Flat
 from graphpeft.runtime.session import Session
 
 

@@ -11,7 +11,7 @@ import onnxruntime as ort
 import pytest
 from exports import CLOSE, SAMPLE, deployed, hand, off, serving, silent
 
-from graphpeft import onnx
+from graphpeft.exporting import onnx
 from graphpeft.passes import export as module
 from graphpeft.passes.export import export
 from graphpeft.runtime.layout import Slot

@@ -9,9 +9,9 @@ import onnx_ir as ir
 import pytest
 from exports import FAR, SAMPLE, hand, off
 
-from graphpeft import onnx
 from graphpeft.errors import ExportError
-from graphpeft.onnx.quantize import rounded
+from graphpeft.exporting import onnx
+from graphpeft.exporting.onnx.quantize import rounded
 from graphpeft.passes.export import export
 from graphpeft.runtime.session import Session
 

@@ -16,9 +16,9 @@ from checks import randomize
 from exports import CLOSE, FAR, HAND, SAMPLE, adapted, arrays, dense, deployed, ids, off, running, serving, silent, tiny
 
 import graphpeft as gp
-from graphpeft.deploy import parity
-from graphpeft.deploy.cases import Case
 from graphpeft.errors import AdapterError, ExportError
+from graphpeft.exporting import parity
+from graphpeft.exporting.cases import Case
 from graphpeft.passes.export import export
 from graphpeft.runtime.layout import ROW_WEIGHTS
 from graphpeft.runtime.session import Session, Use

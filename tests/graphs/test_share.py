@@ -12,8 +12,8 @@ import torch
 import zoo
 from exports import CLOSE, FAR, SAMPLE, adapt, arrays, ids, off, running, serving
 
-from graphpeft.deploy import parity
 from graphpeft.errors import FileError
+from graphpeft.exporting import parity
 from graphpeft.passes.export import export
 from graphpeft.runtime.adapter_file import read
 from graphpeft.runtime.layout import Slot, a_of, b_of, bank, blended, unfilled

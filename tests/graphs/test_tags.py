@@ -12,7 +12,7 @@ from torch import nn
 from zoo import gpt2, llama
 
 import graphpeft as gp
-from graphpeft.onnx.tags import ADAPTER, SCOPES, SITE
+from graphpeft.exporting.onnx.tags import ADAPTER, SCOPES, SITE
 
 
 def adapted(make: Any, rules: str) -> nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from graphpeft.capture import hf
+from graphpeft.compat import transformers_export as hf
 
 
 def test_translations_and_patches_are_where_they_were() -> None:

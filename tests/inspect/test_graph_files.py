@@ -11,7 +11,7 @@ from zoo import llama
 
 import graphpeft as gp
 from graphpeft.errors import FileError
-from graphpeft.inspect.files import write_graph
+from graphpeft.inspect.graph_files import write_graph
 from graphpeft.inspect.network import Node
 
 

@@ -14,13 +14,13 @@ import transformers as tf
 from torch import nn
 from zoo import ZOO
 
-from graphpeft.capture.samples import settled
-from graphpeft.inspect.misses import absences, line_of, nothing
-from graphpeft.inspect.suggest import roles_present, suggestions
+from graphpeft.capturing.samples import settled
+from graphpeft.capturing.survey import find_base_sites
 from graphpeft.match import Declaration, affine, registry
 from graphpeft.match.find import Found
-from graphpeft.rules import Rule, parse
-from graphpeft.survey import survey
+from graphpeft.planning.absence import absences, line_of, nothing
+from graphpeft.planning.suggest import roles_present, suggestions
+from graphpeft.rules.rule import Rule, parse
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "bert": lambda: ZOO["bert"]("sdpa"),
@@ -39,7 +39,7 @@ def searched(name: str) -> tuple[nn.Module, Found]:
     with torch.device("meta"):
         model = MODELS[name]().eval()
     with settled(model):
-        return model, survey(model)
+        return model, find_base_sites(model)
 
 
 def rule(text: str) -> Rule:
@@ -109,7 +109,7 @@ class Sigmoid(nn.Module):
 
 def test_the_node_the_line_and_the_code() -> None:
     model = Sigmoid().eval()
-    (absence,) = absences(model, survey(model, (torch.randn(2, 5, 8),)), "qv")
+    (absence,) = absences(model, find_base_sites(model, (torch.randn(2, 5, 8),)), "qv")
     assert absence.roles == ("q", "v")
     assert absence.outcome == "no match"
     assert absence.near is not None
@@ -123,7 +123,7 @@ def test_the_node_the_line_and_the_code() -> None:
 
 def test_a_node_without_a_line_goes_by_its_name() -> None:
     model = Sigmoid(projected=False).eval()
-    (absence,) = absences(model, survey(model, (torch.randn(2, 5, 8),)), "q")
+    (absence,) = absences(model, find_base_sites(model, (torch.randn(2, 5, 8),)), "q")
     assert absence.near is not None
     assert (absence.near.place, absence.near.node, absence.near.code) == ("x", "an input (2, 5, 8)", "")
 

@@ -14,11 +14,11 @@ from torch.utils._pytree import tree_leaves
 from zoo import clip, gpt2, llama, mixtral, t5
 
 import graphpeft as gp
-from graphpeft.capture.capture import example_call, quiet
+from graphpeft.capturing.capture import example_call, quiet
 from graphpeft.inspect.network import network
 from graphpeft.inspect.rewrite import Part, Rewrite, rewrite
 from graphpeft.passes.verify import difference, floats
-from graphpeft.state import inactive
+from graphpeft.rewrite.state import inactive
 
 CASES = {
     "llama lora": (llama, "qv:lora; mlp:olora(r=2)"),

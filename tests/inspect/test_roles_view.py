@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from zoo import ZOO
 
+from graphpeft.capturing.survey import find_base_sites
 from graphpeft.inspect.roles import overview
 from graphpeft.match.find import Found
-from graphpeft.survey import survey
 
 
 class Half(nn.Module):
@@ -29,7 +29,7 @@ class Half(nn.Module):
 
 def test_parts_that_no_call_ran_are_counted_by_their_outermost_module() -> None:
     model = Half().eval()
-    view = overview(model, survey(model, (torch.randn(2, 8),)))
+    view = overview(model, find_base_sites(model, (torch.randn(2, 8),)))
     told = {u.path: (u.weights, u.reason) for u in view.unseen}
     why = "no example call runs it"
     assert told == {"table": (1, why), "idle": (2, why), "blocks.*.rest": (3, why)}
@@ -53,10 +53,10 @@ def test_the_reason_of_a_part_that_could_not_be_captured() -> None:
 
 def test_tied_and_cross_sites_have_lines_of_their_own() -> None:
     t5 = ZOO["t5"]("sdpa").eval()
-    roles = {r.role: r for r in overview(t5, survey(t5)).roles}
+    roles = {r.role: r for r in overview(t5, find_base_sites(t5)).roles}
     assert (roles["q"].sites, roles["q"].layers, roles["q cross"].sites) == (4, 4, 2)
     assert roles["q"].others == ("decoder.block.*.layer.0.SelfAttention.q.weight",)
     gpt2 = ZOO["gpt2"]("sdpa").eval()
-    view = overview(gpt2, survey(gpt2))
+    view = overview(gpt2, find_base_sites(gpt2))
     assert view.roles[0].role == "embed+head"
     assert not {"embed", "head"} & {role for absence in view.absent for role in absence.roles}

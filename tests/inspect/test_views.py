@@ -14,7 +14,7 @@ from zoo import gpt2, llama, t5
 
 import graphpeft as gp
 from graphpeft.errors import AdapterError
-from graphpeft.inspect.table import layers_text, rows_text
+from graphpeft.show.table import layers_text, rows_text
 
 
 def test_plan_prints_sites_counts_and_what_was_skipped() -> None:

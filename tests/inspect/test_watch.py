@@ -20,9 +20,9 @@ from zoo import gpt2, llama, t5, torch_encoder
 
 import graphpeft as gp
 from graphpeft.errors import AdapterError, VerifyError
-from graphpeft.inspect import listing
+from graphpeft.inspect import pass_dump as listing
 from graphpeft.inspect.watch import Seen, WatchError, watch
-from graphpeft.steps import PASSES, Step, counted, named, step, watching
+from graphpeft.tracing import PASSES, Step, counted, step, traced, watching
 
 MODELS: dict[str, Callable[[], nn.Module]] = {"llama": llama, "gpt2": gpt2, "t5": t5}
 APPLY = ["capture", "normalize", "find", "plan", "insert", "initialize", "activate", "verify"]
@@ -194,7 +194,7 @@ def test_nothing_is_made_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_step_that_nobody_watches_costs_microseconds() -> None:
     bare = timeit.timeit(lambda: None, number=20_000)
-    wrapped = named("plan")(lambda x=None: None)
+    wrapped = traced("plan")(lambda x=None: None)
     assert (timeit.timeit(wrapped, number=20_000) - bare) / 20_000 < 20e-6
 
 

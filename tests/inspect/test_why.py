@@ -9,7 +9,7 @@ from torch import nn
 from zoo import clip, gpt2, llama, t5
 
 import graphpeft as gp
-from graphpeft.capture.skeleton import skeleton
+from graphpeft.capturing.skeleton import skeleton
 from graphpeft.errors import MatchError
 
 

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from graphpeft.capture.capture import capture
+from graphpeft.capturing.capture import capture
+from graphpeft.capturing.normalize import normalize
 from graphpeft.match.dataflow import Dataflow
 from graphpeft.match.operators import activation
 from graphpeft.match.products import behind_transposes, op, read_affine
-from graphpeft.passes.normalize import normalize
 
 
 def flow(model: nn.Module, *inputs: Tensor) -> Dataflow:

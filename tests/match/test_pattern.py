@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graphpeft.capture.capture import capture
+from graphpeft.capturing.capture import capture
+from graphpeft.capturing.normalize import normalize
+from graphpeft.ir.program import Program
 from graphpeft.match.dataflow import Dataflow
 from graphpeft.match.find import find
 from graphpeft.match.pattern import (
@@ -27,8 +29,6 @@ from graphpeft.match.pattern import (
 )
 from graphpeft.match.products import op
 from graphpeft.match.walk import elementwise, flow, seen
-from graphpeft.passes.normalize import normalize
-from graphpeft.program import Program
 
 X = torch.randn(2, 5, 8)
 

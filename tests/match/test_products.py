@@ -17,9 +17,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import graphpeft as gp
+from graphpeft.ir.site import Site
 from graphpeft.match.products import read_affine
-from graphpeft.program import Site
-from graphpeft.state import chains
+from graphpeft.rewrite.state import chains
 
 Use = Callable[[Any, Tensor], Tensor]
 X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graphpeft.capture.capture import capture
+from graphpeft.capturing.capture import capture
+from graphpeft.capturing.normalize import normalize
+from graphpeft.ir.program import Program
 from graphpeft.match.dataflow import Dataflow
 from graphpeft.match.find import find
 from graphpeft.match.pattern import Match, Miss, Pattern, affine, matmul, softmax
 from graphpeft.match.products import op
 from graphpeft.match.walk import elementwise, flow, join, mixed, seen
-from graphpeft.passes.normalize import normalize
-from graphpeft.program import Program
 
 X = torch.randn(2, 5, 8)
 Combine = Callable[[Any, Tensor], Tensor]

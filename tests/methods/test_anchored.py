@@ -14,9 +14,10 @@ from torch import nn
 import graphpeft as gp
 from graphpeft.chain import qr, svd
 from graphpeft.errors import AdapterError
+from graphpeft.ir.site import Site
+from graphpeft.ir.weights import matrix
 from graphpeft.methods import OLoRA, PiSSA
-from graphpeft.program import Site, matrix
-from graphpeft.state import chains
+from graphpeft.rewrite.state import chains
 
 
 def site(outputs: int, inputs: int) -> Site:

@@ -5,8 +5,8 @@ import pytest
 
 from graphpeft.chain import Chain, Diag, zeros
 from graphpeft.errors import RuleError
+from graphpeft.ir.site import Site
 from graphpeft.methods import LoRA, Method, Probability, Rank, RLoRA, base, get, names, options
-from graphpeft.program import Site
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ from torch import nn
 import graphpeft as gp
 from graphpeft.chain import Coded, Ladder, RankGate, Weighted
 from graphpeft.errors import AdapterError, RuleError
+from graphpeft.ir.weights import matrix
 from graphpeft.methods import BLoRA
-from graphpeft.program import matrix
-from graphpeft.state import chains, get_state
+from graphpeft.rewrite.state import chains, get_state
 
 
 def decide(model: nn.Module, bits: tuple[int, ...] = (8, 4, 16), rank: int = 3) -> None:

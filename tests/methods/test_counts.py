@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaForSequenceClassification
 
-from graphpeft.apply import found_in
+from graphpeft.capturing.survey import find_base_sites
 from graphpeft.match.find import Found
 from graphpeft.methods import get, names
-from graphpeft.plan import make_plan
-from graphpeft.rules import coerce
+from graphpeft.planning.plan import make_plan
+from graphpeft.rules.rule import coerce
 
 # (rule, RoBERTa-base with 24 sites of 768 × 768, LLaMA-7B with 64 of 4096 × 4096); q and v of both.
 COUNTS = [
@@ -46,7 +46,7 @@ def models() -> dict[str, tuple[torch.nn.Module, Found]]:
             "roberta": RobertaForSequenceClassification(RobertaConfig()),
             "llama": LlamaForCausalLM(LlamaConfig()),
         }
-    return {name: (model, found_in(model)) for name, model in built.items()}
+    return {name: (model, find_base_sites(model)) for name, model in built.items()}
 
 
 @pytest.mark.parametrize(("method", "roberta", "llama"), COUNTS)

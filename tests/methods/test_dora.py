@@ -12,9 +12,10 @@ from torch import nn
 
 import graphpeft as gp
 from graphpeft.errors import AdapterError, ExportError
+from graphpeft.ir.site import Site
+from graphpeft.ir.weights import matrix
 from graphpeft.methods import DoRA, LoRA
-from graphpeft.program import Site, matrix
-from graphpeft.state import chains
+from graphpeft.rewrite.state import chains
 
 
 def test_update_is_that_of_the_paper() -> None:

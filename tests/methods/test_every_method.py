@@ -12,9 +12,9 @@ from torch import Tensor
 
 import graphpeft as gp
 from graphpeft.chain import RankGate
+from graphpeft.ir.weights import matrix
 from graphpeft.methods import names
-from graphpeft.program import matrix
-from graphpeft.state import chains
+from graphpeft.rewrite.state import chains
 
 METHODS = {
     "lora(r=4)": 4,

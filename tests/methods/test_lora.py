@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from graphpeft.ir.site import Site
 from graphpeft.methods import LoRA
-from graphpeft.program import Site
 
 
 def site(outputs: int, inputs: int) -> Site:

@@ -12,9 +12,9 @@ from torch import nn
 
 import graphpeft as gp
 from graphpeft.errors import AdapterError, RuleError
+from graphpeft.ir.site import Site
 from graphpeft.methods import MELoRA
-from graphpeft.program import Site
-from graphpeft.rules import parse
+from graphpeft.rules.rule import parse
 
 
 def site(outputs: int, inputs: int) -> Site:

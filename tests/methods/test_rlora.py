@@ -9,8 +9,8 @@ from checks import build, call, delta, outputs, randomize, same
 import graphpeft as gp
 from graphpeft.chain import SRHT, AdjointSRHT, hadamard_matrix
 from graphpeft.chain.seeds import generator
+from graphpeft.ir.site import Site
 from graphpeft.methods import RLoRA
-from graphpeft.program import Site
 
 
 def site(outputs: int, inputs: int) -> Site:

@@ -10,7 +10,7 @@ import torch
 from checks import build, call, outputs, randomize, same
 
 import graphpeft as gp
-from graphpeft.state import chains
+from graphpeft.rewrite.state import chains
 
 TOKENS = torch.randint(3, 100, (4, 12), generator=torch.Generator().manual_seed(0))
 

@@ -13,7 +13,7 @@ from zoo import gpt2, llama
 import graphpeft as gp
 from graphpeft.errors import AdapterError
 from graphpeft.passes.combine import How
-from graphpeft.state import chains
+from graphpeft.rewrite.state import chains
 
 TOKENS = torch.randint(3, 100, (2, 7), generator=torch.Generator().manual_seed(0))
 

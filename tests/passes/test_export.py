@@ -36,9 +36,9 @@ from exports import (
 import graphpeft as gp
 from graphpeft.errors import AdapterError, ExportError
 from graphpeft.passes.export import export
+from graphpeft.rewrite.state import chains
 from graphpeft.runtime.folder import staged
 from graphpeft.runtime.session import Session
-from graphpeft.state import chains
 
 
 def answer(session: Session, inputs: dict[str, torch.Tensor]) -> np.ndarray:

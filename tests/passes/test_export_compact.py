@@ -13,10 +13,10 @@ from exports import CLOSE, FAR, SAMPLE, hand, off, tiny
 import graphpeft as gp
 from graphpeft.errors import AdapterError, ExportError
 from graphpeft.passes.export import export
+from graphpeft.rewrite.state import chains
 from graphpeft.runtime.adapter_file import read
 from graphpeft.runtime.layout import Held
 from graphpeft.runtime.session import Session
-from graphpeft.state import chains
 
 RULES = {
     "vera": "qv:vera(r=64)",

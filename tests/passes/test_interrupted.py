@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import graphpeft as gp
 from graphpeft import passes
-from graphpeft.state import get_state, owners
+from graphpeft.rewrite.state import get_state, owners
 
 OURS = tuple(str(Path(str(package.__file__)).parent) for package in (gp, passes))
 X = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(1))

@@ -10,7 +10,7 @@ from checks import Snapshot, build, call, delta, outputs, randomize, same
 
 import graphpeft as gp
 from graphpeft.errors import AdapterError
-from graphpeft.state import chains, get_state
+from graphpeft.rewrite.state import chains, get_state
 
 RANKS = {
     "rlora(r=16)": 16,

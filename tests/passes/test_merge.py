@@ -8,9 +8,9 @@ from checks import Snapshot, build, call, delta, inputs, outputs, randomize, sam
 from torch import nn
 
 import graphpeft as gp
-from graphpeft.owner import Adapted
-from graphpeft.program import Site
-from graphpeft.state import chains, get_state
+from graphpeft.ir.site import Site
+from graphpeft.rewrite.owner import Adapted
+from graphpeft.rewrite.state import chains, get_state
 
 
 @pytest.mark.parametrize("method", ["lora(r=4, alpha=8)", "rlora"])

@@ -11,10 +11,10 @@ from torch import nn
 from zoo import gpt2, llama, mixtral, t5
 
 import graphpeft as gp
-from graphpeft.capture.capture import example_call, quiet
+from graphpeft.capturing.capture import example_call, quiet
 from graphpeft.errors import AdapterError
 from graphpeft.passes.verify import difference, floats
-from graphpeft.state import chains
+from graphpeft.rewrite.state import chains
 
 
 def two(make: object, rules: tuple[str, str]) -> nn.Module:

@@ -8,11 +8,11 @@ from checks import adapters, build, inputs, randomize
 from torch import nn
 
 import graphpeft as gp
-from graphpeft import owner
 from graphpeft.chain import Chain
 from graphpeft.errors import VerifyError
-from graphpeft.owner import restore
 from graphpeft.passes import merge as merging
+from graphpeft.rewrite import owner
+from graphpeft.rewrite.owner import restore
 
 
 def adapted(rules: str = "qv:lora", name: str = "llama") -> nn.Module:

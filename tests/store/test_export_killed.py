@@ -18,12 +18,12 @@ from torch import nn
 
 import graphpeft as gp
 from graphpeft.errors import AdapterError, ExportError
+from graphpeft.files.exchange import exchange
 from graphpeft.passes.export import export
 from graphpeft.runtime import folder as exported_folder
 from graphpeft.runtime.doctor import doctor
 from graphpeft.runtime.folder import staged
 from graphpeft.runtime.session import Session
-from graphpeft.store.exchange import exchange
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked, so that each costs no imports")
 

@@ -23,7 +23,7 @@ from zoo import llama
 
 import graphpeft as gp
 from graphpeft.errors import FileError, GraphPeftError
-from graphpeft.state import chains
+from graphpeft.rewrite.state import chains
 from graphpeft.store.native import DESCRIPTION, TENSORS, read_adapter
 
 FORK = multiprocessing.get_context("fork") if "fork" in multiprocessing.get_all_start_methods() else None

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from zoo import llama, mixtral, torch_encoder
 
 import graphpeft as gp
-from graphpeft import survey
+from graphpeft.capturing import survey
 from graphpeft.errors import AdapterError, FileError
 from graphpeft.passes import storage
-from graphpeft.store.peft_config import looked_up, pattern, selection, targeted
+from graphpeft.store.peft.config import looked_up, pattern, selection, targeted
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TOLERANCE = 1e-5
@@ -49,7 +49,7 @@ def _one_capture_for_each_architecture() -> Iterator[None]:
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("graphpeft.apply", "graphpeft.passes.storage"):
+        for module in ("graphpeft.apply", "graphpeft.passes.load"):
             patch.setattr(import_module(module), "survey", once)
         yield
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import graphpeft as gp
-from graphpeft.capture.skeleton import skeleton
+from graphpeft.capturing.skeleton import skeleton
 from graphpeft.errors import AdapterError, CaptureError, ExportError, FileError
 from graphpeft.names import attribute, is_name, unwritable
 from graphpeft.runtime.doctor import doctor

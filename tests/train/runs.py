@@ -17,7 +17,7 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import graphpeft as gp
-from graphpeft.state import get_state
+from graphpeft.rewrite.state import get_state
 from graphpeft.train import AdapterCallback, since
 
 Prior = Literal["closed", "trained"]

@@ -18,7 +18,7 @@ from zoo import mixtral
 
 import graphpeft as gp
 from graphpeft.errors import AdapterError
-from graphpeft.state import get_state
+from graphpeft.rewrite.state import get_state
 
 RULES = (
     "q:lora(r=4); v:dora(r=4); o:melora(n=2, r=2); k:olora(r=2); up:rlora(r=16); down:vera(r=8); embed+head:lora(r=2)"

@@ -18,7 +18,7 @@ from torch.distributions import Normal, kl_divergence
 import graphpeft as gp
 from graphpeft.chain import Factor, Noise, Weighted
 from graphpeft.errors import AdapterError, RuleError
-from graphpeft.state import chains, get_state
+from graphpeft.rewrite.state import chains, get_state
 
 METHODS = [
     "lora(r=4)",

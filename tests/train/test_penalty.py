@@ -9,7 +9,7 @@ from torch.distributions import Normal, kl_divergence
 import graphpeft as gp
 from graphpeft.chain import Transform
 from graphpeft.chain.noise import Noise
-from graphpeft.state import chains
+from graphpeft.rewrite.state import chains
 from graphpeft.train import add_penalties, penalty
 
 

@@ -14,7 +14,7 @@ from runs import PRIORS, STEPS, Prior, adapted, losses, plain_loop, state, train
 
 import graphpeft as gp
 from graphpeft.errors import AdapterError
-from graphpeft.state import get_state
+from graphpeft.rewrite.state import get_state
 from graphpeft.train import AdapterCallback, at, every
 
 CLOSE = 2e-5

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from graphpeft.inspect.network import block_of, general
-from graphpeft.inspect.table import layers_text
+from graphpeft.show.table import layers_text
 
 if TYPE_CHECKING:
     from networkx import MultiDiGraph

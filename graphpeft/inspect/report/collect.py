@@ -9,21 +9,21 @@ from typing import Any
 
 from torch import nn
 
-from graphpeft.capture.capture import Inputs
+from graphpeft.capturing.capture import Inputs
 from graphpeft.chain import Chain
 from graphpeft.errors import GraphPeftError
+from graphpeft.inspect.adapter_stats import Numbers, numbers
 from graphpeft.inspect.network import block_of, layer_of, network
-from graphpeft.inspect.numbers import Numbers, numbers
 from graphpeft.inspect.report.blocks import Block, blocks
 from graphpeft.inspect.rewrite import Rewrite, rewrite
-from graphpeft.inspect.suggest import any_layer
-from graphpeft.inspect.table import names_text, role_text, rows_text, size_text
-from graphpeft.inspect.tally import Tally, tally
+from graphpeft.ir.site import Site
 from graphpeft.passes.verify import Level, verify
-from graphpeft.plan import Entry
-from graphpeft.program import Site
-from graphpeft.rules import parse
-from graphpeft.state import State, base_weight, chains, example, find_state
+from graphpeft.planning.outcomes import Tally, tally
+from graphpeft.planning.plan import Entry
+from graphpeft.planning.suggest import any_layer
+from graphpeft.rewrite.state import State, base_weight, chains, example, find_state
+from graphpeft.rules.rule import parse
+from graphpeft.show.table import names_text, role_text, rows_text, size_text
 
 Data = dict[str, Any]
 PACKAGES = ("graphpeft", "torch", "transformers", "onnxruntime")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from graphpeft.capture.capture import Inputs
+from graphpeft.capturing.capture import Inputs
 from graphpeft.errors import FileError
 from graphpeft.inspect.report.collect import collect
 from graphpeft.inspect.report.page import render

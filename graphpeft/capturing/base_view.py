@@ -1,0 +1,20 @@
+"""The base model for a while, as an analysis needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from graphpeft.capturing.samples import settled
+from graphpeft.compat.quantized import in_floats
+from graphpeft.rewrite.state import hidden, inactive
+
+
+@contextmanager
+def base_view(model: nn.Module) -> Iterator[None]:
+    """Show the base: no adapter runs or stands in the module tree, configs are as a capture needs them, and quantized weights
+    appear with the shapes of their dequantized matrices."""
+    with inactive(model), hidden(model), settled(model), in_floats(model):
+        yield

@@ -1,0 +1,293 @@
+"""Deep models in sublinear time: of equal blocks in a row, only the first and the last are traced.
+
+While `torch.export` runs the model, every other block of a kind is one opaque operator, whose outputs look like those
+of the first block. Afterwards a copy of the first block's nodes, on the block's own weights, takes the operator's place
+(`unfold.py`): the graph is the one that a full capture makes.
+
+A block is left out only if nothing can tell it from the first: its structure and attributes, its call, what it returns
+and shares. Integers that differ, such as a layer's index, are watched while the first block is traced; one that is
+looked at counts from then on. The last block is traced too, and has to give the same nodes. Whatever else is odd raises
+`Doubt`, and the model is captured in full.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+from torch.utils import _pytree as pytree
+
+from graphpeft.capturing.kinds import PLAIN, Watched, differing, watched
+from graphpeft.compat.fake_tensors import has_value, storage
+
+FEWEST = 3
+"""Blocks of a kind from which on one is saved: the first and the last are always traced."""
+
+
+class Doubt(Exception):
+    """Blocks that look equal may not be: the model has to be captured in full."""
+
+
+class Looks(NamedTuple):
+    """All that the code around a block can see of a tensor that it returns."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Passed(NamedTuple):
+    """An output that is the block's own input, by its position."""
+
+    position: int
+
+
+@dataclass
+class Call:
+    """One way in which the blocks of a kind are called, and what they return then."""
+
+    key: tuple[Any, ...]
+    number: int
+    outputs: list[Any] | None = None
+    """`Looks`, `Passed` or a plain value for each leaf; `None` where the blocks are to be traced each time."""
+    structure: pytree.TreeSpec | None = None
+
+
+@dataclass
+class Kind:
+    """Blocks of one container that differ in nothing but the watched integers."""
+
+    paths: list[str]
+    watched: Watched
+    calls: list[Call] = field(default_factory=list)
+
+
+_looks: dict[int, list[Looks]] = {}
+"""By the number of a call, while a capture lasts."""
+_numbers = itertools.count()
+
+
+@torch.library.custom_op("graphpeft::begin", mutates_args=(), schema="(Tensor[] inputs) -> Tensor")
+def begin(inputs: list[torch.Tensor]) -> torch.Tensor:
+    """Marks where the nodes of a traced block begin."""
+    raise NotImplementedError("graphpeft::begin stands in a graph for a while and is never run")
+
+
+@torch.library.custom_op(
+    "graphpeft::block", mutates_args=(), schema="(Tensor[] inputs, Tensor[] traced, int call, str path) -> Tensor[]"
+)
+def block(inputs: list[torch.Tensor], traced: list[torch.Tensor], call: int, path: str) -> list[torch.Tensor]:
+    """A block that is left out; or, with `traced`, the end of one that was traced: its `begin` and its outputs."""
+    raise NotImplementedError("graphpeft::block stands in a graph for a while and is never run")
+
+
+@begin.register_fake
+def _(inputs: list[torch.Tensor]) -> torch.Tensor:
+    return inputs[0].new_empty(())
+
+
+@block.register_fake
+def _(inputs: list[torch.Tensor], traced: list[torch.Tensor], call: int, path: str) -> list[torch.Tensor]:
+    return [torch.empty_strided(o.shape, o.stride, dtype=o.dtype, device=o.device) for o in _looks[call]]
+
+
+def kinds(model: nn.Module, exact: frozenset[str] = frozenset()) -> list[Kind]:
+    """Kinds of at least `FEWEST` blocks, in the outermost containers that have some.
+
+    Integer attributes named in `exact` have to be equal; others may differ, and are watched.
+    """
+    if any(getattr(torch_module, f"_global_{hooks}") for hooks in ("forward_hooks", "forward_pre_hooks")):
+        return []
+    return list(_kinds(model, "", exact))
+
+
+def _kinds(module: nn.Module, path: str, exact: frozenset[str]) -> Iterator[Kind]:
+    prefix = f"{path}." if path else ""
+    inside = {f"{prefix}{name}": child for name, child in module.named_children()}
+    if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(inside) >= FEWEST:
+        for kind in _grouped(inside, exact):
+            if len(kind.paths) >= FEWEST:
+                yield kind
+                for repeated in kind.paths:
+                    del inside[repeated]
+    for below, child in inside.items():
+        yield from _kinds(child, below, exact)
+
+
+def _grouped(blocks: Mapping[str, nn.Module], exact: frozenset[str]) -> list[Kind]:
+    found: list[Kind] = []
+    for path, one in blocks.items():
+        for kind in found:
+            differ = differing(blocks[kind.paths[0]], one, exact)
+            if differ is not None:
+                kind.paths.append(path)
+                kind.watched |= differ
+                break
+        else:
+            if differing(one, one, exact) is not None:
+                found.append(Kind([path], set()))
+    return found
+
+
+class Folding:
+    """Leaves out calls of equal blocks while the model is traced."""
+
+    def __init__(self, model: nn.Module, repeated: list[Kind]):
+        self.model, self.kinds = model, repeated
+        self.used: set[str] = set()
+        """Watched attributes that were looked at."""
+
+    @contextmanager
+    def folded(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for kind in self.kinds:
+                for path in kind.paths:
+                    one = self.model.get_submodule(path)
+                    stack.callback(one.__dict__.pop, "forward", None)
+                    one.__dict__["forward"] = self._forward(kind, path, one, one.forward)
+            try:
+                yield
+            finally:
+                for call in itertools.chain.from_iterable(kind.calls for kind in self.kinds):
+                    _looks.pop(call.number, None)
+
+    def _forward(self, kind: Kind, path: str, one: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            leaves, structure = pytree.tree_flatten((args, kwargs))
+            described = _describe(leaves)
+            if described is None:
+                return forward(*args, **kwargs)
+            key = (structure, *described)
+            call = next((c for c in kind.calls if c.key == key), None)
+            if call is None:
+                call = Call(key, next(_numbers))
+                kind.calls.append(call)
+            elif call.outputs is None:
+                return forward(*args, **kwargs)
+            elif path not in {kind.paths[0], kind.paths[-1]}:
+                self._check(kind, one)
+                return _returned(call, leaves, _block_op(_tensors(leaves), [], call.number, path))
+            return self._trace(kind, call, path, lambda: forward(*args, **kwargs), (args, kwargs))
+
+        return run
+
+    def _check(self, kind: Kind, one: nn.Module) -> None:
+        """The model's code may have changed the block since the kinds were found."""
+        first = self.model.get_submodule(kind.paths[0])
+        differ = differing(first, one, frozenset(), wrapped=True)
+        if differ is None or not differ <= kind.watched:
+            raise Doubt(f"{kind.paths[0]} changed during the capture")
+
+    def _trace(self, kind: Kind, call: Call, path: str, run: Callable[[], Any], given: Any) -> Any:
+        """Call the block itself, and enclose its nodes between a `begin` and a `block` operator."""
+        before = pytree.tree_leaves(given)
+        with watched(self.model.get_submodule(path), kind.watched) as used:
+            start = _begin_op(_tensors(before))
+            try:
+                result = run()
+            finally:
+                self.used |= used
+        after = pytree.tree_leaves(given)
+        leaves, structure = pytree.tree_flatten(result)
+        outputs = _outputs(leaves, before)
+        if outputs is None or len(before) != len(after) or any(a is not b for a, b in zip(before, after, strict=True)):
+            if call.outputs is not None:
+                raise Doubt(f"{path} returns something else than the first of its kind")
+            return result
+        if call.outputs is None:
+            call.outputs, call.structure = outputs, structure
+            _looks[call.number] = [o for o in outputs if isinstance(o, Looks)]
+        elif call.outputs != outputs or call.structure != structure:
+            raise Doubt(f"{path} returns something else than the first of its kind")
+        fresh = [leaf for leaf, o in zip(leaves, outputs, strict=True) if isinstance(o, Looks)]
+        return _returned(call, before, _block_op(_tensors(before), [start, *fresh], call.number, path))
+
+
+_begin_op, _block_op = torch.ops.graphpeft.begin.default, torch.ops.graphpeft.block.default
+
+
+def _tensors(leaves: list[Any]) -> list[torch.Tensor]:
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
+def _describe(leaves: list[Any]) -> list[Any] | None:
+    """Equal for calls that a block cannot tell apart; `None` for one that is not understood."""
+    found: list[Any] = []
+    tensors = _tensors(leaves)
+    if not tensors or not any(not has_value(t) for t in tensors):
+        return None
+    identity: dict[int, int] = {}
+    memory: dict[int, int] = {}
+    for leaf in leaves:
+        if isinstance(leaf, torch.Tensor):
+            looks = _look(leaf)
+            if looks is None:
+                return None
+            alias = memory.setdefault(storage(leaf), len(memory)), identity.setdefault(id(leaf), len(identity))
+            found.append(
+                (looks, leaf.storage_offset(), leaf.requires_grad, alias, _Is(leaf) if has_value(leaf) else None)
+            )
+        elif type(leaf) in PLAIN:
+            found.append((type(leaf), leaf))
+        else:
+            return None
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Is:
+    """Equal to what holds the very same object, which it keeps alive."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Is) and other.value is self.value
+
+
+def _look(tensor: torch.Tensor) -> Looks | None:
+    sizes = (*tensor.shape, *tensor.stride()) if tensor.layout is torch.strided else (None,)
+    if any(type(size) is not int for size in sizes):
+        return None
+    return Looks(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+
+
+def _outputs(leaves: list[Any], given: list[Any]) -> list[Any] | None:
+    """What is known of a block's outputs; `None` if they share memory, or are more than tensors and plain values."""
+    found: list[Any] = []
+    memory = {storage(t) for t in _tensors(given)}
+    for leaf in leaves:
+        if isinstance(leaf, torch.Tensor):
+            position = next((i for i, g in enumerate(given) if g is leaf), None)
+            looks = Passed(position) if position is not None else _look(leaf)
+            if looks is None or (
+                position is None and (storage(leaf) in memory or has_value(leaf) or leaf.requires_grad)
+            ):
+                return None
+            memory.add(storage(leaf))
+            found.append(looks)
+        elif type(leaf) in PLAIN:
+            found.append((type(leaf), leaf))
+        else:
+            return None
+    return found
+
+
+def _returned(call: Call, given: list[Any], fresh: list[torch.Tensor]) -> Any:
+    """The block's result as its caller expects it, of the tensors that an opaque operator made."""
+    assert call.outputs is not None
+    assert call.structure is not None
+    made = iter(fresh)
+    leaves = [
+        next(made) if isinstance(o, Looks) else given[o.position] if isinstance(o, Passed) else o[1]
+        for o in call.outputs
+    ]
+    return pytree.tree_unflatten(leaves, call.structure)

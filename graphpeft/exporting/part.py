@@ -1,0 +1,137 @@
+"""One graph under way to ONNX Runtime: the function that PyTorch computes, the graph made of it, the checks between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+
+from graphpeft.exporting import onnx, parity
+from graphpeft.exporting.cases import Case, Outputs, Tensors, cases
+from graphpeft.exporting.flat import Flat
+from graphpeft.exporting.opening import absent, probes
+from graphpeft.exporting.parity import Runner, Step
+from graphpeft.runtime.folder import Check
+from graphpeft.runtime.layout import Arrays, Place
+from graphpeft.tracing import as_pass, traced
+
+Pass = Callable[[ir.Model, Sequence[Place]], tuple[Place, ...]]
+"""A pass over the graph; returns the slots that there are after it."""
+_graph = traced(lambda part: part.name)
+"""A step that bears the graph's name, around those of its passes."""
+
+
+@dataclass
+class Part:
+    """A graph of an export, by the name of its file."""
+
+    name: str
+    flat: Flat
+    folder: Path
+    limit: float
+    slots: tuple[Place, ...] = ()
+    checks: list[Check] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.cases = [case for case in cases(self.flat.inputs, self.flat.axes) if self._runs(case)]
+        self.notes += [f"output {name!r} is no tensor and was left out" for name in self.flat.dropped]
+
+    @property
+    def path(self) -> Path:
+        return self.folder / f"{self.name}.onnx"
+
+    @_graph
+    @as_pass("reference", "PyTorch's outputs, to compare with")
+    def outputs(self) -> list[Outputs]:
+        """PyTorch's, in every case, with the adapters that are active."""
+        return [self.flat(case.inputs) for case in self.cases]
+
+    @_graph
+    def write(
+        self, slots: Sequence[Place], fed: Tensors, passes: Sequence[Pass], facts: Mapping[str, str], opset: int,
+        whole: bool = True,
+    ) -> None:  # fmt: skip
+        """Translate, run passes with a census after each, and save. Unless `whole`, slots of other graphs are left out."""
+        ranks = {name: {axis: size for axis, size in enumerate(shape) if isinstance(size, str)}
+                 for slot in slots for name, shape in slot.shapes.items()}  # fmt: skip
+        axes = [self.flat.axes[name] for name in self.flat.inputs] + [ranks[name] for name in fed]
+        module = self.flat.module(self._paths(fed))
+        graph = onnx.translate(
+            module, {**self.flat.inputs, **fed}, self.flat.outputs, axes, opset, prefix=self.flat.prefix
+        )
+        self.slots = tuple(slots) if whole else onnx.used(graph, slots)
+        onnx.census(graph, self.slots)
+        for one in passes:
+            self.slots = one(graph, self.slots)
+            onnx.census(graph, self.slots)
+        onnx.tag(graph, self.slots)
+        onnx.attach_defaults(graph, self.slots)
+        onnx.save(graph, self.path, self.slots, facts)
+
+    @_graph
+    def quantize(self, bits: onnx.Bits, accuracy_level: int, reference: Path) -> None:
+        """Write the graph anew with quantized weights, and to `reference` in float with the same rounded weights."""
+        graph = ir.load(self.path)
+        quantized = onnx.quantize(graph, self.slots, bits, accuracy_level)
+        onnx.tag(quantized, self.slots)
+        facts = dict(graph.metadata_props) | {"graphpeft.quantized": bits}
+        if bits == "int4":
+            facts["graphpeft.accuracy_level"] = str(accuracy_level)
+        onnx.save(onnx.rounded(graph, quantized), reference / self.path.name, self.slots, facts)
+        onnx.save(quantized, self.path, self.slots, facts)
+
+    @_graph
+    def check_quantized(
+        self, runner: Runner, reference: Runner, uses: Sequence[str | None], limit: float | None
+    ) -> None:
+        self.checks += parity.check_quantized(runner, reference, uses, self.cases, limit)
+
+    @_graph
+    def check_slots(self, runner: Runner, fed: Tensors) -> None:
+        """Every slot by itself. Call it while the slots are in the model."""
+        module = self.flat.module(self._paths(fed))
+        nothing = {name: absent(name, like, self.slots) for name, like in fed.items()}
+
+        def reference(inputs: Tensors, values: Arrays) -> Outputs:
+            given = nothing | {name: torch.from_numpy(value).to(fed[name]) for name, value in values.items()}
+            found = module(*inputs.values(), *given.values())
+            return {name: value.cpu().numpy() for name, value in zip(self.flat.outputs, found, strict=True)}
+
+        alone = list(probes(self.slots, fed))
+        check, unmoved = parity.check_slots(runner, reference, alone, self.cases[1], self.limit)
+        self.checks.append(check)
+        self.notes += [f"{site}: moves the output too little to prove that its slot works" for site in unmoved]
+
+    @_graph
+    def check_numbers(self, runner: Runner, steps: Sequence[Step]) -> None:
+        self.checks += parity.check_numbers(runner, steps, self.cases, self.limit)
+
+    @_graph
+    def check_swaps(self, runner: Runner, steps: Sequence[Step]) -> None:
+        self.checks.append(parity.check_swaps(runner, steps, self.cases, self.limit))
+
+    @_graph
+    def check_rows(self, runner: Runner, steps: Sequence[Step]) -> None:
+        self.checks.append(parity.check_rows(runner, steps, self.cases, self.limit))
+
+    @_graph
+    def check_effect(self, runner: Runner, step: Step, base: Sequence[Outputs]) -> None:
+        self.checks.append(parity.check_effect(runner, step, base, self.cases))
+
+    def _paths(self, fed: Tensors) -> list[str]:
+        model = self.flat.model
+        paths = {id(tensor): path for path, tensor in (*model.named_buffers(), *model.named_parameters())}
+        return [paths[id(tensor)] for tensor in fed.values()]
+
+    def _runs(self, case: Case) -> bool:
+        try:
+            self.flat(case.inputs)
+        except Exception as error:  # of any kind: it is the model's own code that runs
+            reason = next(iter(str(error).splitlines()), "")
+            self.notes.append(f"not checked at {case.label}: PyTorch refuses it, {type(error).__name__}: {reason}")
+            return False
+        return True

@@ -1,0 +1,64 @@
+"""A folder to write to beside a place, held by its process: what a killed one left is told from what is being written."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from graphpeft.files.resumable import ASIDE
+
+try:
+    import fcntl
+except ImportError:  # Windows opens no folders: nothing is held there, and nothing taken away
+    fcntl = None  # type: ignore[assignment]
+
+
+@contextmanager
+def aside(target: Path) -> Iterator[Path]:
+    """A new folder beside `target`, deleted at the end if it is still there. Those of killed processes are deleted first."""
+    _sweep(target)
+    fresh, held = _made(target)
+    try:
+        yield fresh
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        if held is not None:
+            os.close(held)
+
+
+def _made(target: Path) -> tuple[Path, int | None]:
+    while True:
+        fresh = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}{ASIDE}")
+        fresh.mkdir()
+        held = _hold(fresh, wait=True)
+        if fresh.exists():  # or another process took it for one that was left
+            return fresh, held
+        if held is not None:
+            os.close(held)
+
+
+def _sweep(target: Path) -> None:
+    ours = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}{re.escape(ASIDE)}")
+    for path in target.parent.iterdir():
+        if ours.fullmatch(path.name) and (held := _hold(path, wait=False)) is not None:
+            shutil.rmtree(path, ignore_errors=True)
+            os.close(held)
+
+
+def _hold(folder: Path, wait: bool) -> int | None:
+    """A lock on the folder, which ends with the process; `None` if another has it, or the file system has no locks."""
+    with suppress(OSError):
+        if fcntl is not None:
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except OSError:
+                os.close(handle)
+            else:
+                return handle
+    return None

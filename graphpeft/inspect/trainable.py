@@ -1,0 +1,11 @@
+"""`gp.trainable`: how many parameters train."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def trainable(model: nn.Module) -> tuple[int, int]:
+    """(trainable, total) parameters of a model; a tensor that is shared counts once."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, required in sizes if required), sum(n for n, _ in sizes)

@@ -1,0 +1,60 @@
+"""The numbers of a site's weight: the parameter itself, its values in floats, and the matrix that an update is added to."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from graphpeft.compat.accelerate import fetched
+from graphpeft.compat.quantized import Kept, dense
+from graphpeft.compat.sharded import whole
+from graphpeft.errors import AdapterError
+from graphpeft.ir.site import Rows, Site
+
+
+def stored(model: nn.Module, name: str) -> nn.Parameter:
+    """The parameter of that qualified name itself, even where a module shows an adapted weight under the name.
+
+    Raises `AdapterError` if there is none, as after pruning.
+    """
+    path, _, leaf = name.rpartition(".")
+    try:
+        found = dict(model.get_submodule(path).named_parameters(recurse=False, remove_duplicate=False)).get(leaf)
+    except AttributeError:  # no such module
+        found = None
+    if found is None:
+        raise AdapterError(
+            f"{name} is no parameter of {type(model).__name__} any more. Usually its module was replaced, or a "
+            f"tool has put something else in its place, as pruning does. Take that back first, as by torch.nn.utils.prune.remove."
+        )
+    return found
+
+
+def values(model: nn.Module, name: str) -> torch.Tensor:
+    """The parameter's numbers in floats, whole and without gradients, wherever they are kept: of a quantized one those that
+    it stands for."""
+    holder = model.get_submodule(name.rpartition(".")[0])
+    with fetched(holder):
+        return whole(dense(stored(model, name), holder)).detach()
+
+
+def matrix(model: nn.Module, site: Site) -> torch.Tensor:
+    """The adapted rows of a site's base weight, `(outputs, inputs)`; of stacked matrices `(stack, outputs, inputs)`."""
+    return oriented(values(model, site.weight), *layout(site))
+
+
+Layout = tuple[tuple[int, ...], bool, Rows | None]
+
+
+def layout(site: Site) -> Layout:
+    """How a site's weight is read as a matrix, in values that generated code can hold: see `oriented`."""
+    full = site.full or site.outputs
+    shape = (site.inputs, full) if site.transposed else (full, site.inputs)
+    return ((site.stack, *shape) if site.stack else shape), site.transposed, site.rows
+
+
+def oriented(weight: torch.Tensor | Kept, shape: tuple[int, ...], transposed: bool, rows: Rows | None) -> torch.Tensor:
+    """The adapted rows of a weight, `(outputs, inputs)` or a stack of such."""
+    found = dense(weight).reshape(shape)
+    found = found.transpose(-1, -2) if transposed else found
+    return found if rows is None else torch.cat([found[..., a:b, :] for a, b in rows], -2)

@@ -1,0 +1,1 @@
+"""Passes over a model: insert, initialize, activate, merge, save, export and others. Each registers where it is defined."""

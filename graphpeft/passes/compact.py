@@ -1,0 +1,115 @@
+"""Compact: after training, make adapters as small as their gates say, with the same outputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from graphpeft.ambient import plain
+from graphpeft.chain import Chain, Coded, Ladder, Observed, RankGate, Rounded, Stack, Weighted
+from graphpeft.compat.sharded import ELSEWHERE, refuse_sharded
+from graphpeft.errors import AdapterError
+from graphpeft.ir.site import Site
+from graphpeft.planning.plan import Entry
+from graphpeft.rewrite.replace import replace_branches
+from graphpeft.rewrite.state import chains, get_state, names, refuse_merged
+from graphpeft.tracing import as_pass
+
+Made = tuple[Entry, Chain]
+
+
+@as_pass("compact", "adapters as small as their gates say")
+@plain()
+def compact(model: nn.Module, name: str | None = None) -> nn.Module:
+    """Replace learned ranks and precisions by smaller tensors (of all adapters without a name); returns the model.
+
+    Directions whose gates are closed go, tensors below 32 bits become integers with a step, which no longer train, and
+    sites of which nothing is left lose their adapter. Outputs in evaluation stay as they were, to the rounding of shorter
+    sums. Raises `AdapterError`, and changes nothing, if no adapter has gates, all of its sites would go, it adapts
+    stacked experts, the model is merged, tensors are on the meta device, or activations are rounded that it never saw.
+    """
+    refuse_merged(model, "compact")
+    refuse_sharded(model, "compact", ELSEWHERE)
+    made: dict[str, dict[Site, Made | None]] = {}
+    for adapter in names(model, name):
+        made[adapter] = _smaller(model, adapter)
+        if made[adapter] and not any(
+            made[adapter].get(e.site, True) for e in get_state(model).adapters[adapter].entries
+        ):
+            raise AdapterError(
+                f"Nothing is left of adapter {adapter!r}: at every site its gates are closed. Usually the penalty was too "
+                f"large. Train with a smaller one, or call gp.remove(model, {adapter!r})."
+            )
+    if not any(made.values()):
+        raise AdapterError(
+            f"No adapter of {type(model).__name__} has gates that decide a rank or a precision, so there is nothing to "
+            f"compact. Train one that has: `blora`."
+        )
+    for adapter, branches in made.items():
+        replace_branches(model, adapter, branches)
+    return model
+
+
+def _smaller(model: nn.Module, adapter: str) -> dict[Site, Made | None]:
+    """The sites whose method has a smaller form, with that form; `None` where nothing is left."""
+    made: dict[Site, Made | None] = {}
+    found = chains(model, adapter)
+    for entry in get_state(model).adapters[adapter].entries:
+        chain = found[entry.site]
+        _check(entry.site, chain, adapter)
+        method = entry.method.compacted(chain)
+        if method == entry.method:
+            continue
+        if method is None:
+            made[entry.site] = None
+            continue
+        smaller = Entry(entry.site, method, entry.rule)
+        with torch.device(chain.device):
+            branch = smaller.build().to(chain.dtype)
+        _fill(chain, branch)
+        branch.strength = chain.strength
+        made[entry.site] = smaller, branch
+    return made
+
+
+def _check(site: Site, chain: Chain, adapter: str) -> None:
+    gated = any(isinstance(module, (Ladder, RankGate)) for module in chain.modules())
+    if gated and chain.device.type == "meta":
+        raise AdapterError(
+            f"Adapter {adapter!r} has no values at {site.weight}: it is on the meta device. Load weights first."
+        )
+    if isinstance(chain.before, Observed) and not chain.before.seen():
+        raise AdapterError(
+            f"Adapter {adapter!r} at {site.weight} ({site.role}) rounds its input, and has seen no data that would tell the "
+            f"range. Train it, or run a batch in training mode, before compacting."
+        )
+    if gated and isinstance(chain, Stack):
+        raise AdapterError(
+            f"Adapter {adapter!r} has a rank and a precision for each of {site.stack} matrices of {site.weight}, which one stack "
+            f"of tensors cannot keep apart. Merge it, or leave such sites to a method without gates."
+        )
+
+
+@torch.no_grad()
+def _fill(old: Chain, new: Chain) -> None:
+    """Give the new chain the values of the old one: what is kept of an axis is its beginning."""
+    with old.settled():
+        for source, target in zip(old.factors, new.factors, strict=True):
+            if not isinstance(source, Weighted) or not isinstance(target, Weighted):
+                continue
+            kept = tuple(slice(n) for n in target.weight.shape)
+            target.weight.copy_(_codes(source, target)[kept])
+    for learned, fixed in zip(_roundings(old), _roundings(new), strict=True):
+        fixed.log_range.copy_(learned.log_range)
+
+
+def _roundings(chain: Chain) -> list[Ladder | Rounded]:
+    """Those of the base weight and of the input."""
+    parts = (part for part in (chain.reweight, chain.before) if part is not None)
+    return [module for part in parts for module in part.modules() if isinstance(module, (Ladder, Rounded))]
+
+
+def _codes(source: Weighted, target: Weighted) -> Tensor:
+    ladder = next((t for t in source.applied if isinstance(t, Ladder)), None)
+    coded = next((t for t in target.applied if isinstance(t, Coded)), None)
+    return source.value if coded is None or ladder is None else coded.encode(ladder, source.weight)

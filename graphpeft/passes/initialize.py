@@ -1,0 +1,18 @@
+"""Initialize: fill an inserted adapter's tensors. A tensor depends on (seed, site, place) and on nothing else."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from graphpeft.ir.weights import matrix
+from graphpeft.rewrite.state import chains, get_state
+from graphpeft.tracing import as_pass
+
+
+@as_pass("initialize", "values for the branches")
+def initialize(model: nn.Module, name: str) -> None:
+    """Give every branch of the adapter its initial values; on the meta device there are none to give."""
+    seed = get_state(model).adapters[name].seed
+    for site, chain in chains(model, name).items():
+        reads = chain.start is not None or chain.relative
+        chain.reset(seed, site.key, matrix(model, site) if reads else None)

@@ -1,0 +1,67 @@
+"""Lower: turn an adapter of any method into the plain LoRA that it equals, where there is one."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from graphpeft.ambient import plain
+from graphpeft.chain import Chain
+from graphpeft.compat.sharded import ELSEWHERE, refuse_sharded
+from graphpeft.errors import AdapterError
+from graphpeft.ir.site import Site
+from graphpeft.methods.lora import LoRA
+from graphpeft.planning.plan import Entry
+from graphpeft.rewrite.replace import replace_branches
+from graphpeft.rewrite.state import chains, get_state, names, refuse_merged
+from graphpeft.tracing import as_pass
+
+
+@as_pass("lower", "adapters as plain LoRA")
+@plain()
+def lower(model: nn.Module, name: str | None = None) -> nn.Module:
+    """Make an adapter (all of them without a name) plain LoRA with the same update ΔW; returns the model.
+
+    Its rank is that of the chain: n · r for MELoRA, 2r for OLoRA and PiSSA, whose updates are measured from the
+    untouched base weight, otherwise r. Of a fused projection the pair makes only the adapted rows. Noise and gates are
+    decided as in evaluation, and dropout is gone. Raises `AdapterError`, and changes nothing, for an update that has
+    no bottleneck, a merged model, or tensors on the meta device.
+    """
+    refuse_merged(model, "lower")
+    refuse_sharded(model, "lower", ELSEWHERE)
+    state = get_state(model)
+    lowered: dict[str, dict[Site, tuple[Entry, Chain]]] = {}
+    for adapter in names(model, name):
+        found = chains(model, adapter)
+        lowered[adapter] = {
+            entry.site: _plain(entry, found[entry.site], adapter)
+            for entry in state.adapters[adapter].entries
+            if not isinstance(entry.method, LoRA)
+        }
+    for adapter, made in lowered.items():
+        replace_branches(model, adapter, made)
+    return model
+
+
+def _plain(entry: Entry, chain: Chain, adapter: str) -> tuple[Entry, Chain]:
+    site = entry.site
+    if chain.device.type == "meta":
+        raise AdapterError(
+            f"Adapter {adapter!r} has no values at {site.weight}: it is on the meta device. Load weights first."
+        )
+    with torch.no_grad(), chain.as_trained():
+        try:
+            a, b = chain.to_lora()
+        except AdapterError as error:
+            raise AdapterError(f"Adapter {adapter!r} at {site.weight} ({site.role}): {error}") from error
+    if site.rows:
+        b = torch.cat([b[..., start:stop, :] for start, stop in site.rows], -2)
+    made = Entry(site, LoRA(r=a.shape[-2]), entry.rule)
+    with torch.device(chain.device):
+        plain = made.build().to(chain.dtype)
+    plain.strength = chain.strength
+    left, right = list(plain.factors)[-2:]
+    with torch.no_grad():
+        left.weight.copy_(b)  # type: ignore[operator]
+        right.weight.copy_(a)  # type: ignore[operator]
+    return made, plain

@@ -1,0 +1,168 @@
+"""Merge and un-merge. Un-merging puts the original tensors back: nothing is subtracted, so nothing is rounded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphpeft.ambient import plain
+from graphpeft.compat.accelerate import offloaded
+from graphpeft.compat.quantized import library
+from graphpeft.compat.sharded import alike, gathered, reshard, whole
+from graphpeft.errors import AdapterError
+from graphpeft.ir.site import Site
+from graphpeft.ir.weights import stored, values
+from graphpeft.rewrite.adapters import home
+from graphpeft.rewrite.owner import refuse_replaced, reoccupy, vacate
+from graphpeft.rewrite.requantize import Requantized, Rounding, refuse_quantized, requantized
+from graphpeft.rewrite.state import branches, chains, get_state, names, owners, refuse_merged, set_active
+from graphpeft.rewrite.tied import refuse_tied
+from graphpeft.rewrite.weight_form import fold, update
+from graphpeft.tracing import as_pass
+
+
+@as_pass("merge", "branches into the weights")
+@plain()
+def merge(model: nn.Module, name: str | Sequence[str] | None = None, *, requantize: Any = None) -> Requantized | None:
+    """Fold adapters (the active ones without a name) into the weights, in place.
+
+    W + ΔW is summed in float32 or wider and cast to the weight's dtype last. Afterwards the model is plain: its own
+    classes, no extra parameters. The original weights are kept, so that `unmerge` gives them back to the bit.
+
+    A quantized weight would be rounded again, so it is refused, unless `requantize` is the torchao config that the weights
+    were quantized by; then what the rounding cost is returned, which prints as a table.
+
+    Raises `AdapterError`, and changes nothing, if the model is merged already, an adapter is unknown, a delta is
+    not finite, a weight is tied to one that the adapter does not touch, or is quantized and cannot be requantized.
+    """
+    state = get_state(model)
+    refuse_merged(model, "merge")
+    folded = state.active if name is None else names(model, name if isinstance(name, str) else tuple(name))
+    if not folded:
+        raise AdapterError("No adapter is active, so there is nothing to merge. Name one: gp.merge(model, 'default').")
+    _refuse_quantized(model, folded, requantize)
+    for owner in owners(model, tuple(state.adapters)).values():
+        refuse_replaced(owner)
+    for adapter in folded:
+        for site, chain in chains(model, adapter).items():
+            refuse_tied(model, site)
+            _refuse_offloaded(model, site)
+            chain.require_linear(f"{adapter!r} cannot be folded into {site.weight} ({site.role})")
+    with gathered(model, branches(model, *folded)):
+        updated = _updated(model, folded)
+    weights = {e.site.weight: stored(model, e.site.weight) for a in state.adapters.values() for e in a.entries}
+    lost: dict[nn.Parameter, Rounding] = {}
+    for path, parameter in weights.items():
+        if parameter in updated and parameter not in lost and library(parameter):
+            total = updated[parameter]
+            updated[parameter], lost[parameter] = requantized(path, parameter.detach(), total, requantize)
+    _refuse_overflow(weights, updated)
+    _write(model, folded, weights, updated)
+    return Requantized(tuple(lost.values())) if requantize is not None else None
+
+
+def _write(
+    model: nn.Module,
+    folded: tuple[str, ...],
+    weights: Mapping[str, nn.Parameter],
+    updated: Mapping[nn.Parameter, torch.Tensor],
+) -> None:
+    """Make the model plain and write the new values, or leave it as it was.
+
+    All that `unmerge` needs is noted before anything changes. So whatever interrupts this, Ctrl-C too, is undone; and if that
+    is interrupted as well, the model counts as merged, and `unmerge` or `remove` undoes the rest.
+    """
+    state = get_state(model)
+    before = {parameter: parameter.detach().clone() for parameter in updated}
+    touched = owners(model, tuple(state.adapters))
+    try:
+        state.originals = {path: before[parameter] for path, parameter in weights.items() if parameter in before}
+        state.parked = {path: found for path, owner in touched.items() if (found := home(owner)) is not None}
+        state.merged = folded
+        for owner in touched.values():
+            vacate(owner, keep_mode=True)
+        for parameter, value in updated.items():
+            parameter.data.copy_(value)  # rounds once, to the weight's own dtype
+    except BaseException:
+        _put_back(model)
+        raise
+
+
+@torch.no_grad()
+def _updated(model: nn.Module, folded: Sequence[str]) -> dict[nn.Parameter, torch.Tensor]:
+    """The new values of every weight, in float32 or wider, where the weight is sharded like it."""
+    updated: dict[nn.Parameter, torch.Tensor] = {}
+    for adapter in folded:
+        for site, chain in chains(model, adapter).items():
+            parameter = stored(model, site.weight)
+            base = values(model, site.weight)
+            weight = whole(updated.get(parameter, base))
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            with chain.settled():
+                delta = _finite(update(chain, base, site), adapter, site)
+            updated[parameter] = alike(fold(weight.to(wide), site, delta), parameter)
+    return updated
+
+
+@as_pass("unmerge", "the weights as they were")
+@plain()
+def unmerge(model: nn.Module) -> None:
+    """Give every weight back as it was before `merge`, bit for bit, and the adapters that were active then."""
+    state = get_state(model)
+    if not state.merged:
+        raise AdapterError(f"Nothing is merged into {type(model).__name__}. gp.merge(model) folds the active adapters.")
+    reshard(model)
+    _put_back(model)
+
+
+def _put_back(model: nn.Module) -> None:
+    """The weights and adapters that are noted. The note itself goes last, so that this can be begun anew at any point."""
+    state = get_state(model)
+    weights = {path: stored(model, path) for path in state.originals}  # all there, or nothing is changed
+    for path, original in state.originals.items():
+        weights[path].data.copy_(original)
+    for path, adapters in state.parked.items():
+        reoccupy(model.get_submodule(path), adapters)
+    set_active(model, state.active)
+    state.merged, state.originals, state.parked = (), {}, {}
+
+
+def _refuse_overflow(weights: Mapping[str, nn.Parameter], updated: Mapping[nn.Parameter, torch.Tensor]) -> None:
+    """What is finite in float32 may be more than half precision holds."""
+    for path, parameter in weights.items():
+        total = updated.get(parameter)
+        if total is not None and not library(parameter) and not torch.isfinite(total.to(parameter.dtype)).all():
+            raise AdapterError(
+                f"{path} with the update added has NaN or infinite values in {str(parameter.dtype).removeprefix('torch.')}; the "
+                f"model is unchanged. Usually the update is too large for half precision. Merge in float32, or train it again."
+            )
+
+
+def _refuse_quantized(model: nn.Module, folded: Sequence[str], config: Any) -> None:
+    known: dict[str, list[str]] = {}
+    for site in (site for adapter in folded for site in chains(model, adapter)):
+        whose = library(stored(model, site.weight))
+        if whose == "bitsandbytes" or (whose and config is None):
+            known.setdefault(whose, []).append(site.weight)
+    for made_by, weights in known.items():
+        refuse_quantized(weights, made_by)
+
+
+def _finite(delta: torch.Tensor, adapter: str, site: Site) -> torch.Tensor:
+    if not torch.isfinite(delta).all():
+        raise AdapterError(
+            f"The update of adapter {adapter!r} at {site.weight} ({site.role}) has NaN or infinite values; the model is "
+            f"unchanged. Usually training diverged: load an earlier checkpoint or lower the learning rate."
+        )
+    return delta
+
+
+def _refuse_offloaded(model: nn.Module, site: Site) -> None:
+    if offloaded(model.get_submodule(site.weight.rpartition(".")[0])):
+        raise AdapterError(
+            f"{site.weight} is offloaded: accelerate keeps its values elsewhere and would not see them change. Save the adapter "
+            f"and merge it on disk, with gp.merge_files or `graphpeft merge`, or load the model without offloading."
+        )

@@ -1,0 +1,141 @@
+"""Per row: several adapters in one batch, each on its own rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from graphpeft.capturing.capture import Inputs, example_call, quiet
+from graphpeft.capturing.samples import settled
+from graphpeft.errors import AdapterError
+from graphpeft.rewrite.adapters import home, places
+from graphpeft.rewrite.rows import Assignment, Rows
+from graphpeft.rewrite.state import chains, example, get_state, inside, names, owners, refuse_merged, set_active
+
+
+@contextmanager
+def per_row(
+    model: nn.Module, adapters: Sequence[str | None], *, beams: int = 1, inputs: Inputs = None
+) -> Iterator[Callable[[Sequence[str | None]], None]]:
+    """Within this context each row of a batch has an adapter of its own, or with `None` the base alone.
+
+    An adapter computes on its own rows only, so that a mixed batch takes little more than one of a single adapter. Gradients
+    flow as ever. What the context gives takes other lists of the same adapters, for the next batch.
+
+    Rows are found by experiment: the model runs twice on an example call, of which the second differs in the last row, and
+    what each site reads has to differ there alone.
+
+    Args:
+        adapters: a name for each row of the batch.
+        beams: of beam search, which repeats every row so many times.
+        inputs: the example call, with a batch of at least 2; by default the one that `gp.apply` used.
+
+    Raises `AdapterError` for an unknown name, a merged model, a site that has no rows to tell apart or takes the weight form,
+    and, when the model runs, a batch of another size.
+    """
+    refuse_merged(model, "give rows adapters of their own")
+    get_state(model)
+    chosen = names(model, tuple(dict.fromkeys(name for name in adapters if name is not None)))
+    assignment = Assignment(beams, rows=dict.fromkeys(chosen, torch.empty(0, dtype=torch.long)))
+    assignment.assign(adapters)
+    _refuse_weights(model, chosen)
+    with _lowered(model, chosen, assignment) as rows:
+        _find_rows(model, chosen, rows, example_call(model, example(model, inputs)))
+        with inside(model, "gp.per_row"):
+            yield assignment.assign
+
+
+@contextmanager
+def _lowered(model: nn.Module, chosen: tuple[str, ...], assignment: Assignment) -> Iterator[dict[str, Rows]]:
+    """The graphs of owners ask for rows for a while; by path, what they ask."""
+    active, rows = get_state(model).active, {}
+    set_active(model, ())
+    try:
+        for path, owner in owners(model, chosen).items():
+            found = home(owner)
+            assert found is not None, f"the owner {path} lost its adapters"
+            rows[path] = found.by_row = Rows(path, assignment)
+        set_active(model, chosen)
+        yield rows
+    finally:
+        set_active(model, ())
+        for path in rows:
+            found = home(model.get_submodule(path))
+            if found is not None and found.by_row is not None:
+                del found.by_row  # a module: set to None, its name would stay among the modules'
+                found.by_row = None
+        set_active(model, active)
+
+
+def _refuse_weights(model: nn.Module, chosen: tuple[str, ...]) -> None:
+    for name in chosen:
+        for site, chain in chains(model, name).items():
+            for place in places(site):
+                if place.form == "weight" or chain.before is not None:
+                    why = "takes the weight form" if place.form == "weight" else "rounds its input"
+                    raise AdapterError(
+                        f"Adapter {name!r} {why} at {place.weight} ({place.role}), which is one for the whole batch. Run the "
+                        f"rows of each adapter apart, or leave that site out of its rules."
+                    )
+
+
+def _find_rows(model: nn.Module, chosen: tuple[str, ...], rows: dict[str, Rows], call: Any) -> None:
+    """See along the first axis of what each site reads where the last row of an example is."""
+    batch = next((len(leaf) for leaf in tree_leaves(call) if isinstance(leaf, Tensor) and leaf.dim()), 0)
+    if batch < 2:
+        raise AdapterError(
+            f"The example call has a batch of {batch}, so rows cannot be told apart. Pass inputs= of 2 rows."
+        )
+    runs = [_seen(model, rows, each) for each in (call, tree_map(lambda leaf: _other_row(leaf, batch), call))]
+    for path, owner in owners(model, chosen).items():
+        found = home(owner)
+        for name in chosen:
+            for key, site in found.sites.get(name, {}).items() if found else ():
+                one, other = (run.get((path, key)) for run in runs)
+                if one is None or other is None or not _apart(one, other, batch):
+                    raise AdapterError(
+                        f"What {site.weight} ({site.role}) reads has no rows of the batch along its first axis, or the example "
+                        f"does not reach it: {None if one is None else tuple(one.shape)} for a batch of {batch}. Pass other "
+                        f"`inputs`, or leave that site out of the adapter's rules."
+                    )
+                rows[path].inner[key] = len(one) > batch
+
+
+def _apart(one: Tensor, other: Tensor, batch: int) -> bool:
+    """Whether two readings differ in the last of `batch` equal parts alone."""
+    if one.dim() == 0 or one.shape != other.shape or len(one) % batch:
+        return False
+    kept = len(one) - len(one) // batch
+    return torch.equal(one[:kept], other[:kept]) and not torch.equal(one[kept:], other[kept:])
+
+
+def _seen(model: nn.Module, rows: dict[str, Rows], call: Any) -> dict[tuple[str, str], Tensor]:
+    for each in rows.values():
+        each.seen = {}
+    try:
+        with quiet(model), settled(model):
+            model(*call[0], **call[1])
+        return {(path, key): x for path, each in rows.items() for key, x in (each.seen or {}).items()}
+    finally:
+        for each in rows.values():
+            each.seen = None
+
+
+def _other_row(leaf: Any, batch: int) -> Any:
+    """The tensor with another last row; masks stay as they are, for a row may be nothing without them."""
+    if not isinstance(leaf, Tensor) or leaf.dim() == 0 or len(leaf) != batch:
+        return leaf
+    changed = leaf.clone()
+    if leaf.is_floating_point():
+        changed[-1] = leaf[-1] * 0.5 + 0.25
+        return changed
+    values = leaf.unique()
+    if leaf.dtype == torch.bool or len(values) < 3:
+        return leaf
+    changed[-1] = values[(torch.searchsorted(values, leaf[-1].contiguous()) + 1) % len(values)]
+    return changed

@@ -1,0 +1,131 @@
+"""Swap: another adapter's numbers into the tensors of one that is there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import nn
+
+from graphpeft.ambient import plain
+from graphpeft.chain import Chain, Dense
+from graphpeft.errors import AdapterError
+from graphpeft.ir.site import Site
+from graphpeft.methods.lora import LoRA
+from graphpeft.passes.combine import fill
+from graphpeft.passes.load import attach
+from graphpeft.passes.remove import remove
+from graphpeft.rewrite.adapters import places
+from graphpeft.rewrite.state import Adapter, chains, get_state, names, refuse_merged
+from graphpeft.store.hub import local
+from graphpeft.store.read import read
+from graphpeft.tracing import as_pass
+
+
+@as_pass("swap", "another adapter's numbers into the tensors of one")
+@plain()
+@torch.no_grad()
+def swap(
+    model: nn.Module,
+    folder: str | Path,
+    name: str = "default",
+    *,
+    any_base: bool = False,
+    hub: bool = False,
+    revision: str | None = None,
+) -> nn.Module:
+    """Replace the numbers of the adapter `name` by those of a folder, in place; returns the model.
+
+    No tensor and no code is another afterwards, so that compiled models run on without compiling again. An adapter of the same
+    method and options at the same sites fits. One of plain LoRA takes whatever equals plain LoRA of no larger rank at some of
+    its sites, with another scale too: make it once with the largest rank that will come, and swap. Where the folder has no
+    update it then makes none. Numbers that were there are lost; save them first.
+
+    Args:
+        folder: as for `load`; adapters of PEFT as well.
+        any_base, hub, revision: as for `load`.
+
+    Raises `AdapterError` for an unknown name, a merged model, or what does not fit; `FileError` as `load` does. The model is
+    then as it was.
+    """
+    refuse_merged(model, "swap an adapter")
+    names(model, name)
+    state = get_state(model)
+    held = state.adapters[name]
+    if held.objective is not None:
+        raise AdapterError(
+            f"Adapter {name!r} has a PAC-Bayes objective, whose noise belongs to the numbers that would go. Detach it first."
+        )
+    visitor = next(n for i in range(len(state.adapters) + 1) if (n := f"swapped_in_{i}") not in state.adapters)
+    sites = tuple(entry.site for entry in held.entries)
+    content = read(model, local(folder, revision, hub), visitor, sites, any_base=any_base, strict=True)
+    attach(model, visitor, content)
+    try:
+        _swap(model, name, held, visitor)
+    finally:
+        remove(model, visitor)
+    return model
+
+
+def _swap(model: nn.Module, name: str, held: Adapter, visitor: str) -> None:
+    state = get_state(model)
+    coming = state.adapters[visitor]
+    here, there = chains(model, name), {site.key: chain for site, chain in chains(model, visitor).items()}
+    methods = {entry.site.key: entry.method for entry in held.entries}
+    ours, theirs = (_places(adapter) for adapter in (held, coming))
+    if other := sorted(key for key in ours.keys() & theirs.keys() if ours[key] != theirs[key]):
+        raise AdapterError(
+            f"At {other[0]} adapter {name!r} acts on {', '.join(sorted(ours[other[0]]))}, and the folder on "
+            f"{', '.join(sorted(theirs[other[0]]))}: one of the two knows the weight as tied. Load it beside with gp.load."
+        )
+    if methods == {entry.site.key: entry.method for entry in coming.entries}:
+        for site, chain in here.items():
+            for mine, its in zip(_tensors(chain), _tensors(there[site.key]), strict=True):
+                mine.copy_(its)
+        state.adapters[name] = replace(held, rules=coming.rules, seed=coming.seed)
+        return
+    if strange := sorted(there.keys() - methods.keys()):
+        raise AdapterError(
+            f"The folder adapts {strange[0]}, where adapter {name!r} has no site. Make an adapter for all of the sites that will "
+            f"be swapped in, or load this one beside it with gp.load."
+        )
+    if not_lora := [key for key, method in methods.items() if not isinstance(method, LoRA)]:
+        raise AdapterError(
+            f"At {not_lora[0]} adapter {name!r} is {methods[not_lora[0]]}, and the folder has another method or other options. "
+            f"Such an adapter takes its own kind alone; one of plain LoRA, such as `lora(r=64)`, takes all that equal LoRA."
+        )
+    pairs = {site: _pair(site, chain, there.get(site.key)) for site, chain in here.items()}
+    for site, chain in here.items():
+        fill(chain, *pairs[site], site)
+
+
+def _places(adapter: Adapter) -> dict[str, set[str]]:
+    """The weights that each site stands for, under all names of a tied one."""
+    return {entry.site.key: {place.weight for place in places(entry.site)} for entry in adapter.entries}
+
+
+def _tensors(chain: Chain) -> Iterator[torch.Tensor]:
+    """All of them: those that come from a seed are in no state dict."""
+    yield from chain.parameters()
+    yield from chain.buffers()
+
+
+def _pair(site: Site, chain: Chain, coming: Chain | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B that come in at a site; zeros where nothing does."""
+    b, a = (cast(Dense, factor).weight for factor in list(chain.factors)[-2:])
+    if coming is None:
+        return torch.zeros_like(a), torch.zeros_like(b)
+    try:
+        with coming.settled():
+            pair = coming.to_lora()
+    except AdapterError as error:
+        raise AdapterError(f"{site.weight} ({site.role}): {error}") from error
+    if pair[0].shape[-2] > a.shape[-2]:
+        raise AdapterError(
+            f"{site.weight} ({site.role}) has rank {a.shape[-2]}, and what comes in has {pair[0].shape[-2]}. Make the "
+            f"adapter with the largest rank that will be swapped in; ranks below are filled up with zeros."
+        )
+    return pair

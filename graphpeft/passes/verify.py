@@ -1,0 +1,219 @@
+"""Verify: check what a pass promised, cheap checks first, and say what was checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import fx, nn
+from torch.utils._pytree import tree_leaves
+
+from graphpeft.ambient import as_called, plain
+from graphpeft.capturing.capture import Inputs, example_call, quiet
+from graphpeft.chain import Chain, Transform
+from graphpeft.compat.quantized import library
+from graphpeft.errors import VerifyError
+from graphpeft.ir.site import Site
+from graphpeft.ir.weights import stored, values
+from graphpeft.passes.merge import merge, unmerge
+from graphpeft.rewrite.adapters import home, places
+from graphpeft.rewrite.owner import Adapted, relower
+from graphpeft.rewrite.state import chains, get_state, inactive, owners
+from graphpeft.rewrite.weight_form import update
+from graphpeft.tracing import as_pass
+
+Level = Literal["off", "fast", "full"]
+
+
+@dataclass
+class Report:
+    """Checks and their outcomes, in the order in which they ran. Prints as one line each."""
+
+    checks: list[tuple[str, bool, str]] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return all(passed for _, passed, _ in self.checks)
+
+    def add(self, name: str, passed: bool, detail: str) -> None:
+        self.checks.append((name, passed, detail))
+
+    def __str__(self) -> str:
+        return "\n".join(f"{'ok  ' if passed else 'FAIL'} {name}: {detail}" for name, passed, detail in self.checks)
+
+
+@as_pass("verify", "what the passes promised")
+@plain()
+def verify(model: nn.Module, inputs: Inputs = None, level: Level = "full", identity: bool = False) -> Report:
+    """Check an adapted model; raises `VerifyError` with the whole report if a check fails.
+
+    `fast` checks names, trainable parameters and rewritten graphs, without running the model. `full` also runs it on
+    `inputs` (made from the config if there are none): disabling gives the base, gradients reach exactly the planned
+    parameters, the merged model agrees with the adapted one, and un-merging restores every weight to the bit.
+    `identity` asks in addition that the adapters, as they are, leave the output unchanged to the bit.
+    """
+    report = Report()
+    if level == "off":
+        return report
+    _accounting(model, report)
+    _graphs(model, report)
+    if level == "full" and not any(p.is_meta for p in model.parameters()):
+        call = example_call(model, inputs)
+        _outputs(model, call, report, identity)
+        _gradients(model, call, report)
+    if not report.ok:
+        raise VerifyError(f"{type(model).__name__} failed verification:\n{report}")
+    return report
+
+
+def _accounting(model: nn.Module, report: Report) -> None:
+    state = get_state(model)
+    names = dict(model.named_parameters())
+    lost = [n for n in state.required if n not in names]
+    report.add(
+        "base names",
+        not lost,
+        f"{len(state.required)} parameters keep their names" if not lost else f"lost: {lost[:3]}",
+    )
+    planned = {id(p) for a in state.active for c in chains(model, a).values() for p in c.parameters()}
+    trained = {id(p): n for n, p in names.items() if p.requires_grad and n not in state.required}
+    missing, extra = planned - trained.keys(), [n for i, n in trained.items() if i not in planned]
+    report.add(
+        "trainable",
+        not (missing or extra),
+        f"{len(planned)} tensors, as planned"
+        if not (missing or extra)
+        else f"unplanned: {extra[:3]}, missing: {len(missing)}",
+    )
+
+
+def _graphs(model: nn.Module, report: Report) -> None:
+    """Every active branch stands in its owner's graph, or its owner shows the adapted weight."""
+    state = get_state(model)
+    absent = []
+    for path, owner in owners(model, state.active).items():
+        adapters = home(owner)
+        graph = getattr(owner, "graph", None)
+        tags = {n.meta.get("graphpeft") for n in graph.nodes} if graph is not None else set()
+        for site, chain, branch in adapters.running() if adapters else []:
+            # Two places of a tied weight in one owner are served by one branch.
+            names = {b for _, c, b in adapters.running() if c is chain} if adapters else {branch}
+            shown = site.form == "weight" and not isinstance(owner, fx.GraphModule)
+            if not isinstance(owner, Adapted) if shown else not names & tags:
+                absent.append(f"{path}:{site.role}")
+    count = sum(len(state.adapters[a].entries) for a in state.active)
+    report.add("graphs", not absent, f"{count} sites rewritten" if not absent else f"no branch at {absent[:3]}")
+
+
+def floats(output: Any) -> list[torch.Tensor]:
+    """Every floating-point tensor in a model's output, in order."""
+    return [
+        t
+        for t in tree_leaves(dict(output) if hasattr(output, "keys") else output)
+        if isinstance(t, torch.Tensor) and t.is_floating_point()
+    ]
+
+
+def difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
+    """The largest absolute difference between two outputs."""
+    return max((float((a - b).abs().max()) for a, b in zip(one, other, strict=True) if a.numel()), default=0.0)
+
+
+def _outputs(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], report: Report, identity: bool) -> None:
+    args, kwargs = call
+    state = get_state(model)
+    with quiet(model), as_called():
+        adapted = floats(model(*args, **kwargs))
+        with inactive(model):
+            base = floats(model(*args, **kwargs))
+        moved = difference(adapted, base)
+        if identity:
+            report.add("identity", moved == 0, f"adapters move the output by {moved:.1e}, expected 0 at initialization")
+        else:
+            acts = any(
+                update(c, values(model, s.weight), s).any() for a in state.active for s, c in chains(model, a).items()
+            )
+            report.add("effect", moved > 0 or not acts, f"adapters move the output by up to {moved:.1e}")
+        rounded = any(chain.before is not None for a in state.active for chain in chains(model, a).values())
+        if rounded:
+            report.add("merge", True, "not tried: an adapter that rounds its input does not merge")
+        elif any(library(stored(model, s.weight)) for a in state.active for s in chains(model, a)):
+            report.add("merge", True, "not tried: quantized weights would be rounded anew")
+        elif state.active:
+            before = {
+                e.site.weight: stored(model, e.site.weight).detach().clone()
+                for a in state.active
+                for e in state.adapters[a].entries
+            }
+            merge(model)
+            try:
+                merged = floats(model(*args, **kwargs))
+            finally:
+                unmerge(model)
+            error, scale = difference(merged, adapted), max(float(t.abs().max()) for t in adapted)
+            # Rounding of one sum per weight, amplified by depth; half precision leaves room for far less of it.
+            bound = max(min(1e3 * torch.finfo(t.dtype).eps, 16 * 2**-7) for t in adapted) * max(scale, 1.0)
+            report.add("merge", error <= bound, f"merged differs from adapted by {error:.1e} (bound {bound:.1e})")
+            exact = all(torch.equal(stored(model, n), w) for n, w in before.items())
+            report.add("unmerge", exact, f"{len(before)} weights restored to the bit" if exact else "weights changed")
+
+
+def _gradients(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], report: Report) -> None:
+    """One backward pass reaches every tensor that is planned to train; a frozen one cannot be reached."""
+    state = get_state(model)
+    wanted = [p for a in state.active for c in chains(model, a).values() for p in _reachable(c)]
+    if not wanted:
+        return
+    unreached = _unreached(model, call, wanted)
+    report.add("gradients", not unreached, f"reach {len(wanted) - unreached} of {len(wanted)} trained tensors")
+    tied = [(s, c) for a in state.active for s, c in chains(model, a).items() if s.tied]
+    ignored = []
+    for site, chain in tied:
+        for place in places(site):
+            with _alone(model, site, place):
+                if _unreached(model, call, _reachable(chain)):
+                    ignored.append(place.weight)
+    if tied:
+        count = sum(len(places(site)) for site, _ in tied)
+        told = f"ignored at {', '.join(ignored[:3])}" if ignored else f"each of {count} places reaches its adapter"
+        report.add("tied weights", not ignored, told)
+
+
+def _reachable(chain: Chain) -> list[torch.Tensor]:
+    """What trains in a chain, but for gates and noise, which act in training mode alone."""
+    gates = {p for m in chain.modules() if isinstance(m, Transform) for p in m.parameters()}
+    return [p for p in chain.parameters() if p.requires_grad and p not in gates]
+
+
+def _unreached(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], wanted: Sequence[torch.Tensor]) -> int:
+    """How many of the tensors no gradient of the model's output reaches."""
+    args, kwargs = call
+    with quiet(model), as_called(), torch.enable_grad():
+        loss = sum(t.float().pow(2).sum() for t in floats(model(*args, **kwargs)))
+        if not isinstance(loss, torch.Tensor) or not loss.requires_grad:
+            return len(wanted)
+        return sum(g is None for g in torch.autograd.grad(loss, wanted, allow_unused=True))
+
+
+@contextmanager
+def _alone(model: nn.Module, site: Site, place: Site) -> Iterator[None]:
+    """The adapters at one place of a tied weight without those at its other places, for a while."""
+    others = [model.get_submodule(path) for path in {p.owner for p in places(site)} - {place.owner}]
+    active = {owner: adapters.active for owner in others if (adapters := home(owner)) is not None}
+    try:
+        for owner in active:
+            _switch(owner, ())
+        yield
+    finally:
+        for owner, names in active.items():
+            _switch(owner, names)
+
+
+def _switch(owner: nn.Module, names: tuple[str, ...]) -> None:
+    adapters = home(owner)
+    assert adapters is not None
+    adapters.active = names
+    relower(owner)

@@ -1,0 +1,1 @@
+"""Rules and sites make a plan; and why a rule or a role has no site."""

@@ -1,0 +1,184 @@
+"""Why a rule or a role has no site: how the search ended, how near it came, and at which line of the model's code."""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Literal
+
+import torch
+from torch import fx, nn
+
+from graphpeft.ir.site import Site
+from graphpeft.match.declaration import Declaration
+from graphpeft.match.find import Found, where
+from graphpeft.match.fused import concrete
+from graphpeft.match.pattern import Miss
+from graphpeft.match.products import op
+from graphpeft.match.registry import declarations
+from graphpeft.planning.suggest import alike, plain, roles_present, suggestions
+from graphpeft.rules.rule import Rule, fits
+from graphpeft.show.table import role_text
+
+
+@dataclass(frozen=True)
+class Near:
+    """The place at which a search stopped, or (with a site) at which a role's neighbor is."""
+
+    place: str
+    """`file.py:line` of the model's code, or the node's name where the capture knows no line."""
+    node: str
+    """The operator, and the shape of what it returns."""
+    code: str
+    """The line of code itself; empty where its file cannot be read."""
+    reason: str
+
+    def __str__(self) -> str:
+        shown = "   ".join(filter(None, (self.node, self.code)))
+        return f"at {self.place}: {self.reason}" + (f"\n      {shown}" if shown else "")
+
+
+@dataclass(frozen=True)
+class Absence:
+    """Why roles that one declaration binds have no site. Prints as a sentence, and the nearest place below it."""
+
+    roles: tuple[str, ...]
+    outcome: Literal["no match", "condition failed", "matched without it", "undeclared"]
+    reason: str
+    near: Near | None = None
+
+    def __str__(self) -> str:
+        found = "matched" if self.outcome == "matched without it" else "nearest miss"
+        near = f"; {found} {self.near}" if self.near else ""
+        return f"{', '.join(self.roles)}: {self.outcome}: {self.reason}{near}"
+
+
+def absences(model: nn.Module, found: Found, roles: Iterable[str]) -> tuple[Absence, ...]:
+    """Why each of these roles that has no site has none; roles with the same reason share an entry."""
+    present = roles_present(found)
+    declared = {role: d for d in declarations() for role in d.roles}
+    grouped: dict[tuple[str, bool], list[str]] = {}
+    for role in (role for role in roles if role not in present):
+        declaration = declared.get(plain(role))
+        stacked = role != plain(role) and declaration is not None and bool(_beside(found, declaration))
+        grouped.setdefault((declaration.name if declaration else role, stacked), []).append(role)
+    return tuple(
+        _absence(model, found, tuple(missing), declared.get(plain(missing[0])), stacked)
+        for (_, stacked), missing in grouped.items()
+    )
+
+
+def _beside(found: Found, declaration: Declaration) -> list[Site]:
+    """The sites of a declaration's roles, in stacks too."""
+    return [s for s in found.sites if plain(s.role) in declaration.roles]
+
+
+def _absence(
+    model: nn.Module, found: Found, missing: tuple[str, ...], declaration: Declaration | None, stacked: bool
+) -> Absence:
+    if declaration is None:
+        return Absence(missing, "undeclared", "no pattern declares it")
+    beside = _beside(found, declaration)
+    names = tuple(dict.fromkeys(s.role for s in beside))
+    if stacked:
+        return Absence(missing, "no match", f"{_and(names)} are no stacks of matrices, one for each expert")
+    if beside:
+        reason = f"its {declaration.name} has {_and(names)} but no {_and(missing, 'or')}"
+        return Absence(missing, "matched without it", reason, _seen(model, beside[0]))
+    miss = found.misses.get(declaration.name)
+    if miss is None or not miss.depth:
+        return Absence(missing, "no match", f"{declaration.absent}, and nothing in the graph comes near")
+    outcome: Literal["no match", "condition failed"] = "condition failed" if miss.failed else "no match"
+    return Absence(missing, outcome, declaration.absent, _near(model, miss))
+
+
+def nothing(model: nn.Module, found: Found, rule: Rule) -> str:
+    """The whole message for a rule that selects no site: the reason, the nearest miss, and rules that select some."""
+    name = type(model).__name__
+    if rule.glob is not None and not any(rule.names(p) for s in found.sites for p in (s, *s.tied)):
+        return _no_path(model, found, rule)
+    present = Counter(role_text(s) for s in found.sites)
+    asked = [s for s in found.sites if rule.selects(s) and Rule(rule.target, rule.method).selects(s) is None]
+    if asked:
+        have, reasons = Counter(map(role_text, asked)), Counter(str(rule.selects(s)) for s in asked)
+        but = "; ".join(f"{n} × {why}" for why, n in reasons.items())
+        told = f"it has {_counted(have)}, but {but}. Widen the qualifiers in [...]."
+        return f"`{rule}` matches no site of {name}: {told}{_try(found, rule)}"
+    why = "\n  ".join(map(str, absences(model, found, rule.roles)))
+    graph = f"The graph has {_counted(present) or 'no projections at all'}."
+    lines = [f"`{rule}` matches no site of {name}.", why, *_unseen(found), graph + _try(found, rule)]
+    return "\n  ".join(lines)
+
+
+def _no_path(model: nn.Module, found: Found, rule: Rule) -> str:
+    assert rule.glob is not None
+    near = alike(rule.glob, found)
+    meant = [n for n, _ in model.named_parameters() if fits(rule.glob, n)]
+    unlike = f"; {meant[0]} is no projection that the graph uses" if meant else ""
+    return (
+        f"`{rule}` matches no projection of {type(model).__name__}{unlike}. It has {', '.join(near) or 'none'}. "
+        f"Adjust the glob.{_try(found, rule)}"
+    )
+
+
+def _try(found: Found, rule: Rule) -> str:
+    rules = suggestions(found, rule)
+    said = f" Try {' or '.join(f'`{text}`' for text in rules)}." if rules else ""
+    return f"{said} gp.sites(model) lists every projection."
+
+
+def _unseen(found: Found) -> list[str]:
+    """Parts of the model that were not captured, in a line each."""
+    return [f"not seen: {path or 'the whole model'}: {_first(why)}" for path, why in found.unreached.items()]
+
+
+def _first(text: str) -> str:
+    return text.strip().splitlines()[0]
+
+
+def _and(words: Iterable[str], last: str = "and") -> str:
+    *many, one = words
+    return f"{', '.join(many)} {last} {one}" if many else one
+
+
+def _counted(roles: Counter[str]) -> str:
+    return ", ".join(f"{role} × {n}" for role, n in roles.items())
+
+
+# Places
+
+
+def _near(model: nn.Module, miss: Miss) -> Near:
+    node = miss.node
+    place = where(node, _owner(model, node))
+    files = re.findall(r'File "([^"]+)", line \d+', node.meta.get("stack_trace") or "")
+    shape = getattr(node.meta.get("val"), "shape", None)
+    kind = "an input" if node.op == "placeholder" else op(node)
+    size = f" {concrete(shape)}" if isinstance(shape, torch.Size) else ""
+    return Near(place, kind + size, line_of(place, files), miss.reason)
+
+
+def _owner(model: nn.Module, node: fx.Node) -> nn.Module | None:
+    """The innermost module that ran the node."""
+    stack = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    path = str(stack[-1]).partition("@")[0] if stack else ""
+    return dict(model.named_modules()).get(path)
+
+
+def _seen(model: nn.Module, site: Site) -> Near | None:
+    """Where the neighbor of a missing role is; `None` where the capture knows no line."""
+    files = {inspect.getsourcefile(type(m)) or "" for m in model.modules() if type(m).__module__ != "builtins"}
+    code = line_of(site.source, files)
+    return Near(site.source, "", code, f"{site.role} is {site.weight}") if site.source else None
+
+
+def line_of(place: str, files: Iterable[str]) -> str:
+    """The code at `file.py:line`, read from the one of these files that it names; empty where there is none."""
+    name, _, number = place.rpartition(":")
+    path = next((f for f in files if PurePath(f).name == name), "")
+    return linecache.getline(path, int(number)).strip() if path and number.isdecimal() else ""

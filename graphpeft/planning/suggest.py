@@ -1,0 +1,81 @@
+"""What to try instead of a rule that selects nothing: rules near it that do select sites."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
+
+from graphpeft.match.find import Found
+from graphpeft.match.registry import ALIASES, LETTERS, declarations
+from graphpeft.rules.rule import Rule, parse
+
+
+def suggestions(found: Found, rule: Rule, most: int = 2) -> list[str]:
+    """Rules near `rule` that do select sites, the nearest first."""
+    method = rule.method.text(rule.options)
+    good: list[str] = []
+    for target in _targets(found, rule):
+        (candidate,) = parse(f"{target}:{method}")
+        if len(good) < most and str(candidate) not in good and any(candidate.selects(s) is None for s in found.sites):
+            good.append(str(candidate))
+    return good
+
+
+def _targets(found: Found, rule: Rule) -> Iterator[str]:
+    """Without the qualifiers or with the nearest path; else other roles of the same declarations, then of a block, then
+    weights without a role."""
+    if rule.glob is not None:
+        yield rule.target
+        yield from (f"path({path})" for path in alike(rule.glob, found)[:1])
+        return
+    present = roles_present(found)
+    if asked := tuple(role for role in rule.roles if role in present):
+        yield from _joined(asked)
+        return
+    bases = {plain(role) for role in rule.roles}
+    for declaration in declarations():
+        if bases & set(declaration.roles):
+            yield from _joined(r for r in present if plain(r) in declaration.roles)
+    for alias in ("attn", "mixer", "mlp", "experts"):
+        yield from _joined(role for role in ALIASES[alias] if role in present)
+    stems = Counter(_ending(s.weight) for s in found.sites if s.role == "other")
+    for stem, _ in stems.most_common(1):
+        yield from (f"path(*.{stem})", f"path({stem})")
+    yield from (role for role in ("conv", "head", "embed") if role in present)
+
+
+def _joined(roles: Iterable[str]) -> Iterator[str]:
+    """These roles as one target, by their alias where there is one: `mlp`, `qv`, `up+down`."""
+    given = tuple(roles)
+    alias = next((a for a, opened in ALIASES.items() if set(opened) == set(given)), None)
+    if given:
+        yield alias or ("" if set(given) <= LETTERS else "+").join(given)
+
+
+def alike(glob: str, found: Found) -> list[str]:
+    """Up to three weights whose modules are called most nearly as a glob ends, the layer's number as `*`."""
+    called: dict[str, str] = {}
+    for site in found.sites:
+        called.setdefault(_ending(site.weight), any_layer(site.weight))
+    return [called[end] for end in get_close_matches(_ending(glob), called, n=3, cutoff=0.0)]
+
+
+def _ending(path: str) -> str:
+    return path.removesuffix(".weight").rpartition(".")[2]
+
+
+def roles_present(found: Found) -> tuple[str, ...]:
+    """The roles that some site has, those of tied weights too, in graph order."""
+    return tuple(dict.fromkeys(p.role for s in found.sites for p in (s, *s.tied) if p.role != "other"))
+
+
+def any_layer(path: str) -> str:
+    """A weight's name with its layer's number as `*`, which `path(...)` reads as any layer."""
+    return re.sub(r"\.\d+\.", ".*.", path, count=1)
+
+
+def plain(role: str) -> str:
+    """The declared role: that of a projection in a stack, without `experts.`."""
+    return role.removeprefix("experts.")

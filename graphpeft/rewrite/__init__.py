@@ -1,0 +1,1 @@
+"""How the modules that use adapted weights are rewritten: adapters on them, their graphs, the record on the model."""

@@ -1,0 +1,148 @@
+"""Where an owner keeps its adapters: one container on the module, with a branch for each site."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, cast
+
+from torch import Tensor, fx, nn
+
+from graphpeft.errors import AdapterError
+from graphpeft.ir.site import Site
+from graphpeft.ir.weights import stored
+from graphpeft.names import attribute
+from graphpeft.rewrite.rows import Rows
+
+HOME = "adapters"
+"""Attribute of an owner under which its adapters live."""
+
+
+class Adapters(nn.Module):
+    """What an owner knows of its adapters: per adapter a `ModuleDict` of branches, and which adapters are active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sites: dict[str, dict[str, Site]] = {}
+        self.active: tuple[str, ...] = ()
+        self.base_graph: fx.Graph | None = None
+        """The base graph of a `GraphModule` owner; other owners are traced anew from their own class."""
+        self.mode: bool | None = None
+        """For such an owner, the mode that `train()` or `eval()` asked for; `None` as long as neither was called."""
+        self.refusals: dict[str, Any] = {}
+        """The `train` and `eval` that torch.export put on the instance, which raise."""
+        self.shown: dict[tuple[str, bool], Tensor] | None = None
+        """While the owner's `forward` runs, its adapted weights, by name and by whether gradients are recorded."""
+        self.guests: set[str] = set()
+        """Branches that another owner's tied weight brought along: a state dict holds them there alone."""
+        self.by_row: Rows | None = None
+        """While every row of a batch has adapters of its own, what says which rows."""
+        self.register_state_dict_post_hook(_leave_out_guests)
+        self.register_load_state_dict_pre_hook(_let_guests_be)
+
+    def add(self, name: str, site: Site, branch: nn.Module, guest: bool = False) -> None:
+        if name not in self._modules:
+            self.add_module(name, nn.ModuleDict())
+            self.sites[name] = {}
+        key = slot(site)
+        if self.sites[name].get(key, site) != site:
+            raise AdapterError(
+                f"{site.weight} ({site.role}) and {self.sites[name][key].weight} ({self.sites[name][key].role}) would share one "
+                f"place among the adapters of {site.owner or 'the model'}. Rename one of the two modules, or choose other sites."
+            )
+        cast(nn.ModuleDict, self._modules[name])[key] = branch
+        self.sites[name][key] = site
+        if guest:
+            self.guests.add(f"{name}.{key}.")
+
+    def drop(self, name: str) -> None:
+        del self._modules[name], self.sites[name]
+        self.guests = {path for path in self.guests if not path.startswith(f"{name}.")}
+        self.active = tuple(a for a in self.active if a != name)
+
+    def rename(self, old: str, new: str) -> None:
+        """Keep the order, in which active adapters act."""
+        self._modules = {new if name == old else name: module for name, module in self._modules.items()}
+        self.sites = {new if name == old else name: sites for name, sites in self.sites.items()}
+        self.active = tuple(new if name == old else name for name in self.active)
+        prefix = f"{old}."
+        self.guests = {new + path[len(old) :] if path.startswith(prefix) else path for path in self.guests}
+
+    def take(self, name: str, site: Site) -> None:
+        """Remove the branch of one site, and the adapter with its last one."""
+        key = slot(site)
+        del cast(nn.ModuleDict, self._modules[name])[key], self.sites[name][key]
+        self.guests.discard(f"{name}.{key}.")
+        if not self.sites[name]:
+            self.drop(name)
+
+    def branches(self, name: str) -> Iterator[tuple[Site, nn.Module, str]]:
+        """(site, branch, path of the branch below the owner) of one adapter."""
+        modules = cast(nn.ModuleDict, self._modules[name])
+        for key, site in self.sites[name].items():
+            yield site, modules[key], f"{HOME}.{name}.{key}"
+
+    def running(self) -> list[tuple[Site, nn.Module, str]]:
+        return [b for name in self.active for b in self.branches(name)]
+
+
+# A state dict with two names for one tensor would not pass safetensors, which transformers saves models with.
+
+
+def _leave_out_guests(adapters: Adapters, state: dict[str, Any], prefix: str, _: Any) -> None:
+    for path in adapters.guests:
+        for key in [key for key in state if key.startswith(prefix + path)]:
+            del state[key]
+
+
+def _let_guests_be(adapters: Adapters, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for path in adapters.guests:
+        for key, tensor in adapters.get_submodule(path[:-1]).state_dict().items():
+            state.setdefault(prefix + path + key, tensor)
+
+
+def slot(site: Site) -> str:
+    """Name of a site's branch inside its owner: the role, after the weight's path where one owner has several."""
+    local = site.weight[len(site.owner) + 1 if site.owner else 0 :]
+    name = site.role if local == "weight" else f"{local.removesuffix('.weight')}_{site.role}"
+    name = attribute(name.replace(".", "_"))
+    return f"{name}_" if hasattr(_EMPTY, name) else name
+
+
+_EMPTY = nn.ModuleDict()
+"""What holds the branches, and has attributes of its own."""
+
+
+def places(site: Site) -> tuple[Site, ...]:
+    """Every place where the site's adapter acts: its own, and those that hold the same tied weight."""
+    return (site, *site.tied)
+
+
+def adapted_parameter(owner: nn.Module, site: Site) -> nn.Parameter:
+    """The base weight of a site, found below its owner."""
+    local = site.weight[len(site.owner) + 1 if site.owner else 0 :]
+    return stored(owner, local)
+
+
+def home(owner: nn.Module) -> Adapters | None:
+    """The owner's adapters, or `None` for a module that has none."""
+    found = owner._modules.get(HOME)
+    return found if isinstance(found, Adapters) else None
+
+
+def settle(owner: nn.Module, path: str) -> Adapters:
+    """The owner's adapters, made empty on first use."""
+    existing = home(owner)
+    if existing is not None:
+        return existing
+    if hasattr(owner, HOME):
+        raise AdapterError(
+            f"{path or type(owner).__name__} already has an attribute {HOME!r}, where graphpeft keeps its adapters. "
+            f"Rename that attribute, or choose other sites."
+        )
+    fresh = Adapters()
+    if isinstance(owner, fx.GraphModule):
+        fresh.base_graph = copy.deepcopy(owner.graph)
+        fresh.refusals = {n: owner.__dict__.pop(n) for n in ("train", "eval") if n in owner.__dict__}
+    owner.add_module(HOME, fresh)
+    return fresh

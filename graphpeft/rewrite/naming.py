@@ -1,0 +1,35 @@
+"""Which names adapters can have."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from graphpeft.compat.sharded import refuse_sharded
+from graphpeft.errors import AdapterError
+from graphpeft.names import is_name
+from graphpeft.rewrite.adapters import Adapters
+from graphpeft.rewrite.state import find_state, refuse_merged
+
+
+def usable(name: str) -> bool:
+    """Whether an adapter can have this name: it stands among the attributes of modules."""
+    return is_name(name) and not hasattr(nn.ModuleDict, name) and not hasattr(Adapters(), name)
+
+
+def check_name(model: nn.Module, name: str) -> None:
+    """Raise `AdapterError` unless `name` is free on the model and fit for a module's name, and the model not merged."""
+    if not usable(name):
+        raise AdapterError(
+            f"{name[:80]!r} cannot name an adapter: names become part of parameter names. Use letters, digits and underscores, "
+            f"as in 'default' or 'task_1', no keyword of Python, and no name that torch.nn.Module or graphpeft's own uses."
+        )
+    state = find_state(model)
+    if state is not None and name in state.adapters:
+        raise AdapterError(
+            f"{type(model).__name__} already has an adapter {name!r}, made by `{state.adapters[name].rules}`. Usually apply "
+            f"ran twice. Pass name= for a second adapter, or call gp.remove(model, {name!r}) first."
+        )
+    refuse_merged(model, "add an adapter")
+    refuse_sharded(
+        model, "add an adapter", "Call gp.apply or gp.load first, and fully_shard or accelerator.prepare after it."
+    )

@@ -1,0 +1,137 @@
+"""Which update goes into which stored tensor: adapters checked against a checkpoint, of whose weights next to nothing is read."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphpeft.capturing.skeleton import skeleton
+from graphpeft.compat.transformers_keys import origins
+from graphpeft.errors import FileError
+from graphpeft.ir.site import Site
+from graphpeft.ir.weights import stored
+from graphpeft.rewrite.branch import make_branch
+from graphpeft.rewrite.tied import refuse_tied
+from graphpeft.store.checkpoint import FLOATS, Checkpoint
+from graphpeft.store.fitting import check_sites, check_tensors
+from graphpeft.store.folding import Update
+from graphpeft.store.native import DESCRIPTION, AdapterFile, fingerprint, read_adapter
+from graphpeft.store.peft import config as peft_config
+from graphpeft.store.peft import read as peft_read
+from graphpeft.store.read import found_sites
+
+Updates = dict[str, list[Update]]
+"""By the name of a stored tensor, what is added to it, in turn."""
+Held = dict[nn.Parameter, list[tuple[str, bool]]]
+"""What `origins` returns."""
+
+
+def plan_updates(checkpoint: Checkpoint, folders: Sequence[Path], any_base: bool) -> Updates:
+    """The updates of all adapters. Their chains are on the meta device: the model is one of shapes.
+
+    Raises `FileError` for an adapter that does not fit the checkpoint, and `AdapterError` for one that cannot be folded.
+    """
+    model = skeleton(str(checkpoint.folder))
+    held = origins(model, checkpoint.where)
+    planned: Updates = {}
+    for folder in folders:
+        content = _read(model, folder, any_base, _values(model, checkpoint, held))
+        check_sites(model, content, folder)
+        check_tensors(content, folder)
+        keys = {entry.site: _keys(model, entry.site, checkpoint, held) for entry in content.entries}
+        _check_base(checkpoint, {site.weight: names[0] for site, names in keys.items()}, content, folder, any_base)
+        shared: dict[str, Any] = {}
+        made = {entry.site: make_branch(model, entry, shared) for entry in content.entries}
+        for site, chain in made.items():
+            refuse_tied(model, site)
+            chain.require_linear(f"{folder} cannot be folded into {site.weight} ({site.role})")
+            for key in keys[site]:
+                one = Update(str(folder), site, chain, content.tensors, content.seed)
+                planned.setdefault(key, []).append(one)
+    return planned
+
+
+def digest(folder: Path) -> str:
+    """Of what an adapter's folder holds."""
+    if not _is_peft(folder):
+        return hashlib.sha256((folder / DESCRIPTION).read_bytes()).hexdigest()  # it has the digest of the tensors
+    return hashlib.sha256(
+        b"".join((folder / n).read_bytes() for n in (peft_config.CONFIG, peft_config.TENSORS))
+    ).hexdigest()
+
+
+def _is_peft(folder: Path) -> bool:
+    return (folder / peft_config.CONFIG).is_file() and not (folder / DESCRIPTION).is_file()
+
+
+def _read(model: nn.Module, folder: Path, any_base: bool, base: peft_read.Base) -> AdapterFile:
+    if _is_peft(folder):
+        return peft_read.read_peft(model, folder, found_sites(model), any_base=any_base, strict=True, base=base)
+    return read_adapter(folder)
+
+
+def _values(model: nn.Module, checkpoint: Checkpoint, held: Held) -> peft_read.Base:
+    """What the checkpoint has for a tensor of the model. One that transformers makes from others counts as another: NaN."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+
+    def value(name: str) -> torch.Tensor:
+        found = held.get(parameters[name], []) if name in parameters else [(name, False)]
+        for key, converted in found:
+            if not converted and key in checkpoint.where and checkpoint.where[key].tensors[key].dtype in FLOATS:
+                return checkpoint.where[key].tensor(key)
+        return torch.tensor(torch.nan)
+
+    return value
+
+
+def _keys(model: nn.Module, site: Site, checkpoint: Checkpoint, held: Held) -> list[str]:
+    """The tensors of the checkpoint that are the weight of a site: one, or more where a tied one is stored repeatedly.
+
+    The model's weight takes the dtype that is stored, which decides the dtype of the chain.
+    """
+    parameter = stored(model, site.weight)
+    found = held.get(parameter, [])
+    made = [key for key, converted in found if converted]
+    if made or not found:
+        what = f"makes it from {', '.join(made[:3])}" if made else "finds no tensor of it, or makes it from others,"
+        raise FileError(
+            f"{checkpoint.folder} does not store {site.weight} as it is: transformers {what} while it loads. Merge in memory: "
+            f"from_pretrained, gp.load, gp.merge, save_pretrained."
+        )
+    for key, _ in found:
+        place, shape = checkpoint.where[key].tensors[key], tuple(parameter.shape)
+        if place.dtype not in FLOATS:
+            raise FileError(
+                f"{checkpoint.folder} stores {key} as {place.dtype}, to which no update can be added. Merge into the "
+                f"checkpoint that was quantized, and quantize the result."
+            )
+        if place.shape != shape:
+            raise FileError(
+                f"{checkpoint.folder} stores {key} as {place.shape}, where its config.json says {shape}. Usually one of the "
+                f"two files is of another model; copy the whole folder again."
+            )
+        parameter.data = parameter.data.to(FLOATS[place.dtype])
+    return [key for key, _ in found]
+
+
+def _check_base(
+    checkpoint: Checkpoint, keys: dict[str, str], content: AdapterFile, folder: Path, any_base: bool
+) -> None:
+    """As `gp.load` does it; adapters of PEFT's say nothing of their base."""
+    if not content.fingerprint:
+        return
+    if content.fingerprint == fingerprint(keys, lambda name: checkpoint.where[keys[name]].glimpse(keys[name])):
+        return
+    problem = f"{folder} was trained on other base weights than {checkpoint.folder} holds."
+    if not any_base:
+        raise FileError(
+            f"{problem} Usually that is another checkpoint, or one that was trained further. Name the base that the adapter "
+            f"was made for; if the difference is meant, pass any_base=True (--any-base) and check the outputs."
+        )
+    warnings.warn(f"{problem} It is merged as any_base=True asks; check the outputs.", stacklevel=5)

@@ -1,0 +1,187 @@
+"""PEFT's `adapter_config.json`: what its fields mean to us, and which of its targets they select."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from graphpeft.errors import FileError
+from graphpeft.files.foreign import read_json, shortened
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+T = TypeVar("T")
+
+COMMON = {
+    "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out", "inference_mode",
+    "layers_pattern", "layers_to_transform", "modules_to_save", "peft_type", "peft_version", "r", "revision",
+    "target_modules", "task_type",
+}  # fmt: skip
+STRANGE = {
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "monteclora_config",
+    "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
+}  # fmt: skip
+"""Fields of variants that are no plain LoRA; empty in a file that can be read."""
+KNOWN = {
+    "LORA": COMMON | STRANGE | {
+        "alpha_pattern", "corda_config", "ensure_weight_tying", "eva_config", "init_lora_weights", "loftq_config",
+        "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "qalora_group_size",
+        "rank_pattern", "runtime_config", "target_parameters", "use_dora", "use_rslora",
+    },
+    "VERA": COMMON | {"d_initial", "init_weights", "projection_prng_key", "save_projection", "vera_dropout"},
+}  # fmt: skip
+"""By type, the fields of PEFT 0.21.2."""
+
+
+LARGEST = 2**31
+"""Beyond any rank or scale, and within what torch and numpy count with."""
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and 0 < value < LARGEST
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and -LARGEST < value < LARGEST
+
+
+SHAPES: dict[str, Callable[[Any], bool]] = {
+    "r": _is_rank,
+    "lora_alpha": _is_number,
+    "rank_pattern": lambda ranks: isinstance(ranks, dict) and all(map(_is_rank, ranks.values())),
+    "alpha_pattern": lambda alphas: isinstance(alphas, dict) and all(map(_is_number, alphas.values())),
+    "lora_dropout": _is_number,
+    "vera_dropout": _is_number,
+    "d_initial": _is_number,
+    "projection_prng_key": lambda key: type(key) is int and 0 <= key < 2**63,
+    "modules_to_save": lambda names: isinstance(names, list) and all(isinstance(name, str) for name in names),
+}
+"""What the fields are that are reckoned with."""
+FREE = {
+    "target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "rank_pattern", "alpha_pattern",
+    "target_parameters", "base_model_name_or_path",
+}  # fmt: skip
+"""Fields with patterns or paths, which have any characters."""
+TEXTS = {
+    "init_lora_weights": r"(?i)true|false|gaussian|eva|orthogonal|mica",
+    "bias": "none|all|lora_only|vera_only",
+    "task_type": r"\w{0,100}",
+    "peft_version": r"(\d[\w.+!@-]{0,99})?",
+    "revision": r"[\w./+@-]{0,200}",
+    "megatron_core": r"[\w.-]{0,100}",
+    "base_model_name_or_path": r".{0,4096}",
+}
+"""How other texts look, those too that nothing depends on."""
+MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Beginnings of `init_lora_weights` with which PEFT subtracts something from the base weights."""
+
+
+def _reads(value: Any, shape: str) -> bool:
+    return not isinstance(value, str) or re.fullmatch(shape, value) is not None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read and check the config of a folder; unknown fields are a warning.
+
+    Raises `FileError` for a file that is not PEFT's, a method that is neither LoRA (with rsLoRA and DoRA) nor VeRA, a
+    variant, or an adapter that is relative to base weights that PEFT changed.
+    """
+    path = folder / CONFIG
+    config = read_json(path, free=FREE)
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if not isinstance(kind, str) or kind not in KNOWN:
+        raise FileError(
+            f"{path}: its peft_type is {kind!r}; LORA and VERA are read. Convert it with PEFT (peft.convert_to_lora, or "
+            f"merge_and_unload), and load the result."
+        )
+    strange = sorted(name for name in STRANGE if config.get(name))
+    if strange:
+        raise FileError(f"{path} sets {', '.join(strange)}, which is more than plain LoRA. Use it with PEFT.")
+    init = str(config.get("init_lora_weights", True)).lower()
+    if init.startswith(MOVES_BASE):
+        raise FileError(
+            f"{path} has init_lora_weights={init!r}, with which PEFT changes the base weights, so the file alone does not "
+            f"say what the adapter does. Convert it with PEFT: model.save_pretrained(folder, "
+            f"path_initial_model_for_weight_conversion=<the untrained adapter>)."
+        )
+    if known := [name for name, shape in TEXTS.items() if not _reads(config.get(name), shape)]:
+        raise FileError(
+            f"{path}: its {known[0]} is {shortened(str(config[known[0]]))!r}, which PEFT never writes. Usually it was edited by "
+            f"hand, or is of a later version of PEFT. Use it with PEFT, and merge it there."
+        )
+    wrong = [name for name, fits in SHAPES.items() if config.get(name) is not None and not fits(config[name])]
+    if wrong:
+        raise FileError(
+            f"{path}: its {wrong[0]} is {str(config[wrong[0]])[:40]!r}. Usually it was edited by hand; save it again with PEFT."
+        )
+    unknown = sorted(config.keys() - KNOWN[kind])
+    if unknown:
+        warnings.warn(f"{path} has fields that this version ignores: {', '.join(unknown)}", stacklevel=5)
+    return dict(config)
+
+
+def selects_nothing(config: Mapping[str, Any], modules: Iterable[str]) -> bool:
+    """Whether the config says which modules it adapts, and none of these is one of them."""
+    targets = config.get("target_modules")
+    told = bool(targets) and targets != "all-linear" and not config.get("target_parameters")
+    return told and not targeted(config, modules)
+
+
+def targeted(config: Mapping[str, Any], modules: Iterable[str]) -> list[str]:
+    """Those of the modules that `target_modules` selects; none if it is a default of PEFT's or `all-linear`."""
+    targets, layers = config.get("target_modules"), config.get("layers_to_transform")
+    if not targets or targets == "all-linear":
+        return []
+    chosen = {layers} if isinstance(layers, int) else set(layers or ())
+    patterns = config.get("layers_pattern") or [r"[^.]*"]
+    found = []
+    for name in modules:
+        saved = any(re.match(rf"(^|.*\.){each}($|\..*)", name) for each in config.get("modules_to_save") or ())
+        if saved or _selects(config.get("exclude_modules"), name) or not _selects(targets, name):
+            continue
+        if chosen and not isinstance(targets, str) and name not in targets:
+            listed = [patterns] if isinstance(patterns, str) else patterns
+            index = next((m for p in listed if (m := re.match(rf"(?:^|.*?\.){p}\.(\d+)\.", name))), None)
+            if index is None or int(index[1]) not in chosen:
+                continue
+        found.append(name)
+    return found
+
+
+def _selects(targets: str | Sequence[str] | None, name: str) -> bool:
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == each or name.endswith(f".{each}") for each in targets or ())
+
+
+def selection(names: Iterable[str], every: Iterable[str]) -> list[str] | str:
+    """The shortest `target_modules` that select exactly these of all modules: endings, whole names, or a pattern."""
+    wanted, every = sorted(set(names)), list(every)
+    for listed in (sorted({name.rpartition(".")[2] for name in wanted}), wanted):
+        if [name for name in sorted(every) if _selects(listed, name)] == wanted:
+            return listed
+    return "|".join(map(re.escape, wanted))
+
+
+def pattern(values: Mapping[str, T]) -> tuple[T, dict[str, T]]:
+    """What most targets have, and for the others a `rank_pattern` or `alpha_pattern`, by their endings where that will do."""
+    common = Counter(values.values()).most_common(1)[0][0]
+    by_leaf: dict[str, set[T]] = {}
+    for name, value in values.items():
+        by_leaf.setdefault(_leaf(name), set()).add(value)
+    key: Callable[[str], str] = lambda name: (  # noqa: E731
+        re.escape(_leaf(name)) if len(by_leaf[_leaf(name)]) == 1 else f"^{re.escape(name)}"
+    )
+    return common, {key(name): value for name, value in values.items() if value != common}
+
+
+def looked_up(patterns: Mapping[str, T] | None, target: str, common: T) -> T:
+    """The value of a target, as PEFT finds it."""
+    return next((v for k, v in (patterns or {}).items() if re.match(rf"(.*\.)?({k})$", target)), common)
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]

@@ -1,0 +1,77 @@
+"""PEFT's names of modules and parameters, as sites that dataflow found, or by the path where it found none."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+from torch import fx, nn
+
+from graphpeft.ir.site import Site
+from graphpeft.rewrite.adapters import places
+from graphpeft.store.peft.config import targeted
+from graphpeft.store.peft.layout import PREFIX, NoEquivalent, Place, conv1d, modules, nesting, place
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def locate(
+    model: nn.Module, config: Mapping[str, Any], prefixes: Iterable[str], found: Sequence[Site]
+) -> Iterator[tuple[Site, Place]]:
+    """Every place that keys begin with or the config selects, with our site of the whole weight.
+
+    `found` are the sites that dataflow knows. A prefix that means no weight of the model is left out. Raises `NoEquivalent`
+    for a weight that PEFT adapts in another way than we would.
+    """
+    nested = nesting(model, config.get("target_parameters") or ())
+    weights = {PREFIX + prefix: weight for weight, prefix in nested.items()}
+    weights |= {PREFIX + name: f"{name}.weight" for name in targeted(config, (name for name, _ in modules(model)))}
+    holders, paths = _by_holder(model, found), dict(modules(model))
+    for prefix in dict.fromkeys([*prefixes, *weights]):
+        weight = weights.get(prefix, prefix.removeprefix(PREFIX) + ".weight")
+        site = _site(model, weight, holders, paths)
+        if site is not None:
+            try:
+                spot = place(model, site, nested)
+                # Named by target_parameters, a linear map is called by its weight, in patterns too.
+                yield site, replace(spot, target=weight) if PREFIX + nested.get(weight, "") == prefix else spot
+            except NoEquivalent as error:
+                raise NoEquivalent(f"{weight} ({site.role}): {error}") from error
+
+
+def _by_holder(model: nn.Module, found: Iterable[Site]) -> dict[tuple[int, str], Site]:
+    """Sites of whole weights by the module that holds the weight, which may go by several names."""
+    made: dict[tuple[int, str], Site] = {}
+    for site in (each for one in found for each in places(one)):
+        path, _, leaf = site.weight.rpartition(".")
+        key = id(model.get_submodule(path)), leaf
+        part = key in made or site.rows is not None
+        whole = replace(site, role="other", rows=None, shape=(site.full, site.inputs)) if part else site
+        made[key] = replace(whole, tied=())
+    return made
+
+
+def _site(
+    model: nn.Module, weight: str, holders: Mapping[tuple[int, str], Site], paths: Mapping[str, nn.Module]
+) -> Site | None:
+    """The site of a weight as dataflow found it, or, of a linear map, table or convolution that it never saw, by its path."""
+    path, _, leaf = weight.rpartition(".")
+    module: Any = paths.get(path)
+    if module is None or leaf not in module._parameters:
+        return None
+    if (id(module), leaf) in holders:
+        return holders[id(module), leaf]
+    transposed, conv = conv1d(module), isinstance(module, CONVOLUTIONS)
+    known = transposed or conv or isinstance(module, (nn.Linear, nn.Embedding))
+    if not known or isinstance(model, fx.GraphModule):
+        return None
+    rows, *columns = module.weight.shape
+    shape = (columns[0], rows) if transposed else (rows, prod(columns))
+    digits = re.search(r"(?:^|\.)(\d+)\.", weight)
+    role = "conv" if conv else "embed" if isinstance(module, nn.Embedding) else "other"
+    layer = int(digits[1]) if digits else None
+    made = Site(role, weight, None, False, layer, shape, owner=path, full=shape[0], transposed=transposed)
+    return replace(made, form="weight") if conv else made

@@ -1,0 +1,266 @@
+"""Write an adapter so that PEFT loads it to the same outputs: LoRA of whole weights, DoRA, or VeRA."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import isclose, sqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as save_tensors
+from torch import Tensor, fx, nn
+
+from graphpeft.chain import Chain, Diag, Magnitude, Projection, Weighted
+from graphpeft.errors import AdapterError
+from graphpeft.files.atomic import write
+from graphpeft.ir.site import Site
+from graphpeft.ir.weights import layout, oriented
+from graphpeft.methods.dora import DoRA
+from graphpeft.methods.lora import LoRA
+from graphpeft.methods.vera import VeRA
+from graphpeft.planning.plan import Entry
+from graphpeft.rewrite.adapters import places
+from graphpeft.rewrite.state import base_weight, chains, get_state
+from graphpeft.store.peft.config import CONFIG, TENSORS, pattern, selection
+from graphpeft.store.peft.layout import BANK, NoEquivalent, Place, bare, modules, nesting, place
+
+INSTEAD = "Save it in graphpeft's own format, or merge it: gp.merge(model)."
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The update of a whole weight, scale · B · A, with zero rows in B where no site is."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    magnitude: Tensor | None = None
+
+    @property
+    def r(self) -> int:
+        return self.a.shape[-2]
+
+
+def write_peft(model: nn.Module, name: str, folder: Path) -> None:
+    """Write `adapter_model.safetensors` and `adapter_config.json`, tensors first.
+
+    Raises `AdapterError`, before anything is written, for what PEFT cannot hold: it names the site.
+    """
+    if isinstance(model, fx.GraphModule):
+        raise AdapterError(
+            f"PEFT adapts modules, and {type(model).__name__} is one graph. Save in graphpeft's own format, load that on the "
+            f"model that was exported, and save from there."
+        )
+    entries, found = get_state(model).adapters[name].entries, chains(model, name)
+    for site, chain in found.items():
+        if chain.device.type == "meta":
+            raise AdapterError(f"Adapter {name!r} has no values at {site.weight}: it is on the meta device.")
+    spots = _spots(model, entries)
+    with torch.no_grad():
+        if _is_vera(entries, spots):
+            tensors, config = _vera(entries, found, spots)
+        else:
+            tensors, config = _lora(model, entries, found, spots)
+    data = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
+    names = [target for target, _ in modules(model)]
+    targets = {spot.target for listed in spots.values() for spot in listed if spot.kind != "parameter"}
+    config = {**_about(model), **config, "target_modules": selection(targets, names) if targets else []}
+    write(folder / TENSORS, save_tensors(data, {"format": "pt"}))
+    write(folder / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+
+
+def _about(model: nn.Module) -> dict[str, Any]:
+    base = getattr(model, "base_class", type(model))
+    return {
+        "auto_mapping": {"base_model_class": base.__name__, "parent_library": base.__module__},
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        "bias": "none",
+        "inference_mode": True,
+        "modules_to_save": None,
+        "task_type": None,
+    }
+
+
+def _spots(model: nn.Module, entries: Sequence[Entry]) -> dict[str, list[Place]]:
+    """By weight, the places where PEFT adapts it: several for a tied one."""
+    sites = [each for entry in entries for each in places(entry.site)]
+    loose = {s.weight for s in sites if bare(model.get_submodule(s.weight.rpartition(".")[0]), _leaf(s.weight))}
+    nested, found = nesting(model, loose), {}
+    for entry in entries:
+        try:
+            found[entry.site.weight] = [place(model, each, nested) for each in places(entry.site)]
+        except NoEquivalent as error:
+            raise _refusal(entry.site, str(error)) from error
+    return found
+
+
+def _leaf(weight: str) -> str:
+    return weight.rpartition(".")[2]
+
+
+def _refusal(site: Site, why: str) -> AdapterError:
+    return AdapterError(f"{_held_back(site)}: {why}. {INSTEAD}")
+
+
+def _held_back(site: Site) -> str:
+    return f"PEFT's format cannot hold the adapter of {site.weight} ({site.role})"
+
+
+# -- LoRA and DoRA -----------------------------------------------------------------------------------------------------
+
+
+def _lora(
+    model: nn.Module, entries: Sequence[Entry], found: Mapping[Site, Chain], spots: Mapping[str, list[Place]]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors by key, and the config."""
+    dora = _is_dora(entries)
+    dropout = _dropout(found, spots)
+    pairs: dict[str, Pair] = {}
+    for entry in entries:
+        if dora and any(spot.kind not in ("linear", "conv") for spot in spots[entry.site.weight]):
+            raise _refusal(entry.site, "PEFT has another DoRA, or none, for tables and bare parameters")
+        pair = _pair(model, entry, found[entry.site], dora)
+        before = pairs.get(entry.site.weight)
+        pairs[entry.site.weight] = pair if before is None else _beside(before, pair, entry.site)
+    rslora = all(isinstance(entry.method, (LoRA, DoRA)) and entry.method.rslora for entry in entries)
+    tensors: dict[str, Tensor] = {}
+    ranks, alphas = {}, {}
+    for weight, pair in pairs.items():
+        for spot in spots[weight]:
+            tensors |= spot.laid(pair.a, pair.b, pair.magnitude)
+            ranks[spot.target], alphas[spot.target] = pair.r, _alpha(pair.scale * (sqrt(pair.r) if rslora else pair.r))
+    (r, rank_pattern), (alpha, alpha_pattern) = pattern(ranks), pattern(alphas)
+    config = {
+        "peft_type": "LORA",
+        "r": r,
+        "rank_pattern": rank_pattern,
+        "lora_alpha": alpha,
+        "alpha_pattern": alpha_pattern,
+        "lora_dropout": dropout,
+        "use_rslora": rslora,
+        "use_dora": dora,
+        "init_lora_weights": True,
+        "fan_in_fan_out": any(e.site.transposed and not _loose(spots[e.site.weight]) for e in entries),
+    }
+    loose = sorted(spot.target for listed in spots.values() for spot in listed if spot.kind == "parameter")
+    return tensors, config | ({"target_parameters": loose} if loose else {})
+
+
+def _loose(listed: Iterable[Place]) -> bool:
+    return any(spot.kind == "parameter" for spot in listed)
+
+
+def _pair(model: nn.Module, entry: Entry, chain: Chain, dora: bool) -> Pair:
+    """The pair of one site as tall as the whole weight."""
+    with chain.as_trained():
+        if type(entry.method) in (LoRA, DoRA):
+            left, right = list(chain.factors)[-2:]
+            assert isinstance(left, Weighted)
+            assert isinstance(right, Weighted)
+            a, b, scale = right.value, _tall(left.value, entry.site), chain.scale
+        else:
+            try:
+                (a, b), scale = chain.to_lora(), 1.0
+            except AdapterError as error:
+                raise AdapterError(f"{_held_back(entry.site)}: {error}") from error
+        pair = Pair(a.to(chain.dtype), b.to(chain.dtype), scale)
+        return replace(pair, magnitude=_magnitude(model, entry.site, chain)) if dora else pair
+
+
+def _tall(b: Tensor, site: Site) -> Tensor:
+    """B with zeros in the rows of the weight that the site does not have."""
+    if site.rows is None:
+        return b
+    whole = b.new_zeros(*b.shape[:-2], site.full, b.shape[-1])
+    whole[..., _index(site), :] = b
+    return whole
+
+
+def _index(site: Site) -> list[int]:
+    return [row for run in site.rows or ((0, site.outputs),) for row in range(*run)]
+
+
+def _magnitude(model: nn.Module, site: Site, chain: Chain) -> Tensor:
+    """DoRA's lengths of all rows of the weight: rows that no site has keep the lengths that they have in the base."""
+    weight = base_weight(model, site.weight)
+    whole = replace(site, rows=None, shape=(site.full or site.outputs, site.inputs))
+    lengths = torch.linalg.vector_norm(oriented(weight, *layout(whole)).to(chain.dtype), dim=-1)
+    assert isinstance(chain.reweight, Magnitude)
+    lengths[_index(site)] = chain.reweight.magnitude.value
+    return lengths
+
+
+def _beside(one: Pair, other: Pair, site: Site) -> Pair:
+    """Two sites of one fused weight as one pair: block structure, of the summed rank."""
+    scale = one.scale if one.scale == other.scale else 1.0
+    a = torch.cat([one.a, other.a], -2)
+    b = torch.cat([one.b * (one.scale / scale), other.b * (other.scale / scale)], -1)
+    if one.magnitude is None or other.magnitude is None:
+        return Pair(a, b, scale)
+    lengths = one.magnitude.clone()
+    lengths[_index(site)] = other.magnitude[_index(site)]
+    return Pair(a, b, scale, lengths)
+
+
+def _alpha(alpha: float) -> float:
+    """A whole number where it is one but for rounding, as PEFT's own configs have it."""
+    return round(alpha) if isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
+
+
+def _is_dora(entries: Sequence[Entry]) -> bool:
+    plain = [entry for entry in entries if not isinstance(entry.method, DoRA)]
+    if plain and len(plain) < len(entries):
+        raise _refusal(
+            plain[0].site,
+            f"`{plain[0].method}` stands beside `dora`, and PEFT's use_dora is for all of an adapter or none",
+        )
+    return not plain
+
+
+def _dropout(found: Mapping[Site, Chain], spots: Mapping[str, list[Place]]) -> float:
+    """The one probability of an adapter; a table has no features to drop, here and in PEFT."""
+    by = {site: chain.probability for site, chain in found.items() if spots[site.weight][0].kind != "embedding"}
+    if len(set(by.values())) > 1:
+        site = min(by, key=lambda each: by[each])
+        others = ", ".join(f"{p:g}" for p in sorted({p for p in by.values() if p != by[site]}))
+        raise _refusal(site, f"its dropout is {by[site]:g} where other sites have {others}, and PEFT has one for all")
+    return next(iter(by.values()), 0.0)
+
+
+# -- VeRA --------------------------------------------------------------------------------------------------------------
+
+
+def _is_vera(entries: Sequence[Entry], spots: Mapping[str, list[Place]]) -> bool:
+    """Whether PEFT's VeRA is the same: one r and key, and whole weights of linear maps. Otherwise it goes as LoRA."""
+    methods = {replace(e.method, store="key") if isinstance(e.method, VeRA) else e.method for e in entries}
+    plain = all(e.site.rows is None and [s.kind for s in spots[e.site.weight]] == ["linear"] for e in entries)
+    return plain and len(methods) == 1 and isinstance(next(iter(methods)), VeRA)
+
+
+def _vera(
+    entries: Sequence[Entry], found: Mapping[Site, Chain], spots: Mapping[str, list[Place]]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors by key, the projections among them, as PEFT does by default; and the config."""
+    tensors: dict[str, Tensor] = {}
+    for entry in entries:
+        b, B, d, _ = list(found[entry.site].factors)
+        assert isinstance(b, Diag)
+        assert isinstance(B, Projection)
+        assert isinstance(d, Diag)
+        (spot,) = spots[entry.site.weight]
+        tensors |= {f"{spot.prefix}.vera_lambda_b": b.value, f"{spot.prefix}.vera_lambda_d": d.value}
+        tensors |= {f"{BANK}.vera_A": B.bank.A, f"{BANK}.vera_B": B.bank.B}
+    method = entries[0].method
+    assert isinstance(method, VeRA)
+    return tensors, {
+        "peft_type": "VERA",
+        "r": method.r,
+        "d_initial": method.d_initial,
+        "projection_prng_key": method.key,
+        "save_projection": True,
+        "vera_dropout": 0.0,
+        "fan_in_fan_out": any(entry.site.transposed for entry in entries),
+    }

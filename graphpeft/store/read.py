@@ -1,0 +1,75 @@
+"""Read the folder of an adapter, checked against the model that it is for."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from graphpeft.capturing.survey import find_base_sites
+from graphpeft.compat.quantized import levels
+from graphpeft.errors import CaptureError, FileError
+from graphpeft.ir.site import Site
+from graphpeft.ir.weights import stored
+from graphpeft.planning.plan import Entry
+from graphpeft.rewrite.naming import check_name, usable
+from graphpeft.rewrite.state import (
+    base_weight,
+)
+from graphpeft.store.fitting import check_sites, check_tensors
+from graphpeft.store.native import DESCRIPTION, AdapterFile, fingerprint, read_adapter
+from graphpeft.store.peft.config import CONFIG
+from graphpeft.store.peft.read import read_peft
+
+
+def read(
+    model: nn.Module, folder: Path, name: str | None, sites: tuple[Site, ...] | None, *, any_base: bool, strict: bool
+) -> AdapterFile:
+    """What a folder holds, checked against the model; PEFT's names are looked up among `sites`, or all that are found."""
+    if (folder / CONFIG).is_file() and not (folder / DESCRIPTION).is_file():
+        check_name(model, name or "default")
+        found = found_sites(model) if sites is None else sites
+        content = read_peft(model, folder, found, any_base=any_base, strict=strict)
+    else:
+        content = read_adapter(folder)
+    if name is None and not usable(content.name):
+        raise FileError(
+            f"{folder} calls its adapter {content.name!r}, which is no name here. Give it another one, with name=."
+        )
+    check_name(model, name or content.name)
+    check_sites(model, content, folder)
+    check_tensors(content, folder)
+    _check_base(model, content, folder, any_base)
+    return content
+
+
+def found_sites(model: nn.Module) -> tuple[Site, ...]:
+    """What dataflow finds; of a model that cannot be captured, nothing, and weights are known by their paths."""
+    try:
+        return find_base_sites(model).sites
+    except CaptureError:
+        return ()
+
+
+def _check_base(model: nn.Module, content: AdapterFile, folder: Path, any_base: bool) -> None:
+    """Base weights are those that the adapter was trained on, but for a cast to bfloat16; PEFT's files do not say."""
+    if not content.fingerprint or content.fingerprint == base_fingerprint(model, content.entries):
+        return
+    found = f"{folder} was trained on other base weights than {type(model).__name__} has now."
+    if not any_base:
+        raise FileError(
+            f"{found} Usually another checkpoint was loaded, or it was trained further, or one of the two is quantized or was "
+            f"cast to float16. Load the base that the adapter was made for; if the difference is meant, pass any_base=True and "
+            f"check the outputs."
+        )
+    warnings.warn(f"{found} The adapter is loaded as any_base=True asks; check its outputs.", stacklevel=4)
+
+
+def base_fingerprint(model: nn.Module, entries: tuple[Entry, ...]) -> str:
+    def weight_of(name: str) -> torch.Tensor:
+        found = levels(stored(model, name), model.get_submodule(name.rpartition(".")[0]))
+        return base_weight(model, name) if found is None else found
+
+    return fingerprint((e.site.weight for e in entries), weight_of)

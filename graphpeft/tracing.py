@@ -1,0 +1,151 @@
+"""Passes register here where they are defined, and tell whoever watches what they do.
+
+While nobody watches, a step looks at one variable and no more.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import wraps
+from inspect import signature
+from typing import Any, ParamSpec, Protocol, TypeVar
+
+PASSES: dict[str, str] = {}
+"""The passes of the modules that are imported so far: name and one line of help. `registered` knows those of all modules."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+
+
+@dataclass(eq=False)
+class Step:
+    """A pass at work."""
+
+    name: str
+    subject: Any = None
+    """What the pass is given."""
+    outer: Step | None = None
+    """The step that this one is part of."""
+    result: Any = None
+    seconds: float = 0.0
+    error: BaseException | None = None
+    done: int = 0
+    total: int = 0
+    """Of what the pass counts, if it does (see `counted`)."""
+
+    @property
+    def path(self) -> tuple[str, ...]:
+        """Names from the outermost step on."""
+        return (*(self.outer.path if self.outer is not None else ()), self.name)
+
+    @property
+    def depth(self) -> int:
+        return len(self.path) - 1
+
+
+class Watcher(Protocol):
+    """What is told of steps. It must not raise: a pass would stop half-way."""
+
+    def begin(self, step: Step) -> None: ...
+    def advance(self, step: Step) -> None: ...
+    def end(self, step: Step) -> None: ...
+
+
+_watchers: ContextVar[tuple[Watcher, ...]] = ContextVar("watchers", default=())
+_current: ContextVar[Step | None] = ContextVar("current", default=None)
+
+
+@contextmanager
+def watching(watcher: Watcher) -> Iterator[None]:
+    """Tell a watcher of all steps in this context, and of none in other threads."""
+    token = _watchers.set((*_watchers.get(), watcher))
+    try:
+        yield
+    finally:
+        _watchers.reset(token)
+
+
+@contextmanager
+def step(name: str, subject: Any = None) -> Iterator[Step]:
+    """Announce what runs inside; steps nest."""
+    watchers = _watchers.get()
+    this = Step(name, subject, _current.get())
+    if not watchers:
+        yield this
+        return
+    token = _current.set(this)
+    for watcher in watchers:
+        watcher.begin(this)
+    start = time.perf_counter()
+    try:
+        yield this
+    except BaseException as error:
+        this.error = error
+        raise
+    finally:
+        this.seconds = time.perf_counter() - start
+        _current.reset(token)
+        for watcher in watchers:
+            watcher.end(this)
+
+
+def as_pass(name: str, about: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorator: register a function as a pass, and trace its calls.
+
+    Args:
+        name: what `gp.watch` and `--print-after` call the pass.
+        about: what it does, in a few words, for help and completion.
+
+    A pass is given what it works on first: a model, a graph, an export. It leaves that as it was, or valid and changed.
+    """
+
+    def register(function: Callable[P, R]) -> Callable[P, R]:
+        PASSES[name] = about
+        return traced(name)(function)
+
+    return register
+
+
+def traced(name: str | Callable[[Any], str]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorator: trace each call as a step. `name` is the step's name, or computes it from the first argument."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        first = next(iter(signature(function).parameters))
+
+        @wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            if not _watchers.get():
+                return function(*args, **kwargs)
+            subject = args[0] if args else kwargs.get(first)
+            with step(name if isinstance(name, str) else name(subject), subject) as this:
+                result = this.result = function(*args, **kwargs)
+            return result
+
+        return call
+
+    return decorate
+
+
+def counted(items: Sequence[T]) -> Iterable[T]:
+    """The items, while watchers of the present step are told how many are done."""
+    this = _current.get()
+    return items if this is None else _counted(items, this)
+
+
+def _counted(items: Sequence[T], this: Step) -> Iterator[T]:
+    this.done, this.total = 0, len(items)
+    for item in items:
+        _advance(this)
+        yield item
+        this.done += 1
+    _advance(this)
+
+
+def _advance(this: Step) -> None:
+    for watcher in _watchers.get():
+        watcher.advance(this)
