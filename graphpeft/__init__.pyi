@@ -12,11 +12,11 @@ from .errors import VerifyError as VerifyError
 from .inspect.bops import bops as bops
 from .inspect.diff import diff as diff
 from .inspect.explain import explain as explain
-from .inspect.network import to_networkx as to_networkx
 from .inspect.plan import plan as plan
 from .inspect.report.write import report as report
 from .inspect.sites import Sites as Sites
 from .inspect.sites import sites as sites
+from .inspect.to_networkx import to_networkx as to_networkx
 from .inspect.trainable import trainable as trainable
 from .inspect.watch import watch as watch
 from .inspect.why import why as why

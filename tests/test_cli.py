@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from zoo import llama
 
 import graphpeft as gp
-from graphpeft import methods
+from graphpeft import methods, registered
 from graphpeft.capturing.skeleton import skeleton
 from graphpeft.cli import complete
 from graphpeft.cli.main import app
@@ -25,7 +25,6 @@ from graphpeft.errors import RuleError
 from graphpeft.inspect.why import why
 from graphpeft.match import registry
 from graphpeft.rules.rule import coerce
-from graphpeft.tracing import PASSES
 
 run = CliRunner()
 
@@ -273,9 +272,9 @@ def test_report_of_a_saved_adapter(tmp_path: Path) -> None:
 
 
 def test_lists_that_completion_offers_are_current() -> None:
-    assert tuple(sorted(methods.names())) == complete.METHODS
-    assert set(registry.roles()) | set(registry.ALIASES) <= set(complete.TARGETS)
-    for target in complete.TARGETS[:-1]:
+    assert methods.names() == registered.methods()
+    assert set(registry.roles()) | set(registry.ALIASES) <= set(registered.targets())
+    for target in registered.targets():
         assert coerce(f"{target}:lora")
     from transformers import CONFIG_MAPPING
 
@@ -288,8 +287,8 @@ def test_what_completion_offers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert {"llama", "llama4", "llama-of-mine/"} <= set(complete.models("llam"))
     assert complete.rules("qk") == ["qkv", "qkvo"]
     assert complete.rules("qv:lora; mlp:l") == ["qv:lora; mlp:lora"]
-    assert dict(complete.passes("mer"))["merge"] == PASSES["merge"]
-    assert [name for name, _ in complete.passes("a")] == ["apply", "activate", "all"]
+    assert dict(complete.passes("mer"))["merge"] == registered.passes()["merge"]
+    assert [name for name, _ in complete.passes("a")] == ["activate", "apply", "all"]
 
 
 def completed(*words: str) -> list[str]:

@@ -6,8 +6,8 @@ import pytest
 from graphpeft.errors import RuleError
 from graphpeft.ir.site import Site
 from graphpeft.match import registry
-from graphpeft.match.pattern import affine
 from graphpeft.match.declaration import Declaration
+from graphpeft.match.pattern import affine
 from graphpeft.methods import LoRA, RLoRA
 from graphpeft.rules.rule import Rule, coerce, parse, to_text
 

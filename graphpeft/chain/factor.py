@@ -31,7 +31,7 @@ class Factor(nn.Module):
     FX would evaluate once while tracing.
     """
 
-    chained: ClassVar[Callable[[list[Factor]], Chain]]
+    chained: ClassVar[type[Chain]]
     """The class `Chain`. A chain is made of factors, and a factor times another is a chain; so that the two files do not import
     each other, chain.py sets this."""
 

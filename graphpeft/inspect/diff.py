@@ -14,10 +14,13 @@ from torch.export import ExportedProgram
 
 from graphpeft.capturing.capture import Inputs
 from graphpeft.inspect.graph_alignment import Aligned
-from graphpeft.inspect.network import general, layer_of, network, shown, to_networkx
+from graphpeft.inspect.graph_model import shown
+from graphpeft.inspect.network import network
 from graphpeft.inspect.rewrite import rewrite
+from graphpeft.inspect.to_networkx import to_networkx
+from graphpeft.ir.layers import any_layer, layer_of
 from graphpeft.rewrite.state import get_state
-from graphpeft.show.table import folded, layers_text
+from graphpeft.show.folding import folded, layers_text
 from graphpeft.show.view import Grid, View
 
 if TYPE_CHECKING:
@@ -147,7 +150,7 @@ def _parameters(before: MultiDiGraph[str], after: MultiDiGraph[str]) -> Iterator
         change = _change(one.get(name), other.get(name))
         if change:
             about = other.get(name) or one[name]
-            key = change, general(name), about.get("shape", "")
+            key = change, any_layer(name), about.get("shape", "")
             found.append((key, layer_of(name)))
             numbers[key] += about.get("numbers", 0)
     for key, layers in folded(found):
@@ -192,4 +195,4 @@ def _general(path: str, hunk: Iterable[str], aligned: Aligned) -> tuple[str, tup
     lines = [re.sub(r"%([\w./ ]+?)(?=[,)\]:]| = |$)", renamed, line) for line in hunk]
     if layer is not None:
         lines = [re.sub(rf"(?<![\w.])((?:[A-Za-z_]\w*\.)+){layer}(?=\.)", r"\1*", line) for line in lines]
-    return general(path), tuple(lines)
+    return any_layer(path), tuple(lines)

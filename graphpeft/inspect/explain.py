@@ -10,10 +10,11 @@ from torch import nn
 
 from graphpeft.compat.sharded import gathered
 from graphpeft.inspect.adapter_stats import Numbers, numbers
-from graphpeft.inspect.network import general
+from graphpeft.ir.layers import any_layer
 from graphpeft.ir.site import Site
 from graphpeft.rewrite.state import State, base_weight, branches, chains, get_state
-from graphpeft.show.table import folded, layers_text, names_text, role_text, rows_text, site_dict, size_text
+from graphpeft.show.folding import folded, layers_text
+from graphpeft.show.sites import headings, site_dict, site_row
 from graphpeft.show.view import Grid, View
 
 
@@ -89,18 +90,21 @@ def _adapters(model: nn.Module, state: State) -> tuple[Adapter, ...]:
     return tuple(made)
 
 
+SITE = ("role", "weight", "rows", "size")
+
+
 def _grid(adapter: Adapter, title: str, fold: bool) -> Grid:
     """A line for each site, or for each kind of site; columns of numbers that no site has are left out."""
     grouped: dict[tuple[str, ...], list[Numbers]] = {}
     items = []
     for one in adapter.sites:
-        name = names_text(one.site)
-        shown = general(name) if fold and one.site.layer is not None else name
-        about = (role_text(one.site), shown, rows_text(one.site.rows), size_text(one.site), one.method, one.form)
-        cells = (*about, str(one.rank), f"{one.parameters:,}")
+        row = site_row(one.site)
+        if fold and one.site.layer is not None:
+            row = row._replace(weight=any_layer(row.weight))
+        cells = (*row.cells(*SITE), one.method, one.form, str(one.rank), f"{one.parameters:,}")
         grouped.setdefault(cells, []).append(one.now)
         items.append((cells, one.site.layer))
-    columns = ["role", "weight", "rows", "out × in", "method", "form", "rank", "parameters"]
+    columns = [*headings(*SITE), "method", "form", "rank", "parameters"]
     measured = {
         "‖ΔW‖/‖W‖": [_largest(now.update for now in each) for each in grouped.values()],
         "eff. rank": [_largest(now.effective_rank for now in each) for each in grouped.values()],

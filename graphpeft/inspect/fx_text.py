@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from torch import fx
 
+from graphpeft.inspect.node_text import arguments, statement
 from graphpeft.match.products import op
 from graphpeft.rewrite.adapters import HOME
 
@@ -17,17 +17,11 @@ def lines(graph: fx.Graph) -> list[str]:
 
 
 def _line(node: fx.Node) -> str:
-    def show(value: Any) -> str:
-        if isinstance(value, fx.Node):
-            return tensor(str(value.target)) if value.op == "get_attr" else f"%{value.name}"
-        if isinstance(value, (list, tuple)):
-            return "[" + ", ".join(map(show, value)) + "]"
-        return str(value)
+    def show(read: fx.Node, port: str) -> str:
+        return tensor(str(read.target)) if read.op == "get_attr" else f"%{read.name}"
 
-    arguments = ", ".join([*map(show, node.args), *(f"{k}={show(v)}" for k, v in node.kwargs.items())])
-    if node.op == "output":
-        return f"return {arguments}"
-    return f"%{node.name} = {node.target if node.op == 'call_module' else op(node)}({arguments})"
+    kind = str(node.target) if node.op == "call_module" else op(node)
+    return statement(node.name, kind, arguments(node, show), node.op == "output")
 
 
 def tensor(path: str) -> str:

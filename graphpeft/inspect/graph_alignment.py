@@ -7,7 +7,9 @@ from difflib import SequenceMatcher
 from typing import TYPE_CHECKING
 
 from graphpeft.inspect.fx_text import tensor
-from graphpeft.inspect.network import block_of, layer_of, shown
+from graphpeft.inspect.graph_model import shown
+from graphpeft.inspect.node_text import statement
+from graphpeft.ir.layers import block_of, layer_of
 from graphpeft.rewrite.adapters import HOME
 
 if TYPE_CHECKING:
@@ -100,9 +102,7 @@ def _line(graph: MultiDiGraph[str], name: str, path: str, called: dict[str, str]
     about = graph.nodes[name]
     operand = iter([_operand(graph, source, path, called) for source in operands(graph, name)])
     arguments = re.sub("%", lambda _: next(operand, "%"), about.get("arguments", ""))
-    if about["kind"] == "output":
-        return f"return {arguments}"
-    return f"%{called.get(name, name)} = {about['op']}({arguments})"
+    return statement(called.get(name, name), about["op"], arguments, about["kind"] == "output")
 
 
 def _operand(graph: MultiDiGraph[str], name: str, path: str, called: dict[str, str]) -> str:

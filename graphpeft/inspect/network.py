@@ -1,97 +1,32 @@
 """Graphs as networkx knows them: one form for what is drawn, compared, written to files, and asked questions.
 
 A node carries plain strings and numbers only, so that every format takes it; an edge carries the port that it enters, for
-`sub(a, b)` is not `sub(b, a)`. Nodes stand in the order in which they run. What the attributes mean is in `Node`.
+`sub(a, b)` is not `sub(b, a)`. Nodes stand in the order in which they run. What the attributes mean is in `graph_model.Node`.
 """
 
 from __future__ import annotations
 
-import linecache
-import os
-import re
 import zlib
-from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, TypedDict
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import fx, nn
-from torch.export import ExportedProgram
 
-from graphpeft.capturing.capture import Inputs
 from graphpeft.compat.fake_tensors import is_fake
 from graphpeft.compat.quantized import dense, library
-from graphpeft.inspect.rewrite import Branch, Part, Rewrite, rewrite
+from graphpeft.inspect.graph_model import Node
+from graphpeft.inspect.node_text import arguments
+from graphpeft.inspect.rewrite import Branch, Part, Rewrite
+from graphpeft.ir.layers import layer_of
+from graphpeft.ir.source import code_of, location, runner
 from graphpeft.match.fused import concrete
 from graphpeft.match.products import op
-from graphpeft.planning.suggest import any_layer
 from graphpeft.rewrite.adapters import HOME
 from graphpeft.rewrite.state import find_state
 
 if TYPE_CHECKING:
     from networkx import MultiDiGraph
-
-
-class Node(TypedDict, total=False):
-    """Attributes of a node. What does not apply is left out, but for `kind` and `op`."""
-
-    kind: str
-    """`input`, `weight`, `constant`, `op` or `output`."""
-    op: str
-    """The operator's plain name."""
-    arguments: str
-    """Its arguments as text, with `%` for each edge that enters: `%, [%, %], dim=1`."""
-    path: str
-    """The module that ran it, from the root; of an inserted node the adapter's branch below that module."""
-    type: str
-    """The class of that module."""
-    layer: int
-    """The number of the repeated block that it is in."""
-    shape: str
-    dtype: str
-    source: str
-    """`file.py:line` of the model's code."""
-    code: str
-    """That line."""
-    weight: str
-    """Of a node that reads a parameter: its name in `state_dict()`. Of a projection: the parameter's."""
-    values: int
-    """A checksum of a weight's values."""
-    numbers: int
-    """How many numbers a weight holds."""
-    role: str
-    site: str
-    """Of an inserted node: the weight that it adapts."""
-    adapter: str
-    """Of an inserted node: the adapter's name."""
-    rule: str
-    method: str
-
-
-def to_networkx(model: Any, inputs: Inputs = None, *, adapted: bool = True, values: bool = False) -> MultiDiGraph[str]:
-    """A model's graph as a `networkx.MultiDiGraph`, its active adapters in it unless `adapted` is false.
-
-    Args:
-        model: a module or an exported program; what `graphpeft.export` wrote, as a folder, an `.onnx` file or an
-            `onnx_ir.Model`; a `.json` file that `write_graph` wrote; or a graph of networkx, which is returned.
-        inputs: an example call, if none can be made from the model's config and `apply` was given none.
-        values: also note checksums of the weights, so that a comparison sees which have changed.
-
-    Raises: `CaptureError`, `FileError`.
-    """
-    import networkx
-
-    from graphpeft.inspect import graph_files as files
-    from graphpeft.inspect import onnx_network
-
-    if isinstance(model, networkx.MultiDiGraph):
-        return model
-    if isinstance(model, (str, os.PathLike)):
-        path = Path(model)
-        return files.read_graph(path) if path.suffix == ".json" else onnx_network.read(path, values)
-    if not isinstance(model, (nn.Module, ExportedProgram)):
-        return onnx_network.network(onnx_network.as_ir(model), values)
-    return network(rewrite(model, inputs), adapted, values)
 
 
 def network(rewritten: Rewrite, adapted: bool = True, values: bool = False) -> MultiDiGraph[str]:
@@ -131,7 +66,7 @@ class _Builder:
         about: Node = {"kind": _kind(node), "op": _op(node, part.model), "arguments": text}
         if node.name in part.constants:
             about["kind"] = "constant"
-        about |= {**_value(node), **_place(node, prefix)}
+        about |= {**_value(node), **_place(node, prefix, part.model)}
         if node.op == "get_attr":
             about |= self._weight(f"{prefix}{node.target}")
             about.setdefault("path", f"{prefix}{node.target}".rpartition(".")[0])
@@ -206,23 +141,14 @@ def _op(node: fx.Node, model: nn.Module) -> str:
 
 
 def _arguments(node: fx.Node) -> tuple[str, list[tuple[str, fx.Node]]]:
-    """The arguments' text, and the nodes among them by port: `1`, `0.2` within a list, or a name."""
+    """The arguments' text, with `%` for each node, and these nodes by port."""
     edges: list[tuple[str, fx.Node]] = []
 
-    def show(value: Any, port: str) -> str:
-        if isinstance(value, fx.Node):
-            edges.append((port, value))
-            return "%"
-        if isinstance(value, (list, tuple)):
-            return "[" + ", ".join(show(each, f"{port}.{i}") for i, each in enumerate(value)) + "]"
-        if isinstance(value, slice):
-            bounds = (value.start, value.stop, *(() if value.step is None else (value.step,)))
-            return ":".join("" if each is None else show(each, f"{port}.{i}") for i, each in enumerate(bounds))
-        return str(value)
+    def show(read: fx.Node, port: str) -> str:
+        edges.append((port, read))
+        return "%"
 
-    given = [show(value, str(i)) for i, value in enumerate(node.args)]
-    given += [f"{name}={show(value, name)}" for name, value in node.kwargs.items()]
-    return ", ".join(given), edges
+    return arguments(node, show), edges
 
 
 def _value(node: fx.Node) -> Node:
@@ -236,54 +162,13 @@ def _looks(value: torch.Tensor) -> Node:
     return {"shape": " × ".join(map(str, concrete(value.shape))), "dtype": str(value.dtype).removeprefix("torch.")}
 
 
-def _place(node: fx.Node, prefix: str) -> Node:
+def _place(node: fx.Node, prefix: str, model: nn.Module) -> Node:
     about: Node = {}
     if stack := list((node.meta.get("nn_module_stack") or {}).values()):
         path, kind = stack[-1]
         about["path"] = (prefix + str(path).partition("@")[0]).removesuffix(".")
         about["type"] = (kind if isinstance(kind, str) else kind.__qualname__).rpartition(".")[2]
-    if source := location(node):
-        about |= {"source": source, "code": code_of(node)}
+    owner = runner(node, model)
+    if source := location(node, owner):
+        about |= {"source": source, "code": code_of(node, owner)}
     return about
-
-
-def location(node: fx.Node) -> str:
-    """`file.py:line` of the model's own code behind a node; empty where the capture knows none."""
-    frames = list(_frames(node))
-    return f"{PurePath(frames[-1][0]).name}:{frames[-1][1]}" if frames else ""
-
-
-def code_of(node: fx.Node) -> str:
-    """That line."""
-    frames = list(_frames(node))
-    return linecache.getline(frames[-1][0], int(frames[-1][1])).strip() if frames else ""
-
-
-def _frames(node: fx.Node) -> Iterator[tuple[str, str]]:
-    """Files and lines of the model's own code that led to a node, the innermost last."""
-    found = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    # GPT-2's Conv1D is in a file of its own: its caller says more.
-    yield from (f for f in found if "torch" not in PurePath(f[0]).parts and PurePath(f[0]).name != "pytorch_utils.py")
-
-
-def shown(about: Mapping[str, Any]) -> str:
-    """A parameter's name; an adapter's below the module that it adapts, wherever it is kept."""
-    weight, adapter = about["weight"], about.get("adapter")
-    return f"{about['path']}.{weight.partition(f'{HOME}.{adapter}.')[2].partition('.')[2]}" if adapter else str(weight)
-
-
-def layer_of(path: str) -> int | None:
-    """The number of the repeated block that a module's path goes through."""
-    found = re.search(r"\.(\d+)(\.|$)", path)
-    return int(found[1]) if found else None
-
-
-def block_of(path: str) -> str:
-    """The path of the repeated block that a module is in, its number as `*`; empty outside of blocks."""
-    found = re.match(r"(.*?)\.\d+(\.|$)", path)
-    return f"{found[1]}.*" if found else ""
-
-
-def general(path: str) -> str:
-    """A module's or a weight's path, the block's number as `*`."""
-    return any_layer(f"{path}.").removesuffix(".")

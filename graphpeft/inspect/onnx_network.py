@@ -1,4 +1,4 @@
-"""An ONNX graph as networkx knows it, with the attributes of `network.Node`."""
+"""An ONNX graph as networkx knows it, with the attributes of `graph_model.Node`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import onnx_ir as ir
 
 from graphpeft.errors import FileError
 from graphpeft.exporting.onnx.tags import ADAPTER, SCOPES, SITE
-from graphpeft.inspect.network import Node, layer_of
+from graphpeft.inspect.graph_model import Node
+from graphpeft.ir.layers import layer_of
 
 if TYPE_CHECKING:
     from networkx import MultiDiGraph

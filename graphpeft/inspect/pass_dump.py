@@ -19,7 +19,8 @@ from graphpeft.match.products import op
 from graphpeft.planning.plan import Plan
 from graphpeft.rewrite.adapters import HOME, Adapters, home
 from graphpeft.rewrite.state import find_state
-from graphpeft.show.table import names_text, role_text, rows_text, size_text, table
+from graphpeft.show.sites import headings, site_row
+from graphpeft.show.table import table
 
 NO_OP = {"placeholder", "get_attr", "output"}
 
@@ -193,9 +194,10 @@ def _value(value: ir.Value) -> str:
 
 @listing.register
 def _(subject: Found) -> list[str]:
-    rows = [(role_text(s), names_text(s), rows_text(s.rows), size_text(s), s.form, s.source) for s in subject.sites]
+    shown = ("role", "weight", "rows", "size", "form", "source")
+    rows = [site_row(site).cells(*shown) for site in subject.sites]
     missed = [f"no {name}: {miss.reason}" for name, miss in subject.misses.items()]
-    return [*table(("role", "weight", "rows", "out × in", "form", "source"), rows).splitlines(), *missed]
+    return [*table(headings(*shown), rows).splitlines(), *missed]
 
 
 @listing.register

@@ -9,13 +9,14 @@ from typing import Any
 
 from torch import nn
 
+from graphpeft.ir.layers import any_layer, block_of
 from graphpeft.ir.site import Rows, Site
 from graphpeft.ir.weights import stored
 from graphpeft.match.find import Found
 from graphpeft.match.registry import roles as declared
 from graphpeft.planning.absence import Absence, absences
-from graphpeft.planning.suggest import any_layer
-from graphpeft.show.table import role_text, rows_text, size_text, table
+from graphpeft.show.sites import role_text, rows_text, size_text
+from graphpeft.show.table import table
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def overview(model: nn.Module, found: Found) -> Overview:
 
 def _role(role: str, sites: list[Site]) -> Role:
     first, names = sites[0], dict.fromkeys(any_layer(s.weight) for s in sites)
-    blocks = {s.weight.partition(f".{s.layer}.")[0] + f".{s.layer}" for s in sites if s.layer is not None}
+    blocks = {(block_of(s.weight), s.layer) for s in sites if s.layer is not None}
     return Role(
         role, len(sites), len(blocks), next(iter(names)), first.rows, size_text(first), first.form, tuple(names)[1:]
     )
@@ -99,7 +100,7 @@ def _unseen(model: nn.Module, found: Found) -> Iterator[Unseen]:
     counted: Counter[tuple[str, str]] = Counter()
     for name in (name for name, seen in matrices.items() if not seen):
         outermost = next(path for path in _paths(name) if path not in partly)
-        counted[any_layer(f"{outermost}.").removesuffix("."), _reason(found, outermost)] += 1
+        counted[any_layer(outermost), _reason(found, outermost)] += 1
     for (path, reason), weights in counted.items():
         yield Unseen(path, weights, reason)
 

@@ -13,7 +13,7 @@ from graphpeft.ambient import plain
 from graphpeft.capturing.capture import Inputs, as_module
 from graphpeft.capturing.survey import find_base_sites
 from graphpeft.ir.site import Site
-from graphpeft.show.table import names_text, role_text, rows_text, site_dict, size_text
+from graphpeft.show.sites import SiteRow, headings, site_dict, site_row
 from graphpeft.show.view import Grid, View
 
 
@@ -39,12 +39,7 @@ class Sites(View, Sequence[Site]):
         return iter(self.items)
 
     def blocks(self) -> Iterator[Grid | str]:
-        rows = [
-            (role_text(s), names_text(s), rows_text(s.rows), size_text(s),
-             "" if s.layer is None else s.layer, s.form, s.source)
-            for s in self.items
-        ]  # fmt: skip
-        yield Grid.of(("role", "weight", "rows", "out × in", "layer", "form", "source"), rows)
+        yield Grid.of(headings(*SiteRow._fields), map(site_row, self.items))
         yield from (f"not reached: {path or 'the whole'}: {why}" for path, why in self.unreached.items())
 
     def as_dict(self) -> dict[str, Any]:

@@ -13,14 +13,16 @@ from torch.export import ExportedProgram
 from graphpeft.capturing.capture import Inputs, as_module
 from graphpeft.capturing.survey import find_base_sites
 from graphpeft.errors import MatchError
-from graphpeft.inspect.network import code_of, general, layer_of, location
+from graphpeft.ir.layers import any_layer, layer_of
 from graphpeft.ir.site import Site
+from graphpeft.ir.source import code_of, location, runner
 from graphpeft.match.find import Found
 from graphpeft.match.products import op
 from graphpeft.planning.absence import absences
 from graphpeft.rewrite.state import example, find_state, hidden, inactive
 from graphpeft.rules.rule import Rule, coerce, fits
-from graphpeft.show.table import any_outside, folded, layers_text, role_text, rows_text
+from graphpeft.show.folding import any_outside, folded, layers_text
+from graphpeft.show.sites import role_text, rows_text
 from graphpeft.show.view import Grid, View
 
 
@@ -93,7 +95,7 @@ def why(model: nn.Module | ExportedProgram, path: str, rules: Any = None, *, inp
         found = find_base_sites(module, example(module, inputs))
         work = _Reasons(module, found, asked)
         items = [(one, layer_of(name)) for name in meant for one in work.of(name, on)]
-    grouped = folded((replace(one, weight=general(one.weight)), layer) for one, layer in items)
+    grouped = folded((replace(one, weight=any_layer(one.weight)), layer) for one, layer in items)
     return Why(tuple(_named(one, layers) for one, layers in grouped))
 
 
@@ -108,10 +110,14 @@ class _Reasons:
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
         self.tied = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
         self.users: dict[int, fx.Node] = {}
+        self.places: dict[int, tuple[str, str]] = {}
         for part, program in found.programs.items():
             for node, name in program.weights.items():
                 if node.users:
-                    self.users.setdefault(self.tied[f"{part}.{name}" if part else name], next(iter(node.users)))
+                    key, user = self.tied[f"{part}.{name}" if part else name], next(iter(node.users))
+                    owner = runner(user, program.model)
+                    self.users.setdefault(key, user)
+                    self.places.setdefault(key, (location(user, owner), code_of(user, owner)))
 
     def of(self, name: str, adapters: dict[str, Any]) -> Iterator[Reason]:
         """A weight has a reason for each role that it, or some rows of it, play."""
@@ -129,9 +135,7 @@ class _Reasons:
             yield self._reason(name, "", (), (self._unused(name),), "")
 
     def _reason(self, name: str, role: str, on: tuple[str, ...], said: tuple[str, ...], remedy: str) -> Reason:
-        node = self.users.get(self.tied[name])
-        place = location(node) if node is not None else ""
-        code = code_of(node) if node is not None else ""
+        place, code = self.places.get(self.tied[name], ("", ""))
         return Reason(name, self.shapes[name], role, f"{place}   {code}".strip(), on, said, remedy)
 
     def _said(self, rule: Rule, site: Site) -> str:
@@ -150,7 +154,7 @@ class _Reasons:
             if any(rule.names(place) for place in (site, *site.tied)):
                 return str(replace(rule, layers=None, cross=None))
         method = self.rules[0].method.text(self.rules[0].options) if self.rules else "lora"
-        target = f"path({general(name)})" if site.role == "other" else site.role
+        target = f"path({any_layer(name)})" if site.role == "other" else site.role
         return f"{target}:{method}"
 
     def _unused(self, name: str) -> str:

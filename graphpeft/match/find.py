@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
-from pathlib import PurePath
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
+from graphpeft.ir.layers import layer_of
 from graphpeft.ir.program import Program
 from graphpeft.ir.site import Rows, Site
+from graphpeft.ir.source import location
 from graphpeft.ir.weights import stored
 from graphpeft.match import fused
 from graphpeft.match.dataflow import Dataflow
@@ -163,13 +163,12 @@ def _site(flow: Dataflow, use: Affine, role: str, rows: Rows | None, cross: bool
     stack = parameter.shape[0] if use.kind == "experts" else None
     full, inputs = _matrix(parameter.shape[0 if stack is None else 1 :], use)
     rows = None if rows == ((0, full),) else rows
-    digits = re.search(r"(?:^|\.)(\d+)\.", name)
     return Site(
         role=role,
         weight=local,
         rows=rows,
         cross=cross,
-        layer=int(digits[1]) if digits else None,
+        layer=layer_of(name),
         shape=(sum(b - a for a, b in rows) if rows else full, inputs),
         form=form,
         owner=owner,
@@ -177,7 +176,7 @@ def _site(flow: Dataflow, use: Affine, role: str, rows: Rows | None, cross: bool
         transposed=use.transposed,
         stack=stack,
         calls=flow.calls[name],
-        source=where(use.node, program.model.get_submodule(owner)),
+        source=location(use.node, program.model.get_submodule(owner)) or use.node.name,
     )
 
 
@@ -207,14 +206,3 @@ def _one_per_weight(sites: Mapping[tuple[str, str], Site]) -> tuple[Site, ...]:
         elif table is not None and role != "embed":
             merged[weight, "embed"] = replace(table, tied=(*table.tied, merged.pop((weight, role))))
     return tuple(merged.values())
-
-
-def where(node: fx.Node, owner: nn.Module | None = None) -> str:
-    """`file.py:line` of the model's code behind a node; else the node's name.
-
-    Frames of torch are skipped, and so is the own code of a leaf such as GPT-2's Conv1D: its caller says more."""
-    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    own = [(f, line) for f, line in frames if "torch" not in PurePath(f).parts]
-    if owner is not None and not any(owner.children()) and not type(owner).__module__.startswith("torch."):
-        own = own[:-1] or own
-    return f"{PurePath(own[-1][0]).name}:{own[-1][1]}" if own else node.name

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import linecache
-import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,18 +11,19 @@ from pathlib import PurePath
 from typing import Literal
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from graphpeft.ir.site import Site
+from graphpeft.ir.source import code_of, location, runner
 from graphpeft.match.declaration import Declaration
-from graphpeft.match.find import Found, where
+from graphpeft.match.find import Found
 from graphpeft.match.fused import concrete
 from graphpeft.match.pattern import Miss
 from graphpeft.match.products import op
 from graphpeft.match.registry import declarations
 from graphpeft.planning.suggest import alike, plain, roles_present, suggestions
 from graphpeft.rules.rule import Rule, fits
-from graphpeft.show.table import role_text
+from graphpeft.show.sites import role_text
 
 
 @dataclass(frozen=True)
@@ -155,19 +155,11 @@ def _counted(roles: Counter[str]) -> str:
 
 def _near(model: nn.Module, miss: Miss) -> Near:
     node = miss.node
-    place = where(node, _owner(model, node))
-    files = re.findall(r'File "([^"]+)", line \d+', node.meta.get("stack_trace") or "")
+    owner = runner(node, model)
     shape = getattr(node.meta.get("val"), "shape", None)
     kind = "an input" if node.op == "placeholder" else op(node)
     size = f" {concrete(shape)}" if isinstance(shape, torch.Size) else ""
-    return Near(place, kind + size, line_of(place, files), miss.reason)
-
-
-def _owner(model: nn.Module, node: fx.Node) -> nn.Module | None:
-    """The innermost module that ran the node."""
-    stack = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-    path = str(stack[-1]).partition("@")[0] if stack else ""
-    return dict(model.named_modules()).get(path)
+    return Near(location(node, owner) or node.name, kind + size, code_of(node, owner), miss.reason)
 
 
 def _seen(model: nn.Module, site: Site) -> Near | None:

@@ -11,7 +11,7 @@ from torch import nn
 from graphpeft.match.find import Found
 from graphpeft.planning.absence import Absence, absences
 from graphpeft.rules.rule import Rule
-from graphpeft.show.table import any_outside
+from graphpeft.show.folding import any_outside
 
 
 @dataclass(frozen=True)

@@ -13,24 +13,15 @@ from torch import nn
 
 from graphpeft.chain import Chain, Scatter, Stack
 from graphpeft.errors import MatchError, RuleError
+from graphpeft.ir.layers import any_layer
 from graphpeft.ir.site import Site
 from graphpeft.match.find import Found
 from graphpeft.methods import Method
 from graphpeft.planning.absence import nothing
 from graphpeft.planning.outcomes import Tally, tally
-from graphpeft.planning.suggest import any_layer
 from graphpeft.rules.rule import Rule, to_text
-from graphpeft.show.table import (
-    any_outside,
-    folded,
-    layers_text,
-    names_text,
-    outside_text,
-    role_text,
-    rows_text,
-    site_dict,
-    size_text,
-)
+from graphpeft.show.folding import any_outside, folded, layers_text, outside_text
+from graphpeft.show.sites import headings, names_text, role_text, site_dict, site_row
 from graphpeft.show.view import Grid, View
 from graphpeft.tracing import as_pass
 
@@ -107,7 +98,7 @@ class Plan(View):
         cells = [(self._cells(e), e.site.layer if self.fold else None) for e in self.entries]
         lines = folded(cells) if self.fold else [(one, [layer]) for one, layer in cells]
         rows = [(*one, layers_text(layers) if len(layers) > 1 else "") for one, layers in lines]
-        columns = ("role", "weight", "rows", "out × in", "method", "form", "rank", "parameters", "source", "")
+        columns = (*headings(*SITE), "method", "form", "rank", "parameters", "source", "")
         yield Grid.of(columns, rows, f"{self.model}: {to_text(self.rules)}", right=["rank", "parameters"])
         share = 100 * self.trainable / max(self.total, 1)
         yield f"{len(self)} sites, {self.trainable:,} trainable of {self.total:,} parameters ({share:.3f} %)"
@@ -116,11 +107,11 @@ class Plan(View):
         yield from self._skipped_lines()
 
     def _cells(self, entry: Entry) -> tuple[str, ...]:
-        site = entry.site
-        name = names_text(site)
-        shown = any_layer(name) if self.fold and self._repeated[any_layer(name), site.role] > 1 else name
-        about = (role_text(site), shown, rows_text(site.rows), size_text(site), str(entry.method), entry.form())
-        return (*about, str(entry.rank()), f"{entry.parameters():,}", site.source)
+        row = site_row(entry.site)
+        if self.fold and self._repeated[any_layer(row.weight), entry.site.role] > 1:
+            row = row._replace(weight=any_layer(row.weight))
+        about = (*row.cells(*SITE), str(entry.method), entry.form())
+        return (*about, str(entry.rank()), f"{entry.parameters():,}", row.source)
 
     @cached_property
     def _repeated(self) -> Counter[tuple[str, str]]:
@@ -151,6 +142,7 @@ class Plan(View):
         return {**told, "by_rule": counts, "sites": sites, "skipped": skipped}
 
 
+SITE = ("role", "weight", "rows", "size")
 COUNTS = ("rule", "matched", "skipped", "rejected")
 """Of each rule: sites that it takes, sites that it names but leaves out, and roles that a search only came near."""
 

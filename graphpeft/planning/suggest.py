@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 
+from graphpeft.ir.layers import any_layer
 from graphpeft.match.find import Found
 from graphpeft.match.registry import ALIASES, LETTERS, declarations
 from graphpeft.rules.rule import Rule, parse
@@ -69,11 +69,6 @@ def _ending(path: str) -> str:
 def roles_present(found: Found) -> tuple[str, ...]:
     """The roles that some site has, those of tied weights too, in graph order."""
     return tuple(dict.fromkeys(p.role for s in found.sites for p in (s, *s.tied) if p.role != "other"))
-
-
-def any_layer(path: str) -> str:
-    """A weight's name with its layer's number as `*`, which `path(...)` reads as any layer."""
-    return re.sub(r"\.\d+\.", ".*.", path, count=1)
 
 
 def plain(role: str) -> str:

@@ -12,7 +12,7 @@ from zoo import llama
 import graphpeft as gp
 from graphpeft.errors import FileError
 from graphpeft.inspect.graph_files import write_graph
-from graphpeft.inspect.network import Node
+from graphpeft.inspect.graph_model import Node
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,8 @@ from zoo import gpt2, llama, t5
 
 import graphpeft as gp
 from graphpeft.errors import AdapterError
-from graphpeft.show.table import layers_text, rows_text
+from graphpeft.show.folding import layers_text
+from graphpeft.show.sites import rows_text
 
 
 def test_plan_prints_sites_counts_and_what_was_skipped() -> None:

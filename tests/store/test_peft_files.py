@@ -26,7 +26,6 @@ from zoo import llama, mixtral, torch_encoder
 import graphpeft as gp
 from graphpeft.capturing import survey
 from graphpeft.errors import AdapterError, FileError
-from graphpeft.passes import storage
 from graphpeft.store.peft.config import looked_up, pattern, selection, targeted
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -39,7 +38,7 @@ MODELS = ["llama", "gpt2", "bert", "t5", "mixtral"]
 def _one_capture_for_each_architecture() -> Iterator[None]:
     """Sites depend on the architecture alone; captures would take most of the time here."""
     known: dict[Any, Any] = {}
-    search = survey.survey
+    search = survey.capture_programs
 
     def once(model: nn.Module, inputs: Any = None) -> Any:
         key = None if isinstance(model, torch.fx.GraphModule) else type(model).__name__.removeprefix("Adapted")
@@ -49,8 +48,8 @@ def _one_capture_for_each_architecture() -> Iterator[None]:
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("graphpeft.apply", "graphpeft.passes.load"):
-            patch.setattr(import_module(module), "survey", once)
+        for module in ("graphpeft.applying", "graphpeft.capturing.survey"):
+            patch.setattr(import_module(module), "capture_programs", once)
         yield
 
 
@@ -327,7 +326,7 @@ def test_without_a_capture_weights_are_known_by_their_paths(tmp_path: Path, monk
     def fail(model: nn.Module) -> None:
         raise gp.errors.CaptureError("no")
 
-    monkeypatch.setattr(storage, "survey", fail)
+    monkeypatch.setattr(survey, "capture_programs", fail)
     assert distance(logits(gp.load(fresh("gpt2"), tmp_path).eval()), wanted) < TOLERANCE
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from graphpeft.inspect.network import block_of, general
-from graphpeft.show.table import layers_text
+from graphpeft.ir.layers import any_layer, block_of
+from graphpeft.show.folding import layers_text
 
 if TYPE_CHECKING:
     from networkx import MultiDiGraph
@@ -82,7 +82,7 @@ def _signature(graph: MultiDiGraph[str], names: list[str]) -> object:
     number = {name: i for i, name in enumerate(names)}
     return tuple(
         (
-            *(general(value) if isinstance(value, str) else value for key, value in about.items() if key in SEEN),
+            *(any_layer(value) if key in PATHS else value for key, value in about.items() if key in SEEN),
             *sorted((port, number.get(source, -1)) for source, _, port in graph.in_edges(name, data="port")),
         )
         for name, about in ((name, graph.nodes[name]) for name in names)
@@ -90,6 +90,7 @@ def _signature(graph: MultiDiGraph[str], names: list[str]) -> object:
 
 
 SEEN = frozenset({"kind", "op", "arguments", "path", "shape", "dtype", "weight", "adapter", "role", "rule", "method"})
+PATHS = frozenset({"path", "weight"})
 
 
 def _drawn(graph: MultiDiGraph[str], names: Iterable[str]) -> Drawn:
@@ -122,12 +123,12 @@ def _node(name: str, about: Mapping[str, Any]) -> dict[str, Any]:
         "kind": about["kind"],
         "op": about["op"],
         "arguments": about.get("arguments", ""),
-        "module": general(path).removeprefix(block).removeprefix("."),
-        "path": general(path),
+        "module": any_layer(path).removeprefix(block).removeprefix("."),
+        "path": any_layer(path),
         "adapter": branch,
         "of": about.get("adapter", ""),
-        "site": general(about.get("site", weight)),
-        "weight": general(weight),
+        "site": any_layer(about.get("site", weight)),
+        "weight": any_layer(weight),
         **{key: about.get(key, "") for key in ("type", "shape", "dtype", "source", "code", "role", "rule", "method")},
     }
 

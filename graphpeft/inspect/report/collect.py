@@ -13,17 +13,17 @@ from graphpeft.capturing.capture import Inputs
 from graphpeft.chain import Chain
 from graphpeft.errors import GraphPeftError
 from graphpeft.inspect.adapter_stats import Numbers, numbers
-from graphpeft.inspect.network import block_of, layer_of, network
+from graphpeft.inspect.network import network
 from graphpeft.inspect.report.blocks import Block, blocks
 from graphpeft.inspect.rewrite import Rewrite, rewrite
+from graphpeft.ir.layers import any_layer, block_of, layer_of
 from graphpeft.ir.site import Site
 from graphpeft.passes.verify import Level, verify
 from graphpeft.planning.outcomes import Tally, tally
 from graphpeft.planning.plan import Entry
-from graphpeft.planning.suggest import any_layer
 from graphpeft.rewrite.state import State, base_weight, chains, example, find_state
 from graphpeft.rules.rule import parse
-from graphpeft.show.table import names_text, role_text, rows_text, size_text
+from graphpeft.show.sites import site_row
 
 Data = dict[str, Any]
 PACKAGES = ("graphpeft", "torch", "transformers", "onnxruntime")
@@ -122,13 +122,11 @@ def _row(site: Site, drawn: list[Block], adapter: str = "") -> Data:
     """What every site has, and where it is drawn."""
     block, layer = block_of(site.weight), layer_of(site.weight)
     number = next((i for i, one in enumerate(drawn) if one.name == block and layer in one.layers), 0)
+    row = site_row(site)
     return {
-        "role": role_text(site),
-        "weight": names_text(site),
+        **{name: getattr(row, name) for name in ("role", "weight", "rows", "source")},
         "layer": site.layer,
-        "rows": rows_text(site.rows),
-        "shape": size_text(site),
-        "source": site.source,
+        "shape": row.size,
         "block": number,
         "node": drawn[number].node(any_layer(site.weight), site.role, adapter),
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import prod
@@ -10,6 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from graphpeft.ir.layers import layer_of
 from graphpeft.ir.site import Site
 from graphpeft.rewrite.adapters import places
 from graphpeft.store.peft.config import targeted
@@ -70,8 +70,7 @@ def _site(
         return None
     rows, *columns = module.weight.shape
     shape = (columns[0], rows) if transposed else (rows, prod(columns))
-    digits = re.search(r"(?:^|\.)(\d+)\.", weight)
     role = "conv" if conv else "embed" if isinstance(module, nn.Embedding) else "other"
-    layer = int(digits[1]) if digits else None
+    layer = layer_of(weight)
     made = Site(role, weight, None, False, layer, shape, owner=path, full=shape[0], transposed=transposed)
     return replace(made, form="weight") if conv else made

@@ -1,0 +1,128 @@
+"""The house: imports run one way, also in passes/; the public list; one version; what is generated is current."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pkgutil
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import lazy_loader
+import pytest
+import tomllib
+
+import graphpeft as gp
+from graphpeft import generate
+
+ROOT = Path(__file__).parents[1]
+
+
+def lint(folder: Path) -> subprocess.CompletedProcess[str]:
+    """The import contracts of a checkout."""
+    command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """The package and its contracts, to be broken."""
+    shutil.copytree(ROOT / "graphpeft", tmp_path / "graphpeft", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+def test_imports_run_one_way(copy: Path) -> None:
+    found = lint(copy)
+    assert found.returncode == 0, found.stdout
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "broken"),
+    [
+        ("passes/merge.py", "import graphpeft.inspect.why", "graphpeft.passes.merge -> graphpeft.inspect.why"),
+        ("chain/inits.py", "import graphpeft.passes.insert", "graphpeft.chain.inits -> graphpeft.passes.insert"),
+        ("passes/insert.py", "import graphpeft.passes.activate", "No circle between the files of a room BROKEN"),
+        ("files/foreign.py", "import torch", "graphpeft.files.foreign -> torch"),
+    ],
+)
+def test_a_forbidden_import_breaks_the_contract(copy: Path, file: str, line: str, broken: str) -> None:
+    target = copy / "graphpeft" / file
+    target.write_text(target.read_text(encoding="utf-8") + f"\n{line}\n", encoding="utf-8")
+    if broken.endswith("BROKEN"):  # the arrow back
+        back = copy / "graphpeft" / "passes" / "activate.py"
+        back.write_text(back.read_text(encoding="utf-8") + "\nimport graphpeft.passes.insert\n", encoding="utf-8")
+    found = lint(copy)
+    assert found.returncode == 1
+    assert broken in found.stdout
+
+
+def test_passes_stand_at_the_top_level() -> None:
+    assert (ROOT / "passes").resolve() == ROOT / "graphpeft" / "passes"
+
+
+def test_another_checkout_runs_its_own_passes(copy: Path) -> None:
+    code = "import graphpeft.passes.merge as m; print(m.__file__)"
+    found = subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, text=True, check=True)
+    assert Path(found.stdout.strip()) == copy / "graphpeft" / "passes" / "merge.py"
+
+
+def test_public_names_resolve_whatever_was_imported_before() -> None:
+    for module in pkgutil.walk_packages(gp.__path__, "graphpeft."):
+        if not module.name.startswith(("graphpeft.demo", "graphpeft.cli")):
+            importlib.import_module(module.name)
+    getter, _, names = lazy_loader.attach_stub("graphpeft", str(gp.__file__))
+    assert set(names) == set(gp.__all__) <= set(dir(gp))
+    assert not [name for name in names if isinstance(getattr(gp, name), ModuleType)]
+    assert not [name for name in names if importlib.util.find_spec(f"graphpeft.{name}")]
+    errors = {name for name, value in vars(gp.errors).items() if isinstance(value, type)}
+    assert errors <= set(names)
+    with pytest.raises(AttributeError, match="plann"):
+        gp.plann  # noqa: B018
+
+
+@pytest.mark.parametrize("module", ["graphpeft", "graphpeft.cli.main", "graphpeft.runtime.session"])
+def test_torch_is_not_loaded_before_it_is_used(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_type_checkers_know_the_public_names(tmp_path: Path) -> None:
+    script = tmp_path / "user.py"
+    script.write_text(
+        "import graphpeft as gp\nimport torch\n"
+        "class Net(torch.nn.Module):\n    def score(self) -> int: return 1\n"
+        'adapted = gp.apply(Net(), {"qv": gp.LoRA(r=4)})\nreveal_type(adapted)\nadapted.score()\n'
+        'sites: gp.Sites\nrule: gp.Rule\nerror: gp.RuleError\ngp.plann(Net(), "qv:lora")\n',
+        encoding="utf-8",
+    )
+    cache = ["--cache-dir", str(ROOT / ".mypy_cache")]
+    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", *cache, str(script)]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.splitlines()
+    assert [line.partition("user.py:")[2] for line in found if "error" in line or "note: Revealed" in line] == [
+        '6: note: Revealed type is "user.Net"',
+        '11: error: Module has no attribute "plann"; maybe "plan"?  [attr-defined]',
+    ]
+
+
+def test_there_is_one_version() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert "version" not in project
+    assert importlib.metadata.version("graphpeft") == gp.__version__
+
+
+def test_what_is_generated_is_current() -> None:
+    code = "import sys; from graphpeft.generate import generated; sys.exit(any(p.read_text('utf-8') != t for p, t in generated().items()))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0, (
+        "run python -m graphpeft.generate"
+    )
+    assert {path.name for path in generate.generated()} == {
+        "registered.json",
+        "__init__.pyi",
+        "README.md",
+        "methods.md",
+    }
