@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +18,6 @@ from graphpeft.runtime.folder import Check
 from graphpeft.runtime.layout import Arrays, Place
 from graphpeft.tracing import as_pass, traced
 
-Pass = Callable[[ir.Model, Sequence[Place]], tuple[Place, ...]]
 """A pass over the graph; returns the slots that there are after it."""
 _graph = traced(lambda part: part.name)
 """A step that bears the graph's name, around those of its passes."""
@@ -33,6 +32,8 @@ class Part:
     folder: Path
     limit: float
     slots: tuple[Place, ...] = ()
+    passes: tuple[str, ...] = ()
+    """The graph passes that ran, in order."""
     checks: list[Check] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -52,10 +53,10 @@ class Part:
 
     @_graph
     def write(
-        self, slots: Sequence[Place], fed: Tensors, passes: Sequence[Pass], facts: Mapping[str, str], opset: int,
-        whole: bool = True,
+        self, slots: Sequence[Place], fed: Tensors, facts: Mapping[str, str], opset: int,
+        whole: bool = True, shared: bool = False, rows: bool = False,
     ) -> None:  # fmt: skip
-        """Translate, run passes with a census after each, and save. Unless `whole`, slots of other graphs are left out."""
+        """Translate, run the passes, and save. Unless `whole`, slots of other graphs are left out."""
         ranks = {name: {axis: size for axis, size in enumerate(shape) if isinstance(size, str)}
                  for slot in slots for name, shape in slot.shapes.items()}  # fmt: skip
         axes = [self.flat.axes[name] for name in self.flat.inputs] + [ranks[name] for name in fed]
@@ -63,21 +64,20 @@ class Part:
         graph = onnx.translate(
             module, {**self.flat.inputs, **fed}, self.flat.outputs, axes, opset, prefix=self.flat.prefix
         )
-        self.slots = tuple(slots) if whole else onnx.used(graph, slots)
-        onnx.census(graph, self.slots)
-        for one in passes:
-            self.slots = one(graph, self.slots)
-            onnx.census(graph, self.slots)
-        onnx.tag(graph, self.slots)
-        onnx.attach_defaults(graph, self.slots)
+        found = onnx.Slots(slots if whole else onnx.used(graph, slots))
+        onnx.census(graph, found.now)
+        passes = onnx.pipeline(found, open=bool(fed), shared=shared, rows=rows)
+        graph = onnx.run(passes, graph)
+        self.slots, self.passes = found.now, onnx.listed(passes)
         onnx.save(graph, self.path, self.slots, facts)
 
     @_graph
     def quantize(self, bits: onnx.Bits, accuracy_level: int, reference: Path) -> None:
         """Write the graph anew with quantized weights, and to `reference` in float with the same rounded weights."""
         graph = ir.load(self.path)
-        quantized = onnx.quantize(graph, self.slots, bits, accuracy_level)
-        onnx.tag(quantized, self.slots)
+        passes = onnx.quantizing(onnx.Slots(self.slots), bits, accuracy_level)
+        quantized = onnx.run(passes, graph)
+        self.passes += onnx.listed(passes)
         facts = dict(graph.metadata_props) | {"graphpeft.quantized": bits}
         if bits == "int4":
             facts["graphpeft.accuracy_level"] = str(accuracy_level)

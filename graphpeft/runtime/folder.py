@@ -57,6 +57,8 @@ class ExportReport:
     seconds: float
     onnxruntime: str = ""
     """The oldest ONNX Runtime that ran exports of this opset when it was tried."""
+    passes: tuple[str, ...] = ()
+    """The passes that the translated graph went through, in order; after each every slot was still alive."""
 
     def save(self, folder: Path) -> None:
         """Write the report into the folder, without the path it happened to have here."""
@@ -74,6 +76,7 @@ class ExportReport:
         head = f"{self.path}: {self.mode}, opset {self.opset}, {self.slots} slots, {size:.1f} MiB, {self.seconds:.1f} s"
         head += f"; tried with ONNX Runtime {self.onnxruntime} and later" if self.onnxruntime else ""
         names = "adapters: " + (", ".join(self.adapters) or "none")
+        names += "\ngraph passes: " + " → ".join(self.passes) if self.passes else ""
         body = table if self.checks else Text('not verified: verify="off"')
         return Group(Text(head), Text(names), body, *(Text(f"note: {note}") for note in self.notes))
 

@@ -11,7 +11,7 @@ from exports import FAR, SAMPLE, hand, off
 
 from graphpeft.errors import ExportError
 from graphpeft.exporting import onnx
-from graphpeft.exporting.onnx.quantize import rounded
+from graphpeft.exporting.onnx.quantize import quantize, rounded
 from graphpeft.passes.export import export
 from graphpeft.runtime.session import Session
 
@@ -46,7 +46,7 @@ def test_adapters_do_the_same_on_a_quantized_base(bits: onnx.Bits, limit: float,
 
 def test_a_wrong_weight_shows_in_the_comparison(floats: Path) -> None:
     graph = ir.load(floats / "model.onnx")
-    quantized = onnx.quantize(graph, Session(floats).graphs["model"].slots, "int4")
+    quantized = quantize(graph, Session(floats).graphs["model"].slots, "int4")
     reference = rounded(graph, quantized)
     node = next(node for node in quantized.graph if node.op_type == "MatMulNBits")
     value = node.inputs[2]
@@ -70,7 +70,7 @@ def test_without_a_constant_matrix_there_is_nothing_to_quantize(floats: Path) ->
         if node.op_type == "MatMul":
             node.op_type = "Mul"
     with pytest.raises(ExportError, match=r"no product with a constant matrix|goes into Mul"):
-        onnx.quantize(graph, Session(floats).graphs["model"].slots, "int4")
+        quantize(graph, Session(floats).graphs["model"].slots, "int4")
 
 
 def test_other_widths_are_refused(tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
 """The ONNX side of an export: translation, passes over the graph, the census of its slots, files."""
 
-from graphpeft.exporting.onnx.census import attach_defaults, census, used
+from graphpeft.exporting.onnx.census import census, used
 from graphpeft.exporting.onnx.files import annotate, opset, save, write_adapter
 from graphpeft.exporting.onnx.gemm import fuse_sums
-from graphpeft.exporting.onnx.quantize import ROUNDED, Bits, quantize, rounded
+from graphpeft.exporting.onnx.pipeline import Slots, listed, pipeline, quantizing, run
+from graphpeft.exporting.onnx.quantize import ROUNDED, Bits, rounded
 from graphpeft.exporting.onnx.rows import gate_rows
 from graphpeft.exporting.onnx.runtimes import oldest
 from graphpeft.exporting.onnx.share import share
@@ -11,6 +12,26 @@ from graphpeft.exporting.onnx.tags import tag
 from graphpeft.exporting.onnx.translate import DEFAULT_OPSET, LOWEST_OPSET, translate
 
 __all__ = [
-    "DEFAULT_OPSET", "LOWEST_OPSET", "ROUNDED", "Bits", "annotate", "attach_defaults", "census", "fuse_sums", "gate_rows",
-    "oldest", "opset", "quantize", "rounded", "save", "share", "tag", "translate", "used", "write_adapter",
-]  # fmt: skip
+    "DEFAULT_OPSET",
+    "LOWEST_OPSET",
+    "ROUNDED",
+    "Bits",
+    "Slots",
+    "annotate",
+    "census",
+    "fuse_sums",
+    "gate_rows",
+    "listed",
+    "oldest",
+    "opset",
+    "pipeline",
+    "quantizing",
+    "rounded",
+    "run",
+    "save",
+    "share",
+    "tag",
+    "translate",
+    "used",
+    "write_adapter",
+]

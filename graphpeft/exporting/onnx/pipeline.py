@@ -1,0 +1,99 @@
+"""The graph passes of an export, in order, on onnx_ir's own pass infrastructure: the census is what each of them has to ensure.
+
+A pass here is a function of a graph and its slots that changes the graph in place and returns the slots that it has then, or
+`None` if they are the same. To add one, write the function in a file of its own and name it in `pipeline`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import onnx_ir as ir
+from onnx_ir.passes import FunctionalPass, InPlacePass, PassBase, PassResult, Sequential
+
+from graphpeft.errors import ExportError
+from graphpeft.exporting.onnx.census import attach_defaults, census
+from graphpeft.exporting.onnx.gemm import fuse_sums
+from graphpeft.exporting.onnx.quantize import Bits, quantize
+from graphpeft.exporting.onnx.rows import gate_rows
+from graphpeft.exporting.onnx.share import share
+from graphpeft.exporting.onnx.tags import tag
+from graphpeft.runtime.layout import Place
+
+Rewrite = Callable[[ir.Model, Sequence[Place]], "tuple[Place, ...] | None"]
+
+
+class Slots:
+    """The slots of the graph that passes work on; a pass that merges or changes some replaces them here."""
+
+    def __init__(self, slots: Sequence[Place]) -> None:
+        self.now = tuple(slots)
+
+
+class SlotPass(InPlacePass):
+    """A function over a graph with slots, as a pass of onnx_ir. Afterwards every slot has to be alive."""
+
+    def __init__(self, name: str, rewrite: Rewrite, slots: Slots) -> None:
+        self.name, self.rewrite, self.slots = name, rewrite, slots
+
+    def call(self, model: ir.Model) -> PassResult:
+        found = self.rewrite(model, self.slots.now)
+        self.slots.now = self.slots.now if found is None else found
+        return PassResult(model, modified=True)
+
+    def ensures(self, model: ir.Model) -> None:
+        census(model, self.slots.now)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Quantize(FunctionalPass):
+    """`quantize` as a pass of onnx_ir: a new graph, with every slot alive."""
+
+    def __init__(self, slots: Slots, bits: Bits, accuracy_level: int) -> None:
+        self.slots, self.bits, self.accuracy_level = slots, bits, accuracy_level
+
+    def call(self, model: ir.Model) -> PassResult:
+        return PassResult(quantize(model, self.slots.now, self.bits, self.accuracy_level), modified=True)
+
+    def ensures(self, model: ir.Model) -> None:
+        census(model, self.slots.now)
+
+    def __str__(self) -> str:
+        return "quantize"
+
+
+def pipeline(slots: Slots, *, open: bool, shared: bool = False, rows: bool = False) -> Sequential:
+    """What a translated graph goes through before it is saved; `open` tells a model with slots from a merged one."""
+    passes: Mapping[str, tuple[Rewrite, bool]] = {
+        "share": (share, shared),
+        "rows": (gate_rows, rows),
+        "gemm": (fuse_sums, open),
+        "tags": (tag, True),
+        "defaults": (attach_defaults, True),
+    }
+    return Sequential(*(SlotPass(name, rewrite, slots) for name, (rewrite, wanted) in passes.items() if wanted))
+
+
+def quantizing(slots: Slots, bits: Bits, accuracy_level: int) -> Sequential:
+    """What makes a saved graph a quantized one."""
+    return Sequential(Quantize(slots, bits, accuracy_level), SlotPass("tags", tag, slots))
+
+
+def listed(passes: PassBase) -> tuple[str, ...]:
+    """The names of the passes in a sequence."""
+    return tuple(map(str, passes.passes)) if isinstance(passes, Sequential) else (str(passes),)
+
+
+def run(passes: PassBase, model: ir.Model) -> ir.Model:
+    """Run passes over a graph. Raises the `ExportError` of a pass itself, which onnx_ir wraps in errors of its own."""
+    try:
+        return passes(model).model
+    except ir.passes.PassError as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, ExportError):
+                raise cause from None
+            cause = cause.__cause__
+        raise
