@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 import os
 import pkgutil
 import shutil
@@ -17,7 +19,7 @@ import pytest
 import tomllib
 
 import graphpeft as gp
-from graphpeft import generate
+from graphpeft import generate, passes, registered
 
 ROOT = Path(__file__).parents[1]
 
@@ -121,3 +123,17 @@ def test_what_is_generated_is_current() -> None:
     assert {path.name for path in texts} == {"registered.json", "__init__.pyi", "README.md", "methods.md"}
     stale = [path.name for path, text in texts.items() if path.read_text(encoding="utf-8") != text]
     assert not stale, "run python -m graphpeft.generate"
+
+
+def test_passes_are_of_one_shape() -> None:
+    """A module of passes/ has passes and contexts over a model: what they work on comes first, and is called `model`."""
+    known = registered.passes()
+    for info in pkgutil.iter_modules(passes.__path__, "graphpeft.passes."):
+        module = importlib.import_module(info.name)
+        own = {n: f for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == info.name}
+        public = {name: function for name, function in own.items() if not name.startswith("_")}
+        assert public, info.name
+        for name, function in public.items():
+            assert next(iter(inspect.signature(function).parameters)) == "model", f"{info.name}.{name}"
+        context = any(inspect.isgeneratorfunction(inspect.unwrap(function)) for function in public.values())
+        assert context or info.name.rpartition(".")[2] in known

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from graphpeft.ambient import plain
-from graphpeft.chain import Chain, Dense
+from graphpeft.chain import Chain
 from graphpeft.errors import AdapterError
 from graphpeft.ir.site import Site
 from graphpeft.ir.weights import values
@@ -20,6 +19,7 @@ from graphpeft.methods.lora import LoRA
 from graphpeft.passes.insert import insert
 from graphpeft.planning.plan import Entry
 from graphpeft.rewrite.adapters import places
+from graphpeft.rewrite.fill import fill
 from graphpeft.rewrite.naming import check_name
 from graphpeft.rewrite.state import chains, get_state, names, refuse_merged, set_active
 from graphpeft.rewrite.weight_form import update
@@ -197,16 +197,6 @@ def _nearest(total: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     u, s, v = torch.linalg.svd(total, full_matrices=False)
     root = s[..., :rank].sqrt()
     return root.unsqueeze(-1) * v[..., :rank, :], u[..., :rank] * root.unsqueeze(-2)
-
-
-def fill(chain: Chain, a: Tensor, b: Tensor, site: Site) -> None:
-    """Give a plain LoRA chain the values of a pair with B A = ΔW, of its own rank or, filled up with zeros, a lower one."""
-    left, right = (cast(Dense, factor) for factor in list(chain.factors)[-2:])
-    if site.rows and b.shape[-2] == site.full:
-        b = torch.cat([b[..., start:stop, :] for start, stop in site.rows], -2)
-    missing = right.weight.shape[-2] - a.shape[-2]
-    left.weight.copy_(F.pad(b / chain.scale, (0, missing)))
-    right.weight.copy_(F.pad(a, (0, 0, 0, missing)))
 
 
 def _rules(model: nn.Module, chosen: Sequence[str], rank: int) -> str:

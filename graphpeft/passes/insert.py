@@ -41,7 +41,7 @@ def insert(model: nn.Module, name: str, rules: str, seed: int, entries: tuple[En
         raise
     state = find_state(model)
     if state is None:
-        ours = {p for name_ in (name,) for o in touched for p in home_parameters(o, name_)}
+        ours = {p for name_ in (name,) for o in touched for p in _parameters(o, name_)}
         required = {n: p.requires_grad for n, p in model.named_parameters() if p not in ours}
         state = State(required=required, held=hold_order(model))
         model.__dict__[STATE] = state
@@ -51,7 +51,7 @@ def insert(model: nn.Module, name: str, rules: str, seed: int, entries: tuple[En
     return state
 
 
-def home_parameters(owner: nn.Module, name: str) -> list[nn.Parameter]:
+def _parameters(owner: nn.Module, name: str) -> list[nn.Parameter]:
     adapters = home(owner)
     return [p for _, branch, _ in adapters.branches(name) for p in branch.parameters()] if adapters else []
 

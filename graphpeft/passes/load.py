@@ -54,7 +54,7 @@ def load(
     content = read(model, place, name, None, any_base=any_base, strict=strict)
     chosen = name or content.name
     with undone_on_error(model, chosen):
-        attach(model, chosen, content)
+        insert_content(model, chosen, content)
         try:
             activate(model, chosen)
         except AdapterError as error:  # what the file says of the model's code is not so
@@ -62,7 +62,7 @@ def load(
     return model
 
 
-def attach(model: nn.Module, name: str, content: AdapterFile) -> None:
+def insert_content(model: nn.Module, name: str, content: AdapterFile) -> None:
     """Put an adapter onto the model without activating it; if that fails the model is as it was."""
     with undone_on_error(model, name):
         insert(model, name, content.rules, content.seed, content.entries)

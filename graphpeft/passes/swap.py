@@ -15,10 +15,10 @@ from graphpeft.chain import Chain, Dense
 from graphpeft.errors import AdapterError
 from graphpeft.ir.site import Site
 from graphpeft.methods.lora import LoRA
-from graphpeft.passes.combine import fill
-from graphpeft.passes.load import attach
+from graphpeft.passes.load import insert_content
 from graphpeft.passes.remove import remove
 from graphpeft.rewrite.adapters import places
+from graphpeft.rewrite.fill import fill
 from graphpeft.rewrite.state import Adapter, chains, get_state, names, refuse_merged
 from graphpeft.store.hub import local
 from graphpeft.store.read import read
@@ -62,7 +62,7 @@ def swap(
     visitor = next(n for i in range(len(state.adapters) + 1) if (n := f"swapped_in_{i}") not in state.adapters)
     sites = tuple(entry.site for entry in held.entries)
     content = read(model, local(folder, revision, hub), visitor, sites, any_base=any_base, strict=True)
-    attach(model, visitor, content)
+    insert_content(model, visitor, content)
     try:
         _swap(model, name, held, visitor)
     finally:

@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_leaves
 
 from graphpeft.ambient import as_called, plain
 from graphpeft.capturing.capture import Inputs, example_call, quiet
+from graphpeft.capturing.outputs import difference, floats
 from graphpeft.chain import Chain, Transform
 from graphpeft.compat.quantized import library
 from graphpeft.errors import VerifyError
@@ -106,20 +106,6 @@ def _graphs(model: nn.Module, report: Report) -> None:
                 absent.append(f"{path}:{site.role}")
     count = sum(len(state.adapters[a].entries) for a in state.active)
     report.add("graphs", not absent, f"{count} sites rewritten" if not absent else f"no branch at {absent[:3]}")
-
-
-def floats(output: Any) -> list[torch.Tensor]:
-    """Every floating-point tensor in a model's output, in order."""
-    return [
-        t
-        for t in tree_leaves(dict(output) if hasattr(output, "keys") else output)
-        if isinstance(t, torch.Tensor) and t.is_floating_point()
-    ]
-
-
-def difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
-    """The largest absolute difference between two outputs."""
-    return max((float((a - b).abs().max()) for a, b in zip(one, other, strict=True) if a.numel()), default=0.0)
 
 
 def _outputs(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], report: Report, identity: bool) -> None:

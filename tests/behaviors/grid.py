@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import graphpeft as gp
+from graphpeft.methods import builtin
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -82,6 +83,7 @@ METHODS = {
     "rlora": "rlora(r=8)",
     "blora": "blora(r=4)",
 }
+METHODS |= {m.name: next(iter(m.examples), m.name) for m in builtin() if m.name not in METHODS}
 
 
 def fresh(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:

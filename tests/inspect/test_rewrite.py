@@ -15,9 +15,9 @@ from zoo import clip, gpt2, llama, mixtral, t5
 
 import graphpeft as gp
 from graphpeft.capturing.capture import example_call, quiet
+from graphpeft.capturing.outputs import difference, floats
 from graphpeft.inspect.network import network
 from graphpeft.inspect.rewrite import Part, Rewrite, rewrite
-from graphpeft.passes.verify import difference, floats
 from graphpeft.rewrite.state import inactive
 
 CASES = {

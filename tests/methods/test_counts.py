@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaFo
 
 from graphpeft.capturing.survey import find_base_sites
 from graphpeft.match.find import Found
-from graphpeft.methods import get, names
+from graphpeft.methods import builtin
 from graphpeft.planning.plan import make_plan
 from graphpeft.rules.rule import coerce
 
@@ -73,7 +73,8 @@ def test_every_linear_map(models: dict[str, tuple[torch.nn.Module, Found]], mode
     assert make_plan(*models[model], coerce(rule)).trainable == count
 
 
-def test_every_method_is_counted_somewhere() -> None:
-    counted = {method.partition("(")[0] for method, _, _ in COUNTS}
-    assert set(names()) == counted
-    assert all(get(name).paper for name in names())
+def test_every_method_says_what_it_is() -> None:
+    for method in builtin():
+        assert method.paper, method.name
+        assert method.summary.update, method.name
+        assert method.summary.trained, method.name

@@ -12,8 +12,8 @@ from zoo import gpt2, llama, mixtral, t5
 
 import graphpeft as gp
 from graphpeft.capturing.capture import example_call, quiet
+from graphpeft.capturing.outputs import difference, floats
 from graphpeft.errors import AdapterError
-from graphpeft.passes.verify import difference, floats
 from graphpeft.rewrite.state import chains
 
 
