@@ -11,7 +11,7 @@ from graphpeft.ambient import plain
 from graphpeft.capturing.base_view import base_view
 from graphpeft.capturing.capture import Inputs, as_module
 from graphpeft.capturing.survey import capture_programs, find_sites
-from graphpeft.compat.quantized import refuse_cut
+from graphpeft.compat.quantized import check_gradient_flow
 from graphpeft.passes import verify as checks
 from graphpeft.passes.activate import activate
 from graphpeft.passes.initialize import initialize
@@ -80,7 +80,7 @@ def apply(
     asked = coerce(rules)
     module = as_module(model)
     check_name(module, name)
-    refuse_cut(module)
+    check_gradient_flow(module)
     with base_view(module):
         captured = capture_programs(module, inputs)
         found = find_sites(captured)

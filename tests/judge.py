@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from answers import answers
 from torch import nn
 
-from graphpeft.match.find import Found
+from graphpeft.match.find import SearchResult
 
 JUDGED = ("q", "k", "v", "o", "gate", "up", "down", "experts.gate", "experts.up", "experts.down", "router", "latent")
 ATTENTION, MLP = ("q", "k", "v"), ("gate", "up", "down")
@@ -22,7 +22,7 @@ class Verdict:
     expected: dict[str, int] = field(default_factory=dict)
 
 
-def judge(model: nn.Module, found: Found) -> Verdict:
+def judge(model: nn.Module, found: SearchResult) -> Verdict:
     """The verdict on one model."""
     first = {id(p): n for n, p in model.named_parameters()}
     canonical = {n: first[id(p)] for n, p in model.named_parameters(remove_duplicate=False)}

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 import graphpeft as gp
 from graphpeft.capturing.blocks import Folding, kinds
-from graphpeft.capturing.kinds import Used, differing, watched
+from graphpeft.capturing.kinds import Used, module_diff, trap_ints
 from graphpeft.capturing.normalize import normalize
 from graphpeft.errors import CaptureError
 from graphpeft.ir.program import Program
@@ -72,7 +72,7 @@ def captured(model: nn.Module, given: Any, monkeypatch: pytest.MonkeyPatch) -> l
         left_out.extend(paths)
         return result
 
-    unfold_ = importlib.import_module("graphpeft.capturing.unfold").unfold
+    unfold_ = importlib.import_module("graphpeft.capturing.expand_blocks").unfold
     monkeypatch.setattr(capturing, "unfold", unfold)
     shapes_only = any(p.is_meta for p in model.parameters())
     before = None if shapes_only else Snapshot.of(model)
@@ -240,7 +240,7 @@ def test_an_integer_that_counts_separates_blocks_and_others_do_not(monkeypatch: 
 
 def test_a_watch_notes_every_use_and_goes() -> None:
     block = Block(3)
-    with watched(block, {("", "layer_idx")}) as used:
+    with trap_ints(block, {("", "layer_idx")}) as used:
         for use in (int, float, hash, repr, bool, len, iter, lambda v: v + 1, lambda v: 1.0 - v, lambda v: v == v):
             used.clear()
             with pytest.raises(Used):
@@ -305,7 +305,7 @@ def slots(model: Stack) -> None:
 def test_a_block_that_differs_is_traced(change: Callable[[Stack], None], monkeypatch: pytest.MonkeyPatch) -> None:
     model = Stack()
     change(model)
-    assert differing(model.layers[0], model.layers[2], frozenset()) is None
+    assert module_diff(model.layers[0], model.layers[2], frozenset()) is None
     assert captured(model, (X,), monkeypatch) == ["layers.1", "layers.3"]
 
 

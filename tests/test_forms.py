@@ -22,7 +22,7 @@ from zoo import VOCAB, gpt2, t5
 import graphpeft as gp
 from graphpeft.errors import AdapterError, ExportError, FileError, VerifyError
 from graphpeft.ir.site import Rows, Site
-from graphpeft.ir.weights import stored
+from graphpeft.ir.weights import get_parameter
 from graphpeft.match.owners import lookups, trace
 from graphpeft.methods import LoRA, Method, RLoRA
 from graphpeft.passes.initialize import initialize
@@ -39,7 +39,7 @@ IDS = torch.randint(3, VOCAB, (2, 7), generator=torch.Generator().manual_seed(0)
 
 def site(model: nn.Module, weight: str, role: str, form: str = "weight", **more: Any) -> Site:
     """The site of a weight whose own module is its owner."""
-    shape = tuple(stored(model, weight).shape)
+    shape = tuple(get_parameter(model, weight).shape)
     if more.get("stack"):
         shape = shape[1:]
     elif len(shape) > 2:
@@ -157,7 +157,7 @@ EXPERTS = [f"model.layers.{i}.mlp.experts" for i in range(2)]
 
 
 def tie(model: nn.Module, first: Site, *others: Site) -> Site:
-    assert all(stored(model, s.weight) is stored(model, first.weight) for s in others)
+    assert all(get_parameter(model, s.weight) is get_parameter(model, first.weight) for s in others)
     return replace(first, tied=others)
 
 
@@ -238,9 +238,9 @@ def with_dense_updates(name: str, adapted: nn.Module, method: Method, dtype: tor
     """A plain model whose weights hold the updates."""
     model = made(name, dtype)[0]
     for path, parameter in model.named_parameters():
-        parameter.data.copy_(stored(adapted, path))  # a bounded norm is enforced in place, on the base
+        parameter.data.copy_(get_parameter(adapted, path))  # a bounded norm is enforced in place, on the base
     for one, branch in chains(adapted, "default").items():
-        weight = stored(model, one.weight)
+        weight = get_parameter(model, one.weight)
         weight.data += by_hand(one, method, branch).view_as(weight)
     return model
 
@@ -290,7 +290,7 @@ def test_gradients_are_those_of_the_dense_update_and_reach_the_adapter_alone(nam
     for one, branch in chains(model, "default").items():
         wanted = list(branch.parameters())
         dense = by_hand_with_gradients(one, wanted)
-        weight = stored(plain, one.weight)
+        weight = get_parameter(plain, one.weight)
         expected = torch.autograd.grad(dense.view_as(weight), wanted, weight.grad)
         got = [p.grad for p in wanted]
         scale = max(float(t.abs().max()) for t in expected)
@@ -577,7 +577,7 @@ def test_one_owner_with_both_forms() -> None:
     adapted = model(x)
     plain = Both().double()
     for one, branch in chains(model, "default").items():
-        stored(plain, one.weight).data.copy_(stored(model, one.weight) + by_hand(one, LORA, branch))
+        get_parameter(plain, one.weight).data.copy_(get_parameter(model, one.weight) + by_hand(one, LORA, branch))
     # float64
     assert delta([adapted], [plain(x)]) < 1e-12
     assert gp.verify(model, (x,)).ok

@@ -44,7 +44,7 @@ def adapted(method: str = "lora(r=2)") -> tuple[Conv, Tensor, Tensor]:
     gp.apply(model, f"conv:{method}", inputs=(X,))
     randomize(model)
     (chain,) = chains(model, "default").values()
-    return model, base, Tensor() if chain.relative else chain.delta().detach().reshape(base.shape)
+    return model, base, Tensor() if chain.needs_base_weight else chain.delta().detach().reshape(base.shape)
 
 
 def by_hand(model: Conv, weight: Tensor) -> Tensor:

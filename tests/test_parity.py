@@ -14,8 +14,8 @@ from graphpeft.errors import ExportError
 from graphpeft.exporting import parity
 from graphpeft.exporting.cases import Case, Outputs, cases
 from graphpeft.exporting.flat import Flat
-from graphpeft.exporting.opening import as_pairs
-from graphpeft.exporting.part import Part
+from graphpeft.exporting.graph_export import GraphExport
+from graphpeft.exporting.traceable import as_pairs
 from graphpeft.runtime.session import Session
 
 
@@ -53,7 +53,7 @@ def test_a_slot_that_does_nothing_is_named() -> None:
     model, session = deployed().model, Session(deployed().folder)
     slots = session.graphs["model"].slots
     with as_pairs(model, ("a", "b")) as opened, torch.no_grad():
-        part = Part("model", Flat.of(model, SAMPLE), deployed().folder, 1e-4, slots)
+        part = GraphExport("model", Flat.of(model, SAMPLE), deployed().folder, 1e-4, slots)
         part.check_slots(parity.Runner(session, "model"), opened.fed)
         (check,) = part.checks
         assert check.subject == "3 sites, one at a time"

@@ -20,7 +20,7 @@ from zoo import llama
 import graphpeft as gp
 from graphpeft.compat.quantized import FAST, library, quantized
 from graphpeft.errors import AdapterError, ExportError, FileError
-from graphpeft.ir.weights import values
+from graphpeft.ir.weights import float_weight
 from graphpeft.rewrite.requantize import Requantized
 
 torchao = pytest.importorskip("torchao.quantization")
@@ -75,7 +75,7 @@ def twin(model: nn.Module, name: str = "llama", dtype: torch.dtype = torch.float
     """The same model in floats, with the weights that the quantized ones stand for."""
     made = build(name, dtype=dtype)
     for path in quantized(model):
-        made.get_parameter(path).data.copy_(values(model, path))
+        made.get_parameter(path).data.copy_(float_weight(model, path))
     return made
 
 
@@ -324,8 +324,8 @@ def test_requantize(kind: str) -> None:
     assert "of the update" in str(report)
     assert list(quantized(model)) == [n for n in dict(model.named_parameters()) if library(model.get_parameter(n))]
     for one in report.weights:
-        total, base_weight = plain.get_parameter(one.weight).data, values(twin(base(kind)), one.weight)
-        error = values(model, one.weight) - total
+        total, base_weight = plain.get_parameter(one.weight).data, float_weight(twin(base(kind)), one.weight)
+        error = float_weight(model, one.weight) - total
         # The report's own arithmetic, in float32.
         assert one.largest == pytest.approx(float(error.abs().max()), rel=1e-3, abs=1e-7)
         assert one.of_weight == pytest.approx(float(error.norm() / total.norm()), rel=1e-3)

@@ -13,7 +13,7 @@ from zoo import torch_encoder
 import graphpeft as gp
 from graphpeft.chain import Chain, Dense, zeros
 from graphpeft.errors import ExportError
-from graphpeft.exporting.slots import SlotBranch, fingerprint, inserted, lower, slot_at
+from graphpeft.exporting.slots import SlotBranch, fingerprint, inserted, lora_pairs, slot_at
 from graphpeft.rewrite.state import chains
 
 
@@ -40,7 +40,7 @@ def test_slots_filled_with_a_lowered_adapter_answer_as_it_does(
     randomize(model)
     want, before = answer(), Snapshot.of(model)
     assert (want - base).abs().max() > FAR
-    pairs = lower(chains(model, "default"))
+    pairs = lora_pairs(chains(model, "default"))
     branches = {}
     for site in {site.weight: site for site in chains(model, "default")}.values():
         branches[site] = branch = SlotBranch(slot_at(site, "rank"), inputs)
@@ -57,7 +57,7 @@ def test_slots_filled_with_a_lowered_adapter_answer_as_it_does(
 def test_a_chain_without_an_inner_width_is_refused_by_site() -> None:
     site = next(iter(chains(hand(), "a")))
     with pytest.raises(ExportError, match=r"wq: .* no inner width.*merged=True"):
-        lower({site: Chain([Dense(32, 32, zeros())])})
+        lora_pairs({site: Chain([Dense(32, 32, zeros())])})
 
 
 def test_fingerprint_is_of_the_base_alone() -> None:

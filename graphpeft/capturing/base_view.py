@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from graphpeft.capturing.samples import settled
+from graphpeft.capturing.samples import analysis_config
 from graphpeft.compat.quantized import in_floats
 from graphpeft.rewrite.state import hidden, inactive
 
@@ -16,5 +16,5 @@ from graphpeft.rewrite.state import hidden, inactive
 def base_view(model: nn.Module) -> Iterator[None]:
     """Show the base: no adapter runs or stands in the module tree, configs are as a capture needs them, and quantized weights
     appear with the shapes of their dequantized matrices."""
-    with inactive(model), hidden(model), settled(model), in_floats(model):
+    with inactive(model), hidden(model), analysis_config(model), in_floats(model):
         yield

@@ -7,7 +7,7 @@ of the first block. Afterwards a copy of the first block's nodes, on the block's
 A block is left out only if nothing can tell it from the first: its structure and attributes, its call, what it returns
 and shares. Integers that differ, such as a layer's index, are watched while the first block is traced; one that is
 looked at counts from then on. The last block is traced too, and has to give the same nodes. Whatever else is odd raises
-`Doubt`, and the model is captured in full.
+`FoldingError`, and the model is captured in full.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.utils import _pytree as pytree
 
-from graphpeft.capturing.kinds import PLAIN, Watched, differing, watched
+from graphpeft.capturing.kinds import PLAIN, Watched, module_diff, trap_ints
 from graphpeft.compat.fake_tensors import has_value, storage
 
 FEWEST = 3
 """Blocks of a kind from which on one is saved: the first and the last are always traced."""
 
 
-class Doubt(Exception):
+class FoldingError(Exception):
     """Blocks that look equal may not be: the model has to be captured in full."""
 
 
@@ -126,13 +126,13 @@ def _grouped(blocks: Mapping[str, nn.Module], exact: frozenset[str]) -> list[Kin
     found: list[Kind] = []
     for path, one in blocks.items():
         for kind in found:
-            differ = differing(blocks[kind.paths[0]], one, exact)
+            differ = module_diff(blocks[kind.paths[0]], one, exact)
             if differ is not None:
                 kind.paths.append(path)
                 kind.watched |= differ
                 break
         else:
-            if differing(one, one, exact) is not None:
+            if module_diff(one, one, exact) is not None:
                 found.append(Kind([path], set()))
     return found
 
@@ -183,14 +183,14 @@ class Folding:
     def _check(self, kind: Kind, one: nn.Module) -> None:
         """The model's code may have changed the block since the kinds were found."""
         first = self.model.get_submodule(kind.paths[0])
-        differ = differing(first, one, frozenset(), wrapped=True)
+        differ = module_diff(first, one, frozenset(), wrapped=True)
         if differ is None or not differ <= kind.watched:
-            raise Doubt(f"{kind.paths[0]} changed during the capture")
+            raise FoldingError(f"{kind.paths[0]} changed during the capture")
 
     def _trace(self, kind: Kind, call: Call, path: str, run: Callable[[], Any], given: Any) -> Any:
         """Call the block itself, and enclose its nodes between a `begin` and a `block` operator."""
         before = pytree.tree_leaves(given)
-        with watched(self.model.get_submodule(path), kind.watched) as used:
+        with trap_ints(self.model.get_submodule(path), kind.watched) as used:
             start = _begin_op(_tensors(before))
             try:
                 result = run()
@@ -201,13 +201,13 @@ class Folding:
         outputs = _outputs(leaves, before)
         if outputs is None or len(before) != len(after) or any(a is not b for a, b in zip(before, after, strict=True)):
             if call.outputs is not None:
-                raise Doubt(f"{path} returns something else than the first of its kind")
+                raise FoldingError(f"{path} returns something else than the first of its kind")
             return result
         if call.outputs is None:
             call.outputs, call.structure = outputs, structure
             _looks[call.number] = [o for o in outputs if isinstance(o, Looks)]
         elif call.outputs != outputs or call.structure != structure:
-            raise Doubt(f"{path} returns something else than the first of its kind")
+            raise FoldingError(f"{path} returns something else than the first of its kind")
         fresh = [leaf for leaf, o in zip(leaves, outputs, strict=True) if isinstance(o, Looks)]
         return _returned(call, before, _block_op(_tensors(before), [start, *fresh], call.number, path))
 

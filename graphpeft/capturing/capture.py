@@ -21,16 +21,16 @@ from torch.export import ExportedProgram
 from graphpeft.ambient import TORCHS, as_called, callers, plain
 from graphpeft.capturing.blocks import Folding, kinds
 from graphpeft.capturing.diagnose import explain
+from graphpeft.capturing.expand_blocks import expand_blocks
 from graphpeft.capturing.functional import functional
 from graphpeft.capturing.samples import sample_inputs, without_cache
-from graphpeft.capturing.unfold import unfold
 from graphpeft.compat import transformers_export as hf
 from graphpeft.compat.accelerate import unhooked
 from graphpeft.compat.fake_tensors import with_shapes
 from graphpeft.compat.quantized import in_floats
 from graphpeft.errors import CaptureError
 from graphpeft.ir.program import Program
-from graphpeft.ir.weights import stored
+from graphpeft.ir.weights import get_parameter
 from graphpeft.rewrite.owner import evaluating
 from graphpeft.tracing import as_pass
 
@@ -73,7 +73,7 @@ def _captured(model: nn.Module, inputs: Inputs, blocks: bool) -> Program:
     with in_floats(model):
         try:
             example = example_call(model, inputs)
-            with quiet(model), unhooked(model), with_shapes(model) as fitting:
+            with inference_view(model), unhooked(model), with_shapes(model) as fitting:
                 exported = _export_any(model, example, fitting(example), blocks)
         except CaptureError:
             raise
@@ -104,7 +104,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], blo
             with folding.folded():
                 exported = functional(torch.export.export(model, args, kwargs, strict=False))
             if not folding.used:
-                return unfold(model, exported)
+                return expand_blocks(model, exported)
         except Exception as error:
             # Whatever it is, the full capture does without leaving blocks out, or says what is wrong with the model.
             log.debug("blocks not folded: %s: %s", type(error).__name__, error)
@@ -140,7 +140,7 @@ def example_call(model: nn.Module, inputs: Inputs) -> tuple[tuple[Any, ...], dic
 
 
 @contextlib.contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
+def inference_view(model: nn.Module) -> Iterator[None]:
     """The model as a plain function: eval mode, no gradients, none of torch's fused encoder layers. Restored after."""
     training = {m: m.training for m in model.modules()}
     fastpath = torch.backends.mha.get_fastpath_enabled()
@@ -183,7 +183,9 @@ def _lifted(model: nn.Module, exported: ExportedProgram) -> Program:
     first = {id(p): name for name, p in model.named_parameters()}
     nodes = {n.name: n for n in exported.graph.nodes if n.op == "placeholder"}
     # Tied weights have several names; the first is the one that `named_parameters` gives.
-    weights = {nodes[arg]: first[id(stored(model, name))] for arg, name in signature.inputs_to_parameters.items()}
+    weights = {
+        nodes[arg]: first[id(get_parameter(model, name))] for arg, name in signature.inputs_to_parameters.items()
+    }
     constants: dict[fx.Node, torch.Tensor] = {}
     buffers = dict(model.named_buffers(remove_duplicate=False))
     for arg, name in {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}.items():

@@ -30,7 +30,7 @@ _BOOKKEEPING = frozenset(nn.Module().__dict__) - {"_non_persistent_buffers_set",
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
-def differing(one: nn.Module, other: nn.Module, exact: frozenset[str], wrapped: bool = False) -> Watched | None:
+def module_diff(one: nn.Module, other: nn.Module, exact: frozenset[str], wrapped: bool = False) -> Watched | None:
     """Integer attributes in which two blocks differ, or `None` if they differ in anything else.
 
     Integers named in `exact` have to be equal. With `wrapped`, both have a `forward` of graphpeft's on the instance,
@@ -145,7 +145,7 @@ class Used(RuntimeError):
 
 
 @contextmanager
-def watched(block: nn.Module, places: Watched) -> Iterator[set[str]]:
+def trap_ints(block: nn.Module, places: Watched) -> Iterator[set[str]]:
     """Put objects in place of integers that note any use, and raise `Used`; yields the names of those that were used.
 
     A subclass of `int` would not do: C code, such as a tensor's arithmetic, reads its value past its methods.

@@ -58,7 +58,7 @@ def without_cache(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def settled(model: nn.Module) -> Iterator[None]:
+def analysis_config(model: nn.Module) -> Iterator[None]:
     """The configs of a model as a capture needs them, restored after.
 
     No cache anywhere; a padding token, without which a classifier of generated text refuses a batch of two, though no

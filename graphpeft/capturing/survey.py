@@ -19,7 +19,7 @@ from graphpeft.capturing.samples import sample_calls
 from graphpeft.errors import CaptureError
 from graphpeft.ir.program import Program
 from graphpeft.ir.site import Site
-from graphpeft.match.find import Found, find
+from graphpeft.match.find import SearchResult, find
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class Captured:
 
 
 @plain()
-def find_base_sites(model: nn.Module, inputs: Inputs = None) -> Found:
+def find_base_sites(model: nn.Module, inputs: Inputs = None) -> SearchResult:
     """Every site of a model's base. Without inputs, example calls made from the configs run all its parts.
 
-    Raises `CaptureError` when nothing can be captured; a part that cannot is noted in `Found.unreached`.
+    Raises `CaptureError` when nothing can be captured; a part that cannot is noted in `SearchResult.unreached`.
     """
     with base_view(model):
         return find_sites(capture_programs(model, inputs))
@@ -59,10 +59,10 @@ def capture_programs(model: nn.Module, inputs: Inputs = None) -> Captured:
     return Captured(programs, unreached, error)
 
 
-def find_sites(captured: Captured) -> Found:
+def find_sites(captured: Captured) -> SearchResult:
     """The sites of all programs, named from the root. Raises what kept the root from being captured if there is none."""
     found = {path: find(program) for path, program in captured.programs.items()}
-    root = found.get("", Found((), {}))
+    root = found.get("", SearchResult((), {}))
     sites, reached = list(root.sites), set(root.reached)
     for path, inside in found.items():
         if path:
@@ -70,7 +70,7 @@ def find_sites(captured: Captured) -> Found:
             reached |= {f"{path}.{name}" for name in inside.reached}
     if captured.error is not None and not sites:
         raise captured.error
-    return Found(tuple(sites), root.misses, frozenset(reached), captured.unreached, captured.programs)
+    return SearchResult(tuple(sites), root.misses, frozenset(reached), captured.unreached, captured.programs)
 
 
 def _attempt(model: nn.Module) -> tuple[Program | None, CaptureError | None]:

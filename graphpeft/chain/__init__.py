@@ -1,48 +1,71 @@
 """WHAT an adapter is: a chain of linear factors."""
 
-from graphpeft.chain.anchored import Anchored
-from graphpeft.chain.bank import Bank, Projection
+import warnings
+from typing import Any
+
 from graphpeft.chain.blockdiag import BlockDiag, MixedBlocks
 from graphpeft.chain.chain import Chain
 from graphpeft.chain.decompose import qr, svd
+from graphpeft.chain.delta_from_init import DeltaFromInit
 from graphpeft.chain.factor import Factor, Scatter
 from graphpeft.chain.factors import Dense, Diag, Weighted
 from graphpeft.chain.gates import RankGate
 from graphpeft.chain.hadamard import hadamard_factors, hadamard_matrix, hadamard_order
 from graphpeft.chain.inits import Init, constant, kaiming, normal, zeros
-from graphpeft.chain.ladder import WIDTHS, Coded, Ladder, Observed, Rounded
 from graphpeft.chain.noise import Noise
-from graphpeft.chain.reweight import Magnitude, Reweight, RoundedBase
+from graphpeft.chain.quantizers import WIDTHS, ActivationQuantizer, FakeQuantizer, IntCodes, LearnedQuantizer
+from graphpeft.chain.shared_projections import Projection, SharedProjections
 from graphpeft.chain.srht import SRHT, AdjointSRHT
 from graphpeft.chain.stack import Stack
 from graphpeft.chain.transform import Transform
+from graphpeft.chain.weight_rules import Magnitude, QuantizedBase, WeightRule
+
+_RENAMED = {
+    "Anchored": "DeltaFromInit",
+    "Bank": "SharedProjections",
+    "Coded": "IntCodes",
+    "Ladder": "LearnedQuantizer",
+    "Observed": "ActivationQuantizer",
+    "Reweight": "WeightRule",
+    "Rounded": "FakeQuantizer",
+    "RoundedBase": "QuantizedBase",
+}
+"""Names of 0.1, by which methods outside of this package may still ask for these classes."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"graphpeft.chain.{name} is called {_RENAMED[name]} now.", DeprecationWarning, stacklevel=2)
+    return globals()[_RENAMED[name]]
+
 
 __all__ = [
     "SRHT",
     "WIDTHS",
+    "ActivationQuantizer",
     "AdjointSRHT",
-    "Anchored",
-    "Bank",
     "BlockDiag",
     "Chain",
-    "Coded",
+    "DeltaFromInit",
     "Dense",
     "Diag",
     "Factor",
+    "FakeQuantizer",
     "Init",
-    "Ladder",
+    "IntCodes",
+    "LearnedQuantizer",
     "Magnitude",
     "MixedBlocks",
     "Noise",
-    "Observed",
     "Projection",
+    "QuantizedBase",
     "RankGate",
-    "Reweight",
-    "Rounded",
-    "RoundedBase",
     "Scatter",
+    "SharedProjections",
     "Stack",
     "Transform",
+    "WeightRule",
     "Weighted",
     "constant",
     "hadamard_factors",

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graphpeft.chain.factor import Factor, Scatter, widen
-from graphpeft.chain.reweight import Reweight
 from graphpeft.chain.seeds import generator
 from graphpeft.chain.transform import Transform
+from graphpeft.chain.weight_rules import WeightRule
 from graphpeft.errors import AdapterError
 
 Start = Callable[[Tensor, float], tuple[Tensor, ...]]
@@ -42,7 +42,7 @@ class Chain(nn.Module):
         self.strength = 1.0
         """What the whole update is multiplied by while several adapters act together (see `activate`)."""
         self.start: Start | None = None
-        self.reweight: Reweight | None = None
+        self.reweight: WeightRule | None = None
         self.before: Transform | None = None
         if dropout:
             self.dropout = nn.Dropout(dropout)
@@ -108,30 +108,30 @@ class Chain(nn.Module):
         """The same factors with dropout on the input; 0 for none."""
         return self._with(self.scale, probability)
 
-    def starting(self, start: Start) -> Chain:
+    def with_init_from(self, start: Start) -> Chain:
         """This chain with initial values computed from the base weight, where there is one, instead of drawn."""
         self.start = start
         return self
 
-    def reweighted(self, reweight: Reweight) -> Chain:
+    def with_weight_rule(self, reweight: WeightRule) -> Chain:
         """This chain with an update that depends on the base weight."""
         self.reweight = reweight
         return self
 
-    def reading(self, before: Transform) -> Chain:
+    def with_input_transform(self, before: Transform) -> Chain:
         """This chain with a transform of what the site reads, for the base weight and the update alike."""
         self.before = before
         return self
 
     @property
-    def relative(self) -> bool:
+    def needs_base_weight(self) -> bool:
         """Whether the update depends on the base weight, which `delta` and `accumulate` are given then."""
         return self.reweight is not None
 
     @property
-    def beside(self) -> bool:
+    def has_side_path(self) -> bool:
         """Whether the update can be computed beside the projection, rather than as a change of its weight."""
-        return self.reweight is None or (self.reweight.beside and len(self._inner) == len(self._factors))
+        return self.reweight is None or (self.reweight.has_side_path and len(self._inner) == len(self._factors))
 
     def _with(self, scale: float, probability: float) -> Chain:
         made = Chain(self._factors, scale, probability)
@@ -200,7 +200,7 @@ class Chain(nn.Module):
     def accumulate(self, y: Tensor, x: Tensor, product: Tensor | None = None, gain: Tensor | None = None) -> Tensor:
         """`y + self(x)`, the last product, the scale and the sum being one kernel where the factor allows.
 
-        A `relative` update takes the product of the base weight and x, without a bias, and its `gain`.
+        A `needs_base_weight` update takes the product of the base weight and x, without a bias, and its `row_scale`.
         """
         if gain is not None and product is not None:
             return torch.addcmul(torch.addcmul(y, product, gain - 1), self(x), gain)
@@ -208,7 +208,7 @@ class Chain(nn.Module):
         scatter = None
         if isinstance(first, Scatter) and rest:
             scatter, first, *rest = first, *rest
-        if first.flat:  # at once: every product of matrices is then one kernel without reshapes of its own
+        if first.is_matmul:  # at once: every product of matrices is then one kernel without reshapes of its own
             x = x.reshape(-1, self.inputs)
         return first.accumulate(y, self._product(x, rest), self._times, scatter)
 
@@ -219,7 +219,7 @@ class Chain(nn.Module):
     def delta(self, weight: Tensor | None = None) -> Tensor:
         """ΔW, dense `(outputs, inputs)` with the scale and without dropout, in float32 or better, differentiable.
 
-        A `relative` update takes the base weight's adapted rows `(rows, inputs)`; of others `weight` is not looked at.
+        A `needs_base_weight` update takes the base weight's adapted rows `(rows, inputs)`; of others `weight` is not looked at.
         """
         if self.reweight is None:
             return self._times * _dense(self._factors)
@@ -237,7 +237,7 @@ class Chain(nn.Module):
         relative to the base weight.
         """
         self.require_linear("is no LoRA pair")
-        if self.relative:
+        if self.needs_base_weight:
             raise AdapterError(
                 f"An update by {type(self.reweight).__name__} depends on the base weight, so it is no LoRA pair. Merge the "
                 f"adapter, or store it in graphpeft's own format."
@@ -254,10 +254,10 @@ class Chain(nn.Module):
         a, b = self._cut()
         return a, self._times * b
 
-    def gain(self, weight: Tensor) -> Tensor:
-        """What a `relative` update beside a projection multiplies the rows of W + Δ by, `(outputs,)`."""
+    def row_scale(self, weight: Tensor) -> Tensor:
+        """What a `needs_base_weight` update beside a projection multiplies the rows of W + Δ by, `(outputs,)`."""
         assert self.reweight is not None, "an update that does not depend on the base weight has no gain"
-        return self.reweight.gain(self.pair(), widen(weight))
+        return self.reweight.row_scale(self.pair(), widen(weight))
 
     def require_linear(self, consequence: str) -> None:
         """Raise `AdapterError` if the site's input is transformed, so that no change of its weight does the same."""

@@ -51,7 +51,7 @@ class Factor(nn.Module):
         raise NotImplementedError
 
     @property
-    def flat(self) -> bool:
+    def is_matmul(self) -> bool:
         """Whether `accumulate` is one product of matrices, which takes x as a matrix."""
         return False
 
@@ -84,7 +84,7 @@ class Factor(nn.Module):
     def accumulate(self, y: Tensor, x: Tensor, alpha: float, scatter: Scatter | None = None) -> Tensor:
         """`y + alpha * self(x)`, in as few kernels as possible; with `scatter`, `y + alpha * scatter(self(x))`.
 
-        If the factor is `flat`, x is `(positions, inputs)`, whatever the shape of y.
+        If the factor is `is_matmul`, x is `(positions, inputs)`, whatever the shape of y.
         """
         update = self(x) if scatter is None else scatter(self(x))
         return torch.add(y, update, alpha=alpha)

@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from graphpeft.chain.factor import Factor, Scatter, widen
 from graphpeft.chain.inits import Init
-from graphpeft.chain.ladder import Coded
+from graphpeft.chain.quantizers import IntCodes
 from graphpeft.chain.transform import Transform
 
 
@@ -43,19 +43,19 @@ class Weighted(Factor):
         """`weight` as the factor uses it: after its transforms, the first one first."""
         return reduce(lambda tensor, transform: transform(tensor), self.applied, self.weight)
 
-    def through(self, *transforms: Transform) -> Self:
+    def with_transforms(self, *transforms: Transform) -> Self:
         """This factor with further transforms of its weight."""
         self.transforms = nn.ModuleList([*self.applied, *transforms])
         return self
 
-    def coded(self, bits: int) -> Self:
+    def as_codes(self, bits: int) -> Self:
         """This factor at a fixed precision: below 32 bits the weight is integers, which are stored and not trained."""
         if bits == 32:
             return self
         shape = self.weight.shape
         del self.weight
         self.register_buffer("weight", torch.zeros(shape, dtype=torch.int8 if bits <= 8 else torch.int16))
-        return self.through(Coded(bits))
+        return self.with_transforms(IntCodes(bits))
 
     @property
     def applied(self) -> list[Transform]:
@@ -87,7 +87,7 @@ class Dense(Weighted):
         return torch.addmm(rows, x, weight.t(), alpha=alpha).view_as(y)
 
     @property
-    def flat(self) -> bool:
+    def is_matmul(self) -> bool:
         return not self.frozen
 
     def matrix(self) -> Tensor:

@@ -49,7 +49,7 @@ class Stack(Chain):
     def delta(self, weight: Tensor | None = None) -> Tensor:
         """ΔW of every matrix, dense `(n, outputs, inputs)`, in float32 or better, differentiable.
 
-        A `relative` update takes the base weights' adapted rows `(n, rows, inputs)`.
+        A `needs_base_weight` update takes the base weights' adapted rows `(n, rows, inputs)`.
         """
         return self._each(super().delta, *(() if weight is None else (weight,)))
 

@@ -25,7 +25,7 @@ def _bound(module: nn.Module) -> list[str]:
     return [name for name in ("forward", INNER) if getattr(module.__dict__.get(name), "__func__", None) is own]
 
 
-def replaced(module: nn.Module) -> bool:
+def has_instance_forward(module: nn.Module) -> bool:
     """Whether code on the instance hides that of the class, so that a rewritten class would not be called."""
     return "forward" in module.__dict__ and not _bound(module)
 
@@ -63,7 +63,7 @@ def offloaded(module: nn.Module) -> bool:
 
 
 @contextmanager
-def fetched(module: nn.Module) -> Iterator[None]:
+def materialized(module: nn.Module) -> Iterator[None]:
     """The module with its own weights where it runs, for a while."""
     if not offloaded(module):
         yield

@@ -55,14 +55,14 @@ class Kept:
         base: Any = type(self.module)
         return base.base_class.forward(self.module, x)
 
-    def dense(self) -> Tensor:
-        return dense(cast(Tensor, self.module._parameters["weight"]), self.module)
+    def dequantize(self) -> Tensor:
+        return dequantize(cast(Tensor, self.module._parameters["weight"]), self.module)
 
 
-def dense(weight: Tensor | Kept, holder: nn.Module | None = None) -> Tensor:
+def dequantize(weight: Tensor | Kept, holder: nn.Module | None = None) -> Tensor:
     """The floats that a weight stands for, `(out, in)`; a weight in floats itself. bitsandbytes asks for the module too."""
     if isinstance(weight, Kept):
-        return weight.dense()
+        return weight.dequantize()
     known = library(weight)
     if known is None:
         return weight
@@ -203,7 +203,7 @@ def quantized(model: nn.Module) -> dict[str, Library]:
     return {name: known for name, known in found.items() if known is not None}
 
 
-def refuse_cut(model: nn.Module) -> None:
+def check_gradient_flow(model: nn.Module) -> None:
     """Raise `AdapterError` if a quantized layer hands no gradient on: adapters before it would train on a part of theirs."""
     tried: set[tuple[str, str]] = set()
     for path, module in model.named_modules():

@@ -34,12 +34,12 @@ def _split(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def whole(tensor: Any) -> Tensor:
+def full_tensor(tensor: Any) -> Tensor:
     """The tensor with all its values; of a sharded one every process has to ask, and gradients flow back to the shards."""
     return tensor.full_tensor() if _split(tensor) else tensor
 
 
-def alike(value: Tensor, parameter: Any) -> Tensor:
+def shard_like(value: Tensor, parameter: Any) -> Tensor:
     """A whole tensor that every process has, sharded as a parameter of its shape is."""
     if not _split(parameter):
         return value
@@ -64,7 +64,7 @@ def gathered(model: nn.Module, inside: Iterable[nn.Module]) -> Iterator[None]:
         return
     reshard(model)
     held = {(m, n): p for m in inside for n, p in m._parameters.items() if p is not None and _split(p)}
-    made = {parameter: whole(parameter) for parameter in dict.fromkeys(held.values())}
+    made = {parameter: full_tensor(parameter) for parameter in dict.fromkeys(held.values())}
     try:
         for (module, name), parameter in held.items():
             module._parameters[name] = made[parameter]  # type: ignore[assignment]

@@ -79,7 +79,7 @@ class Runner:
 
 
 @dataclass(frozen=True)
-class Step:
+class ReferenceRun:
     """What a session is told to use, what that is called in messages, and PyTorch's outputs in every case."""
 
     use: str | None
@@ -89,7 +89,7 @@ class Step:
 
 @as_pass("check-numbers", "ONNX Runtime against PyTorch")
 def check_numbers(
-    session: Runner, steps: Sequence[Step], cases: Sequence[Case], limit: float, test: str = "numbers"
+    session: Runner, steps: Sequence[ReferenceRun], cases: Sequence[Case], limit: float, test: str = "numbers"
 ) -> list[Check]:
     """Go through `steps` on one session in each case and compare with PyTorch.
 
@@ -108,7 +108,7 @@ def check_numbers(
 
 
 @as_pass("check-swaps", "adapters one after the other")
-def check_swaps(session: Runner, steps: Sequence[Step], cases: Sequence[Case], limit: float) -> Check:
+def check_swaps(session: Runner, steps: Sequence[ReferenceRun], cases: Sequence[Case], limit: float) -> Check:
     """Go through `steps` on one session, as `check_numbers` does, to show that no adapter outlives its use."""
     sequence = " > ".join(step.use or "base" for step in steps)
     found = check_numbers(session, steps, cases, limit, "swap")
@@ -116,7 +116,7 @@ def check_swaps(session: Runner, steps: Sequence[Step], cases: Sequence[Case], l
 
 
 @as_pass("check-effect", "whether an adapter moves the output")
-def check_effect(session: Runner, step: Step, base: Sequence[Outputs], cases: Sequence[Case]) -> Check:
+def check_effect(session: Runner, step: ReferenceRun, base: Sequence[Outputs], cases: Sequence[Case]) -> Check:
     """Check that the step moves PyTorch's output off the base, by far more than ONNX Runtime is off PyTorch.
 
     Raises:
@@ -180,7 +180,7 @@ def check_slots(
 
 
 @as_pass("check-rows", "another adapter for each row")
-def check_rows(session: Runner, steps: Sequence[Step], cases: Sequence[Case], limit: float) -> Check:
+def check_rows(session: Runner, steps: Sequence[ReferenceRun], cases: Sequence[Case], limit: float) -> Check:
     """Give every row of a batch another adapter, or none, and compare each with PyTorch's row under that adapter.
 
     Raises:
@@ -193,7 +193,7 @@ def check_rows(session: Runner, steps: Sequence[Step], cases: Sequence[Case], li
         session.use([step.use for step in chosen])
         want = {name: np.stack([step.want[number][name][row] for row, step in enumerate(chosen)])
                 for name in steps[0].want[number]}  # fmt: skip
-        value, output = distance(_run(session, Step(None, "rows", ()), case), want)
+        value, output = distance(_run(session, ReferenceRun(None, "rows", ()), case), want)
         if not value <= limit:
             raise _off("an adapter for each row", case, output, value, limit)
         worst = max(worst, value)
@@ -216,7 +216,7 @@ def check_quantized(
     base: list[Outputs] = []
     noise = 0.0  # of the base
     for use in uses:
-        step = Step(use, f"adapter {use!r}" if use else "base model", ())
+        step = ReferenceRun(use, f"adapter {use!r}" if use else "base model", ())
         session.use(use)
         reference.use(use)
         want = [_run(reference, step, case) for case in cases]
@@ -253,7 +253,7 @@ def _gap(session: Runner, case: Case, fed: Mapping[str, np.ndarray], want: Outpu
     return distance(got, want)
 
 
-def _run(session: Runner, step: Step, case: Case) -> Outputs:
+def _run(session: Runner, step: ReferenceRun, case: Case) -> Outputs:
     with _explained(step.subject, case):
         return session.run(case)
 

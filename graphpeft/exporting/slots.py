@@ -75,7 +75,7 @@ def inserted(model: nn.Module, branches: Mapping[Site, nn.Module]) -> Iterator[N
                 _clear(model.get_submodule(path))
 
 
-def lower(chains: Mapping[Site, Chain]) -> dict[str, tuple[Tensor, Tensor]]:
+def lora_pairs(chains: Mapping[Site, Chain]) -> dict[str, tuple[Tensor, Tensor]]:
     """An adapter as one exact LoRA pair by weight: A (in, rank) and B (rank, out), the scale in B.
 
     Pairs of several sites in one fused weight are put side by side; each has zeros where it has no output.

@@ -19,10 +19,10 @@ from torch import nn
 from graphpeft.errors import ExportError, FileError
 from graphpeft.exporting import genai, onnx, parity
 from graphpeft.exporting.cases import Outputs
-from graphpeft.exporting.opening import Opened
-from graphpeft.exporting.parity import Runner, Step
-from graphpeft.exporting.part import Part
+from graphpeft.exporting.graph_export import GraphExport
+from graphpeft.exporting.parity import ReferenceRun, Runner
 from graphpeft.exporting.slots import fingerprint
+from graphpeft.exporting.traceable import TraceableModel
 from graphpeft.rewrite.state import get_state, set_active
 from graphpeft.runtime.session import Session
 
@@ -34,14 +34,14 @@ class Work:
     """One export under way: its task, and what it finds."""
 
     model: nn.Module
-    parts: Sequence[Part]
+    parts: Sequence[GraphExport]
     folder: Path
     opset: int
     verify: Verify
     names: tuple[str, ...]
     shared: bool
     rows: bool
-    open: Callable[[nn.Module, Sequence[str]], AbstractContextManager[Opened]]
+    open: Callable[[nn.Module, Sequence[str]], AbstractContextManager[TraceableModel]]
     folding: Callable[[nn.Module, tuple[str, ...]], AbstractContextManager[None]]
     """Has adapters in the weights for a while."""
 
@@ -74,7 +74,7 @@ class Work:
         with _running(self.model, ()):
             base = [part.outputs() for part in self.parts]
         with _running(self.model, self.names):
-            steps = [Step(None, "merged model", part.outputs()) for part in self.parts]
+            steps = [ReferenceRun(None, "merged model", part.outputs()) for part in self.parts]
         with self.folding(self.model, self.names):
             facts = self.facts | {"graphpeft.mode": "merged", "graphpeft.merged": ",".join(self.names)}
             for part in self.parts:
@@ -111,7 +111,7 @@ class Work:
         """What stands beside the graphs."""
         genai.write(self.folder, self.model, self.parts[-1].flat)
 
-    def _write_adapter(self, name: str, opened: Opened) -> None:
+    def _write_adapter(self, name: str, opened: TraceableModel) -> None:
         tensors = {part.name: opened.adapters[name](part.slots) for part in self.parts}
         rules = get_state(self.model).adapters[name].rules
         facts = {"base": self.facts["graphpeft.base"], "rules": rules, "ranks": opened.ranks[name]}
@@ -121,11 +121,11 @@ class Work:
         moved = set()
         for part, runner in self._runners():
             with _running(self.model, ()):
-                base = Step(None, "base model", part.outputs())
+                base = ReferenceRun(None, "base model", part.outputs())
             steps = []
             for name in self.names:
                 with _running(self.model, (name,)):
-                    steps.append(Step(name, f"adapter {name!r}", part.outputs()))
+                    steps.append(ReferenceRun(name, f"adapter {name!r}", part.outputs()))
             part.check_numbers(runner, [base, *steps])
             if self.verify == "full":
                 # Of two graphs, one may have no site of an adapter.
@@ -141,7 +141,7 @@ class Work:
                 f"adapter {still[0]!r}: it moves no graph's output. Train it, or leave it out (adapters=)."
             )
 
-    def _runners(self, prepacked: bool = False) -> list[tuple[Part, Runner]]:
+    def _runners(self, prepacked: bool = False) -> list[tuple[GraphExport, Runner]]:
         """Each graph in ONNX Runtime; float ones without prepacking, which is a second copy of the weights, for speed."""
         options = ort.SessionOptions()
         options.log_severity_level = 3

@@ -18,7 +18,7 @@ HERE = -100
 UNABLE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}
 
 
-def exchange(one: Path, other: Path) -> bool:
+def swap_dirs(one: Path, other: Path) -> bool:
     """Exchange two folders of one file system; false, and nothing done, where the system or the file system cannot.
 
     Raises `OSError` where it can, and fails.

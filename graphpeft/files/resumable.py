@@ -83,7 +83,7 @@ def writing(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def behind(file: BinaryIO) -> Iterator[Callable[[bytes | memoryview], None]]:
+def background_writer(file: BinaryIO) -> Iterator[Callable[[bytes | memoryview], None]]:
     """What writes to a file in a thread of its own, so that its caller can make the next piece meanwhile."""
     last: list[Future[int]] = []
 

@@ -19,7 +19,7 @@ except ImportError:  # Windows opens no folders: nothing is held there, and noth
 
 
 @contextmanager
-def aside(target: Path) -> Iterator[Path]:
+def staging_dir(target: Path) -> Iterator[Path]:
     """A new folder beside `target`, deleted at the end if it is still there. Those of killed processes are deleted first."""
     _sweep(target)
     fresh, held = _made(target)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from graphpeft.chain import Chain, Coded, Ladder, RankGate
+from graphpeft.chain import Chain, IntCodes, LearnedQuantizer, RankGate
 from graphpeft.errors import AdapterError
 from graphpeft.ir.site import Site
 from graphpeft.rewrite.weight_form import update
@@ -34,12 +34,12 @@ class Numbers:
 def numbers(chain: Chain, weight: Tensor, site: Site) -> Numbers:
     """The numbers of a branch on its base weight, both as they are now."""
     gate = next((part for part in chain.modules() if isinstance(part, RankGate)), None)
-    learned = [part for part in chain.modules() if isinstance(part, (Ladder, Coded))]
+    learned = [part for part in chain.modules() if isinstance(part, (LearnedQuantizer, IntCodes))]
     if weight.is_meta or chain.device.type == "meta":
         return Numbers(None, None, None, ())
     delta = update(chain, weight, site)
     moved = float(delta.norm() / weight.float().norm().clamp_min(1e-30))
-    bits = tuple(part.bits if isinstance(part, Coded) else part.bits() for part in learned)
+    bits = tuple(part.bits if isinstance(part, IntCodes) else part.bits() for part in learned)
     return Numbers(moved, _effective_rank(chain, delta) if moved else None, gate.kept() if gate else None, bits)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from graphpeft.chain import Chain, Coded, Factor, Rounded
+from graphpeft.chain import Chain, Factor, FakeQuantizer, IntCodes
 from graphpeft.planning.plan import Entry
 from graphpeft.rewrite.state import chains, get_state
 from graphpeft.show.table import table
@@ -79,7 +79,7 @@ def _now(entry: Entry, chain: Chain) -> tuple[int, int, int]:
 
 def _bits(part: nn.Module) -> int:
     """Bits of a factor's weight, or of what a part of the chain rounds."""
-    found = (m.bits for m in part.modules() if isinstance(m, (Coded, Rounded)))
+    found = (m.bits for m in part.modules() if isinstance(m, (IntCodes, FakeQuantizer)))
     return next(found, FULL)
 
 

@@ -20,7 +20,7 @@ from graphpeft.inspect.rewrite import rewrite
 from graphpeft.inspect.to_networkx import to_networkx
 from graphpeft.ir.layers import any_layer, layer_of
 from graphpeft.rewrite.state import get_state
-from graphpeft.show.folding import folded, layers_text
+from graphpeft.show.folding import collapse_layers, layers_text
 from graphpeft.show.view import Grid, View
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def compare(
     for path in aligned.paths:
         for hunk in _hunks(*aligned.lines(path), context):
             pieces.append((_general(path, hunk, aligned), layer_of(path)))
-    hunks = tuple(Hunk(path, text, tuple(layers)) for (path, text), layers in folded(pieces))
+    hunks = tuple(Hunk(path, text, tuple(layers)) for (path, text), layers in collapse_layers(pieces))
     told = names or (str(before.graph.get("name", "before")), str(after.graph.get("name", "after")))
     return Diff(told, _operators(before, after), tuple(_parameters(before, after)), hunks)
 
@@ -153,7 +153,7 @@ def _parameters(before: MultiDiGraph[str], after: MultiDiGraph[str]) -> Iterator
             key = change, any_layer(name), about.get("shape", "")
             found.append((key, layer_of(name)))
             numbers[key] += about.get("numbers", 0)
-    for key, layers in folded(found):
+    for key, layers in collapse_layers(found):
         yield Parameter(*key, tuple(layers), numbers[key])
 
 

@@ -13,7 +13,7 @@ from graphpeft.inspect.adapter_stats import Numbers, numbers
 from graphpeft.ir.layers import any_layer
 from graphpeft.ir.site import Site
 from graphpeft.rewrite.state import State, base_weight, branches, chains, get_state
-from graphpeft.show.folding import folded, layers_text
+from graphpeft.show.folding import collapse_layers, layers_text
 from graphpeft.show.sites import headings, site_dict, site_row
 from graphpeft.show.view import Grid, View
 
@@ -84,7 +84,7 @@ def _adapters(model: nn.Module, state: State) -> tuple[Adapter, ...]:
         for entry, (site, chain) in zip(adapter.entries, chains(model, name).items(), strict=True):
             tensors |= {id(p): p.numel() for p in chain.parameters()}
             weight = base_weight(model, site.weight)
-            form, count = site.form if chain.beside else "weight", sum(p.numel() for p in chain.parameters())
+            form, count = site.form if chain.has_side_path else "weight", sum(p.numel() for p in chain.parameters())
             sites.append(Adapted(site, str(entry.method), form, chain.rank, count, numbers(chain, weight, site)))
         made.append(Adapter(name, status, adapter.rules, sum(tensors.values()), tuple(sites)))
     return tuple(made)
@@ -114,7 +114,7 @@ def _grid(adapter: Adapter, title: str, fold: bool) -> Grid:
     given = {title: cells for title, cells in measured.items() if any(cells)}
     rows = [
         (*cells, *(column[number] for column in given.values()), layers_text(layers))
-        for number, (cells, layers) in enumerate(folded(items))
+        for number, (cells, layers) in enumerate(collapse_layers(items))
     ]
     return Grid.of([*columns, *given, ""], rows, title, right=["rank", "parameters", *given])
 

@@ -12,7 +12,7 @@ from torch import nn
 from graphpeft.chain import Chain
 from graphpeft.errors import AdapterError
 from graphpeft.ir.site import Site
-from graphpeft.match.find import Found
+from graphpeft.match.find import SearchResult
 from graphpeft.methods import get, names, options
 from graphpeft.planning.plan import make_plan
 from graphpeft.rules.rule import coerce
@@ -86,7 +86,7 @@ class Methods(View):
         return [asdict(each) for each in self.described]
 
 
-def methods(found: tuple[nn.Module, Found] | None = None, target: str = "qv") -> Methods:
+def methods(found: tuple[nn.Module, SearchResult] | None = None, target: str = "qv") -> Methods:
     """All methods; with a model and its sites, also what each with its defaults trains at `target`.
 
     Raises `MatchError` if the model has no such sites, `RuleError` if `target` is none.
@@ -104,7 +104,7 @@ def methods(found: tuple[nn.Module, Found] | None = None, target: str = "qv") ->
     return Methods(tuple(told), target if found else None)
 
 
-def _trained(found: tuple[nn.Module, Found], rule: str) -> int | None:
+def _trained(found: tuple[nn.Module, SearchResult], rule: str) -> int | None:
     try:
         return make_plan(*found, coerce(rule)).trainable
     except AdapterError:  # such as a divisor that a width of this model does not have

@@ -14,10 +14,10 @@ import torch
 from torch import fx, nn
 
 from graphpeft.compat.fake_tensors import is_fake
-from graphpeft.compat.quantized import dense, library
+from graphpeft.compat.quantized import dequantize, library
 from graphpeft.inspect.graph_model import Node
 from graphpeft.inspect.node_text import arguments
-from graphpeft.inspect.rewrite import Branch, Part, Rewrite
+from graphpeft.inspect.rewrite import Branch, CapturedGraph, Rewrite
 from graphpeft.ir.layers import layer_of
 from graphpeft.ir.source import code_of, location, runner
 from graphpeft.match.fused import concrete
@@ -58,7 +58,7 @@ class _Builder:
         state = find_state(rewritten.model)
         self.originals: Mapping[str, torch.Tensor] = {} if state is None or merged else state.originals
 
-    def add(self, graph: MultiDiGraph[str], node: fx.Node, part: Part) -> None:
+    def add(self, graph: MultiDiGraph[str], node: fx.Node, part: CapturedGraph) -> None:
         if node.op == "placeholder" and not node.users:
             return
         prefix = f"{part.path}." if part.path else ""
@@ -84,7 +84,7 @@ class _Builder:
             if roles := self.roles.get(id(self.parameters[read["weight"]])):
                 graph.nodes[name].update(role="+".join(dict.fromkeys(roles)), weight=read["weight"])
 
-    def hold(self, graph: MultiDiGraph[str], node: fx.Node, part: Part, read: set[str]) -> None:
+    def hold(self, graph: MultiDiGraph[str], node: fx.Node, part: CapturedGraph, read: set[str]) -> None:
         """The parameters of what is called as a whole, but for those that the graph reads by themselves."""
         whole = node.op == "call_module" or "val" not in node.meta
         branch = part.model.get_submodule(str(node.target)) if whole else None
@@ -108,7 +108,7 @@ class _Builder:
 
 def checksum(tensor: torch.Tensor) -> int:
     """The same for equal values; CRC-32 of the bytes, of a quantized tensor those of its floats."""
-    tensor = dense(tensor) if library(tensor) == "torchao" else tensor
+    tensor = dequantize(tensor) if library(tensor) == "torchao" else tensor
     return zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 
 from graphpeft.inspect.fx_text import lines
 from graphpeft.ir.program import Program
-from graphpeft.match.find import Found
+from graphpeft.match.find import SearchResult
 from graphpeft.match.products import op
 from graphpeft.planning.plan import Plan
 from graphpeft.rewrite.adapters import HOME, Adapters, home
@@ -193,7 +193,7 @@ def _value(value: ir.Value) -> str:
 
 
 @listing.register
-def _(subject: Found) -> list[str]:
+def _(subject: SearchResult) -> list[str]:
     shown = ("role", "weight", "rows", "size", "form", "source")
     rows = [site_row(site).cells(*shown) for site in subject.sites]
     missed = [f"no {name}: {miss.reason}" for name, miss in subject.misses.items()]

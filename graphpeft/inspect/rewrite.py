@@ -21,8 +21,8 @@ from graphpeft.chain import Chain
 from graphpeft.compat.fake_tensors import fill_shapes
 from graphpeft.ir.program import Program
 from graphpeft.ir.site import Site
-from graphpeft.ir.weights import stored
-from graphpeft.match.find import Found
+from graphpeft.ir.weights import get_parameter
+from graphpeft.match.find import SearchResult
 from graphpeft.match.owners import Uses
 from graphpeft.planning.plan import Entry
 from graphpeft.rewrite.adapters import HOME, home, places, slot
@@ -31,7 +31,7 @@ from graphpeft.rewrite.state import chains, example, find_state, inactive
 
 
 @dataclass(frozen=True)
-class Part:
+class CapturedGraph:
     """One captured graph of a model; most models have just one, that of the root."""
 
     path: str
@@ -59,8 +59,8 @@ class Rewrite:
     """The graphs of a model with and without its active adapters, and all that the search through the base found."""
 
     model: nn.Module
-    found: Found
-    parts: tuple[Part, ...]
+    found: SearchResult
+    parts: tuple[CapturedGraph, ...]
     branches: tuple[Branch, ...]
     absent: tuple[str, ...]
     """Adapted weights that none of the graphs uses, as an example call with other inputs might."""
@@ -84,7 +84,7 @@ def rewrite(model: nn.Module | ExportedProgram, inputs: Inputs = None) -> Rewrit
     served: set[tuple[nn.Module, nn.Parameter]] = set()
     with inactive(module):  # an owner may show an adapted weight under the weight's own name
         parts = tuple(_part(path, program, module, branches, served) for path, program in found.programs.items())
-    absent = [b.place.weight for b in branches if (b.chain, stored(module, b.place.weight)) not in served]
+    absent = [b.place.weight for b in branches if (b.chain, get_parameter(module, b.place.weight)) not in served]
     return Rewrite(module, found, parts, branches, tuple(absent))
 
 
@@ -114,21 +114,21 @@ def _part(
     root: nn.Module,
     branches: tuple[Branch, ...],
     served: set[tuple[nn.Module, nn.Parameter]],
-) -> Part:
+) -> CapturedGraph:
     before = copy.deepcopy(program.graph)
     _read_weights(before, program)
     after = copy.deepcopy(before)
     model = root.get_submodule(path)
     uses, prefix = Uses(model, after), f"{path}." if path else ""
     for branch in branches:
-        parameter = stored(root, branch.place.weight)
+        parameter = get_parameter(root, branch.place.weight)
         if (branch.chain, parameter) in served or not branch.path.startswith(prefix):
             continue
         site = replace(branch.place, owner="")  # here the whole graph is what is rewritten
         if adapt(after, uses, site, branch.chain, branch.path.removeprefix(prefix), parameter):
             served.add((branch.chain, parameter))  # places of a tied weight share the parameter
     fill_shapes(after, model)
-    return Part(path, model, before, after, frozenset(node.name for node in program.constants))
+    return CapturedGraph(path, model, before, after, frozenset(node.name for node in program.constants))
 
 
 def _read_weights(graph: fx.Graph, program: Program) -> None:

@@ -11,8 +11,8 @@ from torch import nn
 
 from graphpeft.ir.layers import any_layer, block_of
 from graphpeft.ir.site import Rows, Site
-from graphpeft.ir.weights import stored
-from graphpeft.match.find import Found
+from graphpeft.ir.weights import get_parameter
+from graphpeft.match.find import SearchResult
 from graphpeft.match.registry import roles as declared
 from graphpeft.planning.absence import Absence, absences
 from graphpeft.show.sites import role_text, rows_text, size_text
@@ -75,7 +75,7 @@ class Overview:
         return asdict(self)
 
 
-def overview(model: nn.Module, found: Found) -> Overview:
+def overview(model: nn.Module, found: SearchResult) -> Overview:
     """The roles of a model, from a search through it. `other` stands for projections without a role, and comes last."""
     grouped: dict[tuple[str, str], list[Site]] = {}
     for site in sorted(found.sites, key=lambda s: s.role == "other"):
@@ -92,9 +92,9 @@ def _role(role: str, sites: list[Site]) -> Role:
     )
 
 
-def _unseen(model: nn.Module, found: Found) -> Iterator[Unseen]:
+def _unseen(model: nn.Module, found: SearchResult) -> Iterator[Unseen]:
     """Matrices that were not reached, counted by the outermost module of which none was."""
-    reached = {id(stored(model, name)) for name in found.reached}
+    reached = {id(get_parameter(model, name)) for name in found.reached}
     matrices = {name: id(p) in reached for name, p in model.named_parameters() if p.dim() > 1}
     partly = {path for name, seen in matrices.items() if seen for path in _paths(name)}
     counted: Counter[tuple[str, str]] = Counter()
@@ -111,7 +111,7 @@ def _paths(name: str) -> list[str]:
     return [".".join(parts[:n]) for n in range(len(parts) + 1)]
 
 
-def _reason(found: Found, path: str) -> str:
+def _reason(found: SearchResult, path: str) -> str:
     for part, why in found.unreached.items():
         if not part or f"{path}.".startswith(f"{part}."):
             return why.strip().splitlines()[0]

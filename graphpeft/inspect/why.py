@@ -16,12 +16,12 @@ from graphpeft.errors import MatchError
 from graphpeft.ir.layers import any_layer, layer_of
 from graphpeft.ir.site import Site
 from graphpeft.ir.source import code_of, location, runner
-from graphpeft.match.find import Found
+from graphpeft.match.find import SearchResult
 from graphpeft.match.products import op
 from graphpeft.planning.absence import absences
 from graphpeft.rewrite.state import example, find_state, hidden, inactive
 from graphpeft.rules.rule import Rule, coerce, fits
-from graphpeft.show.folding import any_outside, folded, layers_text
+from graphpeft.show.folding import any_outside, collapse_layers, layers_text
 from graphpeft.show.sites import role_text, rows_text
 from graphpeft.show.view import Grid, View
 
@@ -95,7 +95,7 @@ def why(model: nn.Module | ExportedProgram, path: str, rules: Any = None, *, inp
         found = find_base_sites(module, example(module, inputs))
         work = _Reasons(module, found, asked)
         items = [(one, layer_of(name)) for name in meant for one in work.of(name, on)]
-    grouped = folded((replace(one, weight=any_layer(one.weight)), layer) for one, layer in items)
+    grouped = collapse_layers((replace(one, weight=any_layer(one.weight)), layer) for one, layer in items)
     return Why(tuple(_named(one, layers) for one, layers in grouped))
 
 
@@ -105,7 +105,7 @@ def _named(one: Reason, layers: Sequence[int | None]) -> Reason:
 
 
 class _Reasons:
-    def __init__(self, model: nn.Module, found: Found, rules: Sequence[Rule]) -> None:
+    def __init__(self, model: nn.Module, found: SearchResult, rules: Sequence[Rule]) -> None:
         self.model, self.found, self.rules = model, found, rules
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
         self.tied = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}

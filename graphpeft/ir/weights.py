@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from graphpeft.compat.accelerate import fetched
-from graphpeft.compat.quantized import Kept, dense
-from graphpeft.compat.sharded import whole
+from graphpeft.compat.accelerate import materialized
+from graphpeft.compat.quantized import Kept, dequantize
+from graphpeft.compat.sharded import full_tensor
 from graphpeft.errors import AdapterError
 from graphpeft.ir.site import Rows, Site
 
 
-def stored(model: nn.Module, name: str) -> nn.Parameter:
+def get_parameter(model: nn.Module, name: str) -> nn.Parameter:
     """The parameter of that qualified name itself, even where a module shows an adapted weight under the name.
 
     Raises `AdapterError` if there is none, as after pruning.
@@ -30,31 +30,31 @@ def stored(model: nn.Module, name: str) -> nn.Parameter:
     return found
 
 
-def values(model: nn.Module, name: str) -> torch.Tensor:
+def float_weight(model: nn.Module, name: str) -> torch.Tensor:
     """The parameter's numbers in floats, whole and without gradients, wherever they are kept: of a quantized one those that
     it stands for."""
     holder = model.get_submodule(name.rpartition(".")[0])
-    with fetched(holder):
-        return whole(dense(stored(model, name), holder)).detach()
+    with materialized(holder):
+        return full_tensor(dequantize(get_parameter(model, name), holder)).detach()
 
 
-def matrix(model: nn.Module, site: Site) -> torch.Tensor:
+def site_matrix(model: nn.Module, site: Site) -> torch.Tensor:
     """The adapted rows of a site's base weight, `(outputs, inputs)`; of stacked matrices `(stack, outputs, inputs)`."""
-    return oriented(values(model, site.weight), *layout(site))
+    return as_out_in(float_weight(model, site.weight), *weight_layout(site))
 
 
-Layout = tuple[tuple[int, ...], bool, Rows | None]
+WeightLayout = tuple[tuple[int, ...], bool, Rows | None]
 
 
-def layout(site: Site) -> Layout:
-    """How a site's weight is read as a matrix, in values that generated code can hold: see `oriented`."""
+def weight_layout(site: Site) -> WeightLayout:
+    """How a site's weight is read as a matrix, in values that generated code can hold: see `as_out_in`."""
     full = site.full or site.outputs
     shape = (site.inputs, full) if site.transposed else (full, site.inputs)
     return ((site.stack, *shape) if site.stack else shape), site.transposed, site.rows
 
 
-def oriented(weight: torch.Tensor | Kept, shape: tuple[int, ...], transposed: bool, rows: Rows | None) -> torch.Tensor:
+def as_out_in(weight: torch.Tensor | Kept, shape: tuple[int, ...], transposed: bool, rows: Rows | None) -> torch.Tensor:
     """The adapted rows of a weight, `(outputs, inputs)` or a stack of such."""
-    found = dense(weight).reshape(shape)
+    found = dequantize(weight).reshape(shape)
     found = found.transpose(-1, -2) if transposed else found
     return found if rows is None else torch.cat([found[..., a:b, :] for a, b in rows], -2)

@@ -121,7 +121,7 @@ class Dataflow:
     ) -> Iterator[tuple[fx.Node, ...]]:
         """Paths from `start` up to each nearest node that stops the flow, `start` first, nearest first.
 
-        A barrier stops it, and so does a node that does not pass `through`."""
+        A barrier stops it, and so does a node that does not pass `with_transforms`."""
         came_from: dict[fx.Node, fx.Node | None] = {start: None}
         queue = [start]
         for node in queue:

@@ -14,7 +14,7 @@ from graphpeft.ir.layers import layer_of
 from graphpeft.ir.program import Program
 from graphpeft.ir.site import Rows, Site
 from graphpeft.ir.source import location
-from graphpeft.ir.weights import stored
+from graphpeft.ir.weights import get_parameter
 from graphpeft.match import fused
 from graphpeft.match.dataflow import Dataflow
 from graphpeft.match.declaration import Declaration
@@ -27,7 +27,7 @@ from graphpeft.tracing import as_pass
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """Sites in graph order, and per declaration the nearest miss where nothing matched."""
 
     sites: tuple[Site, ...]
@@ -41,7 +41,7 @@ class Found:
 
 
 @as_pass("find", "what each weight is for, by dataflow")
-def find(program: Program) -> Found:
+def find(program: Program) -> SearchResult:
     """All sites of a program. Seconds grow linearly with the graph."""
     flow = Dataflow(program)
     hits: dict[fx.Node, dict[str, list[Bound]]] = {}
@@ -64,7 +64,7 @@ def find(program: Program) -> Found:
             key = (flow.program.weights[use.weight], role)
             sites[key] = _merge(sites[key], site) if key in sites else site
     reached = frozenset(name for node, name in program.weights.items() if node in flow.useful)
-    return Found(_one_per_weight(sites), misses, reached, programs={"": program})
+    return SearchResult(_one_per_weight(sites), misses, reached, programs={"": program})
 
 
 def _roles(
@@ -158,7 +158,7 @@ def _site(flow: Dataflow, use: Affine, role: str, rows: Rows | None, cross: bool
     owner = flow.first_paths.get(id(program.model.get_submodule(owner)), owner)  # a module may have several names
     # A tied weight has several names: take the one under its owner.
     held = program.model.get_submodule(owner).named_parameters(prefix=owner, remove_duplicate=False)
-    parameter = stored(program.model, name)
+    parameter = get_parameter(program.model, name)
     local = next(n for n, p in held if p is parameter)
     stack = parameter.shape[0] if use.kind == "experts" else None
     full, inputs = _matrix(parameter.shape[0 if stack is None else 1 :], use)

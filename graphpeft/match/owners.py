@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 from torch import fx, nn
 
-from graphpeft.compat.accelerate import replaced
+from graphpeft.compat.accelerate import has_instance_forward
 from graphpeft.compat.quantized import kept_graph, packed
 from graphpeft.ir.program import Program
-from graphpeft.ir.weights import stored
+from graphpeft.ir.weights import get_parameter
 from graphpeft.match.products import PICKS, SAME, TRANSPOSES, Affine, behind_transposes, op, read_affine
 from graphpeft.names import unwritable
 
@@ -20,7 +20,7 @@ from graphpeft.names import unwritable
 def locate(program: Program, node: fx.Node, weight: str) -> tuple[str, Literal["branch", "weight"]]:
     """Path of the owner of a node that uses a weight, and whether a branch can be inserted there."""
     model = program.model
-    parameter = stored(model, weight)
+    parameter = get_parameter(model, weight)
     if program.whole:
         product = read_affine(node, program.weights.__contains__)
         plain = product is not None and product.plain and parameter.dim() == 2
@@ -41,7 +41,7 @@ def _holder(model: nn.Module, path: str, parameter: nn.Parameter) -> str:
 
 
 def _traceable(owner: nn.Module, parameter: nn.Parameter) -> bool:
-    if type(owner) is nn.Linear and not replaced(owner):
+    if type(owner) is nn.Linear and not has_instance_forward(owner):
         return True
     graph = trace(owner)
     return graph is not None and bool(
@@ -75,7 +75,7 @@ def trace(module: nn.Module, keep: bool = False) -> fx.Graph | None:
     is to run."""
     if isinstance(module, fx.GraphModule):
         return module.graph
-    if replaced(module):
+    if has_instance_forward(module):
         return None
     if packed(module):
         return kept_graph(module)

@@ -8,14 +8,14 @@ from typing import Annotated, ClassVar, Literal, TypeVar
 
 from graphpeft.chain import (
     WIDTHS,
+    ActivationQuantizer,
     Chain,
     Dense,
     Diag,
-    Ladder,
-    Observed,
+    FakeQuantizer,
+    LearnedQuantizer,
+    QuantizedBase,
     RankGate,
-    Rounded,
-    RoundedBase,
     Transform,
     Weighted,
     constant,
@@ -99,26 +99,30 @@ class BLoRA(Method):
         E = self._at(1, Diag(self.r, constant(self.start)))
         A = self._at(2, Dense(self.r, site.inputs, normal(0.02)))
         if self.bits is None:
-            E.through(RankGate(self.r, self.lambda_rank, self.logit, self.nested))
+            E.with_transforms(RankGate(self.r, self.lambda_rank, self.logit, self.nested))
         chain = (B @ E @ A).scaled((self.r if self.alpha is None else self.alpha) / self.r)
         if self.quantize != "adapter":
-            chain.reweighted(RoundedBase(self._rounding(3, Ladder, site)))
-        return chain.reading(self._rounding(4, Observed, site)) if self.quantize == "all" else chain
+            chain.with_weight_rule(QuantizedBase(self._rounding(3, LearnedQuantizer, site)))
+        return (
+            chain.with_input_transform(self._rounding(4, ActivationQuantizer, site))
+            if self.quantize == "all"
+            else chain
+        )
 
     def _at(self, place: int, factor: F) -> F:
         if self.bits is not None:
-            return factor.coded(self.bits[place])
-        return factor.through(Ladder(factor.macs, self.lambda_bits, self.cost, self.logit, self.drop))
+            return factor.as_codes(self.bits[place])
+        return factor.with_transforms(LearnedQuantizer(factor.macs, self.lambda_bits, self.cost, self.logit, self.drop))
 
-    def _rounding(self, place: int, learned: type[Ladder], site: Site) -> Transform:
+    def _rounding(self, place: int, learned: type[LearnedQuantizer], site: Site) -> Transform:
         if self.bits is not None:
-            return Rounded(self.bits[place])
+            return FakeQuantizer(self.bits[place])
         return learned(site.outputs * site.inputs, self.lambda_bits, self.cost, self.logit)
 
     def compacted(self, chain: Chain) -> Method | None:
         if self.bits is not None:
             return self
-        ladders = [module for module in chain.modules() if isinstance(module, Ladder)]
+        ladders = [module for module in chain.modules() if isinstance(module, LearnedQuantizer)]
         (gate,) = (module for module in chain.modules() if isinstance(module, RankGate))
         r, bits = gate.kept(), tuple(ladder.bits() for ladder in ladders)
         if 0 in bits:

@@ -39,4 +39,4 @@ class DoRA(Method):
     rslora: bool = False
 
     def chain(self, site: Site) -> Chain:
-        return LoRA(self.r, self.alpha, self.rslora).chain(site).reweighted(Magnitude(site.outputs))
+        return LoRA(self.r, self.alpha, self.rslora).chain(site).with_weight_rule(Magnitude(site.outputs))

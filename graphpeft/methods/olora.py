@@ -8,7 +8,7 @@ from functools import partial
 from math import sqrt
 from typing import ClassVar
 
-from graphpeft.chain import Anchored, Chain, qr
+from graphpeft.chain import Chain, DeltaFromInit, qr
 from graphpeft.ir.site import Site
 from graphpeft.methods.base import Method, Positive, Probability, Rank, Summary, check_rank
 
@@ -48,5 +48,5 @@ class OLoRA(Method):
         check_rank(self, self.r, site)
         alpha = self.r if self.alpha is None else self.alpha
         scale = alpha / (sqrt(self.r) if self.rslora else self.r)
-        pair = Anchored(site.outputs, self.r, "left") @ Anchored(site.inputs, self.r, "right")
-        return pair.scaled(scale).with_dropout(self.dropout).starting(partial(qr, r=self.r, pivot=self.pivot))
+        pair = DeltaFromInit(site.outputs, self.r, "left") @ DeltaFromInit(site.inputs, self.r, "right")
+        return pair.scaled(scale).with_dropout(self.dropout).with_init_from(partial(qr, r=self.r, pivot=self.pivot))

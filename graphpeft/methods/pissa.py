@@ -8,7 +8,7 @@ from functools import partial
 from math import sqrt
 from typing import ClassVar
 
-from graphpeft.chain import Anchored, Chain, svd
+from graphpeft.chain import Chain, DeltaFromInit, svd
 from graphpeft.ir.site import Site
 from graphpeft.methods.base import Method, Positive, Probability, Rank, Summary, check_rank
 
@@ -46,5 +46,5 @@ class PiSSA(Method):
         check_rank(self, self.r, site)
         alpha = self.r if self.alpha is None else self.alpha
         scale = alpha / (sqrt(self.r) if self.rslora else self.r)
-        pair = Anchored(site.outputs, self.r, "left") @ Anchored(site.inputs, self.r, "right")
-        return pair.scaled(scale).with_dropout(self.dropout).starting(partial(svd, r=self.r))
+        pair = DeltaFromInit(site.outputs, self.r, "left") @ DeltaFromInit(site.inputs, self.r, "right")
+        return pair.scaled(scale).with_dropout(self.dropout).with_init_from(partial(svd, r=self.r))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from graphpeft.chain import Bank, Chain, Diag, Projection, constant, zeros
+from graphpeft.chain import Chain, Diag, Projection, SharedProjections, constant, zeros
 from graphpeft.ir.site import Site
 from graphpeft.methods.base import Method, Positive, Rank, Summary, Where
 
@@ -41,7 +41,7 @@ class VeRA(Method):
     store: Literal["key", "projection"] = "key"
 
     def chain(self, site: Site) -> Chain:
-        bank = Bank(self.r, site.outputs, site.inputs, self.key)
+        bank = SharedProjections(self.r, site.outputs, site.inputs, self.key)
         name, stored = f"vera.{self.key}.{self.r}", self.store == "projection"
         A = Projection(self.r, site.inputs, bank, "A", name, stored)
         B = Projection(site.outputs, self.r, bank, "B", name, stored)

@@ -14,7 +14,7 @@ from graphpeft.ambient import plain
 from graphpeft.chain import Chain
 from graphpeft.errors import AdapterError
 from graphpeft.ir.site import Site
-from graphpeft.ir.weights import values
+from graphpeft.ir.weights import float_weight
 from graphpeft.methods.lora import LoRA
 from graphpeft.passes.insert import insert
 from graphpeft.planning.plan import Entry
@@ -30,7 +30,7 @@ How = Literal["cat", "linear", "svd", "ties", "dare"]
 
 
 @dataclass(frozen=True)
-class Part:
+class WeightedUpdate:
     """One adapter's update of a site, and the weight that it gets."""
 
     weight: float
@@ -116,9 +116,9 @@ def _check(weights: Mapping[str, float], how: str, density: float, rank: int | N
         raise AdapterError(f"density = {density} is no share of entries. Give a number above 0 and at most 1.")
 
 
-def _parts(model: nn.Module, weights: Mapping[str, float]) -> dict[Site, list[Part]]:
+def _parts(model: nn.Module, weights: Mapping[str, float]) -> dict[Site, list[WeightedUpdate]]:
     """What each site is made of, in the order of the names."""
-    found: dict[Site, list[Part]] = {}
+    found: dict[Site, list[WeightedUpdate]] = {}
     sites: dict[str, Site] = {}
     for name, weight in weights.items():
         for site, chain in chains(model, name).items():
@@ -130,12 +130,12 @@ def _parts(model: nn.Module, weights: Mapping[str, float]) -> dict[Site, list[Pa
                     f"{site.weight} ({site.role}) is tied for one of the adapters and not for {name!r}, so no one update does "
                     f"what both do. Activate them together instead: gp.activate(model, weights)."
                 )
-            found.setdefault(known, []).append(Part(float(weight), chain, values(model, site.weight)))
+            found.setdefault(known, []).append(WeightedUpdate(float(weight), chain, float_weight(model, site.weight)))
     return found
 
 
 def _pair(
-    site: Site, parts: Sequence[Part], how: How, rank: int | None, density: float, generator: torch.Generator
+    site: Site, parts: Sequence[WeightedUpdate], how: How, rank: int | None, density: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """A and B of the combined update, of the whole weight."""
     if how in {"cat", "linear"}:
@@ -155,12 +155,14 @@ def _pair(
     return _nearest(total, min(rank or max(part.chain.rank for part in parts), limit))
 
 
-def _joined(parts: Sequence[Part], pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def _joined(parts: Sequence[WeightedUpdate], pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     scaled = [part.weight * b for part, (_, b) in zip(parts, pairs, strict=True)]
     return torch.cat([a for a, _ in pairs], -2), torch.cat(scaled, -1)
 
 
-def _added(site: Site, parts: Sequence[Part], pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def _added(
+    site: Site, parts: Sequence[WeightedUpdate], pairs: Sequence[tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
     if len({a.shape for a, _ in pairs}) > 1:
         ranks = ", ".join(str(a.shape[-2]) for a, _ in pairs)
         raise AdapterError(

@@ -6,7 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from graphpeft.ambient import plain
-from graphpeft.chain import Chain, Coded, Ladder, Observed, RankGate, Rounded, Stack, Weighted
+from graphpeft.chain import (
+    ActivationQuantizer,
+    Chain,
+    FakeQuantizer,
+    IntCodes,
+    LearnedQuantizer,
+    RankGate,
+    Stack,
+    Weighted,
+)
 from graphpeft.compat.sharded import ELSEWHERE, refuse_sharded
 from graphpeft.errors import AdapterError
 from graphpeft.ir.site import Site
@@ -73,12 +82,12 @@ def _smaller(model: nn.Module, adapter: str) -> dict[Site, Made | None]:
 
 
 def _check(site: Site, chain: Chain, adapter: str) -> None:
-    gated = any(isinstance(module, (Ladder, RankGate)) for module in chain.modules())
+    gated = any(isinstance(module, (LearnedQuantizer, RankGate)) for module in chain.modules())
     if gated and chain.device.type == "meta":
         raise AdapterError(
             f"Adapter {adapter!r} has no values at {site.weight}: it is on the meta device. Load weights first."
         )
-    if isinstance(chain.before, Observed) and not chain.before.seen():
+    if isinstance(chain.before, ActivationQuantizer) and not chain.before.seen():
         raise AdapterError(
             f"Adapter {adapter!r} at {site.weight} ({site.role}) rounds its input, and has seen no data that would tell the "
             f"range. Train it, or run a batch in training mode, before compacting."
@@ -103,13 +112,15 @@ def _fill(old: Chain, new: Chain) -> None:
         fixed.log_range.copy_(learned.log_range)
 
 
-def _roundings(chain: Chain) -> list[Ladder | Rounded]:
+def _roundings(chain: Chain) -> list[LearnedQuantizer | FakeQuantizer]:
     """Those of the base weight and of the input."""
     parts = (part for part in (chain.reweight, chain.before) if part is not None)
-    return [module for part in parts for module in part.modules() if isinstance(module, (Ladder, Rounded))]
+    return [
+        module for part in parts for module in part.modules() if isinstance(module, (LearnedQuantizer, FakeQuantizer))
+    ]
 
 
 def _codes(source: Weighted, target: Weighted) -> Tensor:
-    ladder = next((t for t in source.applied if isinstance(t, Ladder)), None)
-    coded = next((t for t in target.applied if isinstance(t, Coded)), None)
+    ladder = next((t for t in source.applied if isinstance(t, LearnedQuantizer)), None)
+    coded = next((t for t in target.applied if isinstance(t, IntCodes)), None)
     return source.value if coded is None or ladder is None else coded.encode(ladder, source.weight)

@@ -16,12 +16,12 @@ from typing import Any
 from torch import nn
 
 from graphpeft.ambient import as_called, plain
-from graphpeft.capturing.capture import Inputs, quiet
+from graphpeft.capturing.capture import Inputs, inference_view
 from graphpeft.exporting import onnx, parity
-from graphpeft.exporting.opening import as_pairs, as_trained
-from graphpeft.exporting.part import Part
+from graphpeft.exporting.graph_export import GraphExport
 from graphpeft.exporting.parts import parts
 from graphpeft.exporting.request import check_options, exported_names, refuse_inexportable
+from graphpeft.exporting.traceable import as_pairs, as_trained
 from graphpeft.exporting.work import Verify, Work
 from graphpeft.passes.merge import merge, unmerge
 from graphpeft.rewrite.state import get_state
@@ -91,9 +91,9 @@ def export(
     check_options(verify, quantize, accuracy_level, compact, rows, merged)
     chosen = exported_names(model, merged, adapters)
     refuse_inexportable(model)
-    with quiet(model), as_called(), _restored(model), staged(Path(path)) as folder:
+    with inference_view(model), as_called(), _restored(model), staged(Path(path)) as folder:
         limit = parity.tolerance(model)
-        pieces = [Part(name, flat, folder, limit) for name, flat in parts(model, inputs, cached=cache)]
+        pieces = [GraphExport(name, flat, folder, limit) for name, flat in parts(model, inputs, cached=cache)]
         if cache and getattr(model, "can_generate", lambda: False)() and not pieces[-1].flat.cache:
             pieces[-1].notes.append(
                 "no past among the inputs: the model keeps something else, or the sample has other inputs"

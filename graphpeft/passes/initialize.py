@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from graphpeft.ir.weights import matrix
+from graphpeft.ir.weights import site_matrix
 from graphpeft.rewrite.state import chains, get_state
 from graphpeft.tracing import as_pass
 
@@ -14,5 +14,5 @@ def initialize(model: nn.Module, name: str) -> None:
     """Give every branch of the adapter its initial values; on the meta device there are none to give."""
     seed = get_state(model).adapters[name].seed
     for site, chain in chains(model, name).items():
-        reads = chain.start is not None or chain.relative
-        chain.reset(seed, site.key, matrix(model, site) if reads else None)
+        reads = chain.start is not None or chain.needs_base_weight
+        chain.reset(seed, site.key, site_matrix(model, site) if reads else None)

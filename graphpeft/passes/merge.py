@@ -11,16 +11,16 @@ from torch import nn
 from graphpeft.ambient import plain
 from graphpeft.compat.accelerate import offloaded
 from graphpeft.compat.quantized import library
-from graphpeft.compat.sharded import alike, gathered, reshard, whole
+from graphpeft.compat.sharded import full_tensor, gathered, reshard, shard_like
 from graphpeft.errors import AdapterError
 from graphpeft.ir.site import Site
-from graphpeft.ir.weights import stored, values
+from graphpeft.ir.weights import float_weight, get_parameter
 from graphpeft.rewrite.adapters import home
 from graphpeft.rewrite.owner import refuse_replaced, reoccupy, vacate
 from graphpeft.rewrite.requantize import Requantized, Rounding, refuse_quantized, requantized
 from graphpeft.rewrite.state import branches, chains, get_state, names, owners, refuse_merged, set_active
 from graphpeft.rewrite.tied import refuse_tied
-from graphpeft.rewrite.weight_form import fold, update
+from graphpeft.rewrite.weight_form import add_delta, update
 from graphpeft.tracing import as_pass
 
 
@@ -53,7 +53,7 @@ def merge(model: nn.Module, name: str | Sequence[str] | None = None, *, requanti
             chain.require_linear(f"{adapter!r} cannot be folded into {site.weight} ({site.role})")
     with gathered(model, branches(model, *folded)):
         updated = _updated(model, folded)
-    weights = {e.site.weight: stored(model, e.site.weight) for a in state.adapters.values() for e in a.entries}
+    weights = {e.site.weight: get_parameter(model, e.site.weight) for a in state.adapters.values() for e in a.entries}
     lost: dict[nn.Parameter, Rounding] = {}
     for path, parameter in weights.items():
         if parameter in updated and parameter not in lost and library(parameter):
@@ -97,13 +97,13 @@ def _updated(model: nn.Module, folded: Sequence[str]) -> dict[nn.Parameter, torc
     updated: dict[nn.Parameter, torch.Tensor] = {}
     for adapter in folded:
         for site, chain in chains(model, adapter).items():
-            parameter = stored(model, site.weight)
-            base = values(model, site.weight)
-            weight = whole(updated.get(parameter, base))
+            parameter = get_parameter(model, site.weight)
+            base = float_weight(model, site.weight)
+            weight = full_tensor(updated.get(parameter, base))
             wide = torch.promote_types(weight.dtype, torch.float32)
             with chain.settled():
                 delta = _finite(update(chain, base, site), adapter, site)
-            updated[parameter] = alike(fold(weight.to(wide), site, delta), parameter)
+            updated[parameter] = shard_like(add_delta(weight.to(wide), site, delta), parameter)
     return updated
 
 
@@ -121,7 +121,7 @@ def unmerge(model: nn.Module) -> None:
 def _put_back(model: nn.Module) -> None:
     """The weights and adapters that are noted. The note itself goes last, so that this can be begun anew at any point."""
     state = get_state(model)
-    weights = {path: stored(model, path) for path in state.originals}  # all there, or nothing is changed
+    weights = {path: get_parameter(model, path) for path in state.originals}  # all there, or nothing is changed
     for path, original in state.originals.items():
         weights[path].data.copy_(original)
     for path, adapters in state.parked.items():
@@ -144,7 +144,7 @@ def _refuse_overflow(weights: Mapping[str, nn.Parameter], updated: Mapping[nn.Pa
 def _refuse_quantized(model: nn.Module, folded: Sequence[str], config: Any) -> None:
     known: dict[str, list[str]] = {}
     for site in (site for adapter in folded for site in chains(model, adapter)):
-        whose = library(stored(model, site.weight))
+        whose = library(get_parameter(model, site.weight))
         if whose == "bitsandbytes" or (whose and config is None):
             known.setdefault(whose, []).append(site.weight)
     for made_by, weights in known.items():

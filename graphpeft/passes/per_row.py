@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from graphpeft.capturing.capture import Inputs, example_call, quiet
-from graphpeft.capturing.samples import settled
+from graphpeft.capturing.capture import Inputs, example_call, inference_view
+from graphpeft.capturing.samples import analysis_config
 from graphpeft.errors import AdapterError
 from graphpeft.rewrite.adapters import home, places
 from graphpeft.rewrite.rows import Assignment, Rows
@@ -118,7 +118,7 @@ def _seen(model: nn.Module, rows: dict[str, Rows], call: Any) -> dict[tuple[str,
     for each in rows.values():
         each.seen = {}
     try:
-        with quiet(model), settled(model):
+        with inference_view(model), analysis_config(model):
             model(*call[0], **call[1])
         return {(path, key): x for path, each in rows.items() for key, x in (each.seen or {}).items()}
     finally:

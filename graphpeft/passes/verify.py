@@ -11,13 +11,13 @@ import torch
 from torch import fx, nn
 
 from graphpeft.ambient import as_called, plain
-from graphpeft.capturing.capture import Inputs, example_call, quiet
+from graphpeft.capturing.capture import Inputs, example_call, inference_view
 from graphpeft.capturing.outputs import difference, floats
 from graphpeft.chain import Chain, Transform
 from graphpeft.compat.quantized import library
 from graphpeft.errors import VerifyError
 from graphpeft.ir.site import Site
-from graphpeft.ir.weights import stored, values
+from graphpeft.ir.weights import float_weight, get_parameter
 from graphpeft.passes.merge import merge, unmerge
 from graphpeft.rewrite.adapters import home, places
 from graphpeft.rewrite.owner import Adapted, relower
@@ -111,7 +111,7 @@ def _graphs(model: nn.Module, report: Report) -> None:
 def _outputs(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], report: Report, identity: bool) -> None:
     args, kwargs = call
     state = get_state(model)
-    with quiet(model), as_called():
+    with inference_view(model), as_called():
         adapted = floats(model(*args, **kwargs))
         with inactive(model):
             base = floats(model(*args, **kwargs))
@@ -120,17 +120,19 @@ def _outputs(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], rep
             report.add("identity", moved == 0, f"adapters move the output by {moved:.1e}, expected 0 at initialization")
         else:
             acts = any(
-                update(c, values(model, s.weight), s).any() for a in state.active for s, c in chains(model, a).items()
+                update(c, float_weight(model, s.weight), s).any()
+                for a in state.active
+                for s, c in chains(model, a).items()
             )
             report.add("effect", moved > 0 or not acts, f"adapters move the output by up to {moved:.1e}")
         rounded = any(chain.before is not None for a in state.active for chain in chains(model, a).values())
         if rounded:
             report.add("merge", True, "not tried: an adapter that rounds its input does not merge")
-        elif any(library(stored(model, s.weight)) for a in state.active for s in chains(model, a)):
+        elif any(library(get_parameter(model, s.weight)) for a in state.active for s in chains(model, a)):
             report.add("merge", True, "not tried: quantized weights would be rounded anew")
         elif state.active:
             before = {
-                e.site.weight: stored(model, e.site.weight).detach().clone()
+                e.site.weight: get_parameter(model, e.site.weight).detach().clone()
                 for a in state.active
                 for e in state.adapters[a].entries
             }
@@ -143,7 +145,7 @@ def _outputs(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], rep
             # Rounding of one sum per weight, amplified by depth; half precision leaves room for far less of it.
             bound = max(min(1e3 * torch.finfo(t.dtype).eps, 16 * 2**-7) for t in adapted) * max(scale, 1.0)
             report.add("merge", error <= bound, f"merged differs from adapted by {error:.1e} (bound {bound:.1e})")
-            exact = all(torch.equal(stored(model, n), w) for n, w in before.items())
+            exact = all(torch.equal(get_parameter(model, n), w) for n, w in before.items())
             report.add("unmerge", exact, f"{len(before)} weights restored to the bit" if exact else "weights changed")
 
 
@@ -177,7 +179,7 @@ def _reachable(chain: Chain) -> list[torch.Tensor]:
 def _unreached(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], wanted: Sequence[torch.Tensor]) -> int:
     """How many of the tensors no gradient of the model's output reaches."""
     args, kwargs = call
-    with quiet(model), as_called(), torch.enable_grad():
+    with inference_view(model), as_called(), torch.enable_grad():
         loss = sum(t.float().pow(2).sum() for t in floats(model(*args, **kwargs)))
         if not isinstance(loss, torch.Tensor) or not loss.requires_grad:
             return len(wanted)

@@ -16,7 +16,7 @@ from torch import nn
 from graphpeft.ir.site import Site
 from graphpeft.ir.source import code_of, location, runner
 from graphpeft.match.declaration import Declaration
-from graphpeft.match.find import Found
+from graphpeft.match.find import SearchResult
 from graphpeft.match.fused import concrete
 from graphpeft.match.pattern import Miss
 from graphpeft.match.products import op
@@ -58,7 +58,7 @@ class Absence:
         return f"{', '.join(self.roles)}: {self.outcome}: {self.reason}{near}"
 
 
-def absences(model: nn.Module, found: Found, roles: Iterable[str]) -> tuple[Absence, ...]:
+def absences(model: nn.Module, found: SearchResult, roles: Iterable[str]) -> tuple[Absence, ...]:
     """Why each of these roles that has no site has none; roles with the same reason share an entry."""
     present = roles_present(found)
     declared = {role: d for d in declarations() for role in d.roles}
@@ -73,13 +73,13 @@ def absences(model: nn.Module, found: Found, roles: Iterable[str]) -> tuple[Abse
     )
 
 
-def _beside(found: Found, declaration: Declaration) -> list[Site]:
+def _beside(found: SearchResult, declaration: Declaration) -> list[Site]:
     """The sites of a declaration's roles, in stacks too."""
     return [s for s in found.sites if plain(s.role) in declaration.roles]
 
 
 def _absence(
-    model: nn.Module, found: Found, missing: tuple[str, ...], declaration: Declaration | None, stacked: bool
+    model: nn.Module, found: SearchResult, missing: tuple[str, ...], declaration: Declaration | None, stacked: bool
 ) -> Absence:
     if declaration is None:
         return Absence(missing, "undeclared", "no pattern declares it")
@@ -97,7 +97,7 @@ def _absence(
     return Absence(missing, outcome, declaration.absent, _near(model, miss))
 
 
-def nothing(model: nn.Module, found: Found, rule: Rule) -> str:
+def nothing(model: nn.Module, found: SearchResult, rule: Rule) -> str:
     """The whole message for a rule that selects no site: the reason, the nearest miss, and rules that select some."""
     name = type(model).__name__
     if rule.glob is not None and not any(rule.names(p) for s in found.sites for p in (s, *s.tied)):
@@ -115,7 +115,7 @@ def nothing(model: nn.Module, found: Found, rule: Rule) -> str:
     return "\n  ".join(lines)
 
 
-def _no_path(model: nn.Module, found: Found, rule: Rule) -> str:
+def _no_path(model: nn.Module, found: SearchResult, rule: Rule) -> str:
     assert rule.glob is not None
     near = alike(rule.glob, found)
     meant = [n for n, _ in model.named_parameters() if fits(rule.glob, n)]
@@ -126,13 +126,13 @@ def _no_path(model: nn.Module, found: Found, rule: Rule) -> str:
     )
 
 
-def _try(found: Found, rule: Rule) -> str:
+def _try(found: SearchResult, rule: Rule) -> str:
     rules = suggestions(found, rule)
     said = f" Try {' or '.join(f'`{text}`' for text in rules)}." if rules else ""
     return f"{said} gp.sites(model) lists every projection."
 
 
-def _unseen(found: Found) -> list[str]:
+def _unseen(found: SearchResult) -> list[str]:
     """Parts of the model that were not captured, in a line each."""
     return [f"not seen: {path or 'the whole model'}: {_first(why)}" for path, why in found.unreached.items()]
 

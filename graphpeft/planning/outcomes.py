@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from graphpeft.match.find import Found
+from graphpeft.match.find import SearchResult
 from graphpeft.planning.absence import Absence, absences
 from graphpeft.rules.rule import Rule
 from graphpeft.show.folding import any_outside
@@ -35,7 +35,7 @@ class Tally:
         return self.matched, sum(count for _, count in self.skipped), sum(len(each.roles) for each in self.rejected)
 
 
-def tally(model: nn.Module, found: Found, rules: Sequence[Rule]) -> tuple[Tally, ...]:
+def tally(model: nn.Module, found: SearchResult, rules: Sequence[Rule]) -> tuple[Tally, ...]:
     """One for each rule, in their order."""
     made = []
     for rule in rules:

@@ -15,12 +15,12 @@ from graphpeft.chain import Chain, Scatter, Stack
 from graphpeft.errors import MatchError, RuleError
 from graphpeft.ir.layers import any_layer
 from graphpeft.ir.site import Site
-from graphpeft.match.find import Found
+from graphpeft.match.find import SearchResult
 from graphpeft.methods import Method
 from graphpeft.planning.absence import nothing
 from graphpeft.planning.outcomes import Tally, tally
 from graphpeft.rules.rule import Rule, to_text
-from graphpeft.show.folding import any_outside, folded, layers_text, outside_text
+from graphpeft.show.folding import any_outside, collapse_layers, layers_text, outside_text
 from graphpeft.show.sites import headings, names_text, role_text, site_dict, site_row
 from graphpeft.show.view import Grid, View
 from graphpeft.tracing import as_pass
@@ -54,7 +54,7 @@ class Entry:
     def form(self) -> str:
         """The form that the site takes: an update relative to the base weight may ask for the weight form."""
         with torch.device("meta"):
-            return self.site.form if self.build().beside else "weight"
+            return self.site.form if self.build().has_side_path else "weight"
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Plan(View):
 
     def blocks(self) -> Iterator[Grid | str]:
         cells = [(self._cells(e), e.site.layer if self.fold else None) for e in self.entries]
-        lines = folded(cells) if self.fold else [(one, [layer]) for one, layer in cells]
+        lines = collapse_layers(cells) if self.fold else [(one, [layer]) for one, layer in cells]
         rows = [(*one, layers_text(layers) if len(layers) > 1 else "") for one, layers in lines]
         columns = (*headings(*SITE), "method", "form", "rank", "parameters", "source", "")
         yield Grid.of(columns, rows, f"{self.model}: {to_text(self.rules)}", right=["rank", "parameters"])
@@ -118,7 +118,7 @@ class Plan(View):
         return Counter((any_layer(names_text(e.site)), e.site.role) for e in self.entries)
 
     def _skipped_lines(self) -> list[str]:
-        found = folded(((role_text(site), any_outside(reason)), site.layer) for site, reason in self.skipped)
+        found = collapse_layers(((role_text(site), any_outside(reason)), site.layer) for site, reason in self.skipped)
         return [f"skipped {len(n)} × {role}: {outside_text(reason, n)}" for (role, reason), n in found]
 
     def as_dict(self) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def _factors(chain: Chain) -> list[Scatter]:
 
 @as_pass("plan", "rules onto sites")
 def make_plan(
-    model: nn.Module, found: Found, rules: Sequence[Rule], expect: int | None = None, fold: bool = True
+    model: nn.Module, found: SearchResult, rules: Sequence[Rule], expect: int | None = None, fold: bool = True
 ) -> Plan:
     """Give every site to the one rule that selects it.
 

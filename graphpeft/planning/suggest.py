@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 
 from graphpeft.ir.layers import any_layer
-from graphpeft.match.find import Found
+from graphpeft.match.find import SearchResult
 from graphpeft.match.registry import ALIASES, LETTERS, declarations
 from graphpeft.rules.rule import Rule, parse
 
 
-def suggestions(found: Found, rule: Rule, most: int = 2) -> list[str]:
+def suggestions(found: SearchResult, rule: Rule, most: int = 2) -> list[str]:
     """Rules near `rule` that do select sites, the nearest first."""
     method = rule.method.text(rule.options)
     good: list[str] = []
@@ -23,7 +23,7 @@ def suggestions(found: Found, rule: Rule, most: int = 2) -> list[str]:
     return good
 
 
-def _targets(found: Found, rule: Rule) -> Iterator[str]:
+def _targets(found: SearchResult, rule: Rule) -> Iterator[str]:
     """Without the qualifiers or with the nearest path; else other roles of the same declarations, then of a block, then
     weights without a role."""
     if rule.glob is not None:
@@ -54,7 +54,7 @@ def _joined(roles: Iterable[str]) -> Iterator[str]:
         yield alias or ("" if set(given) <= LETTERS else "+").join(given)
 
 
-def alike(glob: str, found: Found) -> list[str]:
+def alike(glob: str, found: SearchResult) -> list[str]:
     """Up to three weights whose modules are called most nearly as a glob ends, the layer's number as `*`."""
     called: dict[str, str] = {}
     for site in found.sites:
@@ -66,7 +66,7 @@ def _ending(path: str) -> str:
     return path.removesuffix(".weight").rpartition(".")[2]
 
 
-def roles_present(found: Found) -> tuple[str, ...]:
+def roles_present(found: SearchResult) -> tuple[str, ...]:
     """The roles that some site has, those of tied weights too, in graph order."""
     return tuple(dict.fromkeys(p.role for s in found.sites for p in (s, *s.tied) if p.role != "other"))
 

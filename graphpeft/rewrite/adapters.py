@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from graphpeft.errors import AdapterError
 from graphpeft.ir.site import Site
-from graphpeft.ir.weights import stored
+from graphpeft.ir.weights import get_parameter
 from graphpeft.names import attribute
 from graphpeft.rewrite.rows import Rows
 
@@ -121,7 +121,7 @@ def places(site: Site) -> tuple[Site, ...]:
 def adapted_parameter(owner: nn.Module, site: Site) -> nn.Parameter:
     """The base weight of a site, found below its owner."""
     local = site.weight[len(site.owner) + 1 if site.owner else 0 :]
-    return stored(owner, local)
+    return get_parameter(owner, local)
 
 
 def home(owner: nn.Module) -> Adapters | None:

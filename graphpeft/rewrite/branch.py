@@ -11,7 +11,7 @@ from graphpeft.chain import Chain, Factor, Transform
 from graphpeft.compat.accelerate import device_of
 from graphpeft.compat.quantized import library
 from graphpeft.errors import AdapterError
-from graphpeft.ir.weights import stored
+from graphpeft.ir.weights import get_parameter
 from graphpeft.planning.plan import Entry
 from graphpeft.rewrite.adapters import places
 
@@ -25,7 +25,7 @@ def check_places(model: nn.Module, entry: Entry) -> None:
             f"gp.sites(model); there this one has the form 'weight'."
         )
     for place in site.tied:
-        if stored(model, place.weight) is not stored(model, site.weight):
+        if get_parameter(model, place.weight) is not get_parameter(model, site.weight):
             raise AdapterError(
                 f"{place.weight} and {site.weight} are planned as one tied weight, and are two tensors now. Usually the "
                 f"model was untied in between, as by assigning to one of them. Plan again: gp.apply(model, rules)."
@@ -39,13 +39,13 @@ def check_places(model: nn.Module, entry: Entry) -> None:
 
 def make_branch(model: nn.Module, entry: Entry, shared: dict[str, Any]) -> Chain:
     """An empty branch on the weight's device, in float32 where the base is in half precision or packed integers."""
-    weight = stored(model, entry.site.weight)
+    weight = get_parameter(model, entry.site.weight)
     check_places(model, entry)
     wide = weight.dtype in (torch.float32, torch.float64)
     with torch.device(device_of(model.get_submodule(entry.site.weight.rpartition(".")[0]), weight)):
         chain = entry.build().to(weight.dtype if wide else torch.float32)
     known = library(weight)
-    if known and (entry.site.form == "weight" or not chain.beside):
+    if known and (entry.site.form == "weight" or not chain.has_side_path):
         raise AdapterError(
             f"{entry.site.weight} ({entry.site.role}) is quantized by {known}, and `{entry.rule}` needs weight + ΔW in floats on "
             f"every call there. Choose a method that runs beside the weight, such as lora, or load the base in floats."

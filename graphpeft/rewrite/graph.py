@@ -12,7 +12,7 @@ from torch import fx, nn
 from graphpeft.chain import Transform
 from graphpeft.errors import AdapterError
 from graphpeft.ir.site import Site
-from graphpeft.ir.weights import layout, oriented
+from graphpeft.ir.weights import as_out_in, weight_layout
 from graphpeft.match.owners import Lookup
 from graphpeft.match.products import added_to, op
 from graphpeft.rewrite.weight_form import added
@@ -154,7 +154,7 @@ class Splice:
         base: tuple[fx.Node, ...] = ()
         if self._relative:
             with self.graph.inserting_after(module):
-                anchor = self.graph.call_function(oriented, (weight, *layout(self.site)))
+                anchor = self.graph.call_function(as_out_in, (weight, *weight_layout(self.site)))
             self._tag(anchor, weight)
             base = (anchor,)
         with self.graph.inserting_after(anchor):
@@ -193,7 +193,7 @@ class Splice:
 
     @property
     def _relative(self) -> bool:
-        return bool(getattr(self.branch, "relative", False))
+        return bool(getattr(self.branch, "needs_base_weight", False))
 
     def _last(self, node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
         """The last sum at a node, which is the node itself where there is none, and what reads it."""
@@ -218,9 +218,9 @@ class Splice:
             self._tag(product, node)
         module = self._module(node, last if addend is None else product)
         with self.graph.inserting_after(module):
-            matrix = self.graph.call_function(oriented, (weight, *layout(self.site)))
+            matrix = self.graph.call_function(as_out_in, (weight, *weight_layout(self.site)))
         with self.graph.inserting_after(matrix):
-            gain = self.graph.call_method("gain", (module, matrix))
+            gain = self.graph.call_method("row_scale", (module, matrix))
         for new in (matrix, gain):
             self._tag(new, node)
         return product, gain

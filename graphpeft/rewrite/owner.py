@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
-from graphpeft.compat.accelerate import become, replaced
+from graphpeft.compat.accelerate import become, has_instance_forward
 from graphpeft.compat.fake_tensors import fill_shapes
 from graphpeft.compat.quantized import KEPT, Kept, packed, weight_node
 from graphpeft.compat.sharded import sharded
@@ -127,7 +127,7 @@ def restore(owner: nn.Module) -> None:
 
 def refuse_replaced(owner: nn.Module) -> None:
     """Raise `AdapterError` if other code on the instance hides the owner's graph, and would go on as it is."""
-    if isinstance(owner, Adapted) and owner.graph is not None and replaced(owner):
+    if isinstance(owner, Adapted) and owner.graph is not None and has_instance_forward(owner):
         raise AdapterError(
             f"`forward` of a {owner.base_class.__name__} was replaced on the instance after its adapters came, and would go on "
             f"as it is. Usually accelerate prepared the model for mixed precision. Take that off first: "
@@ -196,7 +196,7 @@ def relower(owner: nn.Module) -> None:
         return
     forms = {site.form for site, _, _ in adapters.running()}
     # A `forward` on the instance hides the class's: `lower` has to see it, and refuse.
-    plain = type(owner) is nn.Linear and not replaced(owner) and forms == {"branch"}
+    plain = type(owner) is nn.Linear and not has_instance_forward(owner) and forms == {"branch"}
     key = _signature(owner, adapters) if plain else None
     if key is not None and key in _lowered:
         become(owner, _lowered[key])
@@ -290,8 +290,8 @@ def adapt(
             splice.before(affine.node, affine.input, before)
         uses.forget(parameter)
     products, picks, reads = uses.of(parameter)
-    relative = getattr(branch, "relative", False)
-    if site.form == "weight" or (relative and (picks or not branch.beside)):
+    relative = getattr(branch, "needs_base_weight", False)
+    if site.form == "weight" or (relative and (picks or not branch.has_side_path)):
         for node in reads:
             splice.onto(node)
         return bool(reads)

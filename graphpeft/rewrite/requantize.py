@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphpeft.compat.quantized import dense, library
+from graphpeft.compat.quantized import dequantize, library
 from graphpeft.errors import AdapterError
 from graphpeft.show.view import Grid, View
 
@@ -72,8 +72,8 @@ def requantized(name: str, base: Tensor, total: Tensor, config: Any) -> tuple[Te
             f"{type(config).__name__} makes another kind of tensor of {name} than {_kind(base)[0]} with its settings. Pass the "
             f"config that the model was quantized by; the model is unchanged."
         )
-    error = dense(made).to(total.dtype) - total
-    update = total - dense(base).to(total.dtype)
+    error = dequantize(made).to(total.dtype) - total
+    update = total - dequantize(base).to(total.dtype)
     lost = float(torch.linalg.norm(error))
     ratios = (lost / float(torch.linalg.norm(one).clamp_min(1e-30)) for one in (total, update))
     return made, Rounding(name, float(error.abs().max()), *ratios)

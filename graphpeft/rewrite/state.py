@@ -12,11 +12,11 @@ from torch import fx, nn
 
 from graphpeft.chain import Chain, Factor
 from graphpeft.chain.transform import stored_tensors
-from graphpeft.compat.quantized import dense
-from graphpeft.compat.sharded import whole
+from graphpeft.compat.quantized import dequantize
+from graphpeft.compat.sharded import full_tensor
 from graphpeft.errors import AdapterError
 from graphpeft.ir.site import Site
-from graphpeft.ir.weights import values
+from graphpeft.ir.weights import float_weight
 from graphpeft.planning.plan import Entry
 from graphpeft.rewrite.adapters import HOME, Adapters, home, places
 from graphpeft.rewrite.owner import STATE, refuse_replaced, relower
@@ -123,7 +123,7 @@ def base_weight(model: nn.Module, name: str) -> torch.Tensor:
     """A weight as it was before any merge, whole and without gradients; of a quantized one the floats that it stands for."""
     state = find_state(model)
     original = state.originals.get(name) if state else None
-    return values(model, name) if original is None else whole(dense(original)).detach()
+    return float_weight(model, name) if original is None else full_tensor(dequantize(original)).detach()
 
 
 def saved(site: Site, chain: Chain) -> list[tuple[str, torch.Tensor]]:

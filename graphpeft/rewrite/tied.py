@@ -6,7 +6,7 @@ from torch import fx, nn
 
 from graphpeft.errors import AdapterError
 from graphpeft.ir.site import Site
-from graphpeft.ir.weights import stored
+from graphpeft.ir.weights import get_parameter
 from graphpeft.rewrite.adapters import places
 
 
@@ -16,8 +16,8 @@ def refuse_tied(model: nn.Module, site: Site) -> None:
     A site with tied places lists all that use the weight, so that further modules may hold but do not use it, as T5's
     `shared` does. In a graph of the whole model an adapter acts wherever its weight is used.
     """
-    parameter = stored(model, site.weight)
-    loose = [place.weight for place in places(site) if stored(model, place.weight) is not parameter]
+    parameter = get_parameter(model, site.weight)
+    loose = [place.weight for place in places(site) if get_parameter(model, place.weight) is not parameter]
     if loose:
         raise AdapterError(
             f"{', '.join(loose)} was tied to {site.weight} when adapter and model were joined, and is another tensor now, "

@@ -18,10 +18,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from graphpeft.compat.quantized import dense
+from graphpeft.compat.quantized import dequantize
 from graphpeft.errors import AdapterError
 from graphpeft.ir.site import Site
-from graphpeft.ir.weights import layout, oriented
+from graphpeft.ir.weights import as_out_in, weight_layout
 from graphpeft.rewrite.adapters import HOME, Adapters, slot
 
 Named = tuple[str, str, Site]
@@ -82,10 +82,10 @@ def _property(name: str, places: tuple[Named, ...]) -> property:
         if adapters.shown is not None and key in adapters.shown:
             return adapters.shown[key]
         try:
-            weight = base = dense(base, self)
+            weight = base = dequantize(base, self)
             for adapter, branch, site in places:
                 branches = cast(nn.ModuleDict, adapters._modules[adapter])
-                weight = fold(weight, site, update(branches[branch], base, site))
+                weight = add_delta(weight, site, update(branches[branch], base, site))
         except AttributeError as error:  # Python would take it for a missing attribute, and nn.Module give the base
             raise RuntimeError(f"ΔW of {places[0][2].weight} cannot be computed: {error}") from error
         if adapters.shown is not None:
@@ -167,10 +167,12 @@ def _package(frame: FrameType) -> str:
 
 def update(branch: Any, weight: torch.Tensor, site: Site) -> torch.Tensor:
     """ΔW of a branch on a base weight as it is stored; most branches do not look at it."""
-    return branch.delta(oriented(weight, *layout(site)) if getattr(branch, "relative", False) else None)
+    return branch.delta(
+        as_out_in(weight, *weight_layout(site)) if getattr(branch, "needs_base_weight", False) else None
+    )
 
 
-def fold(weight: torch.Tensor, site: Site, delta: torch.Tensor) -> torch.Tensor:
+def add_delta(weight: torch.Tensor, site: Site, delta: torch.Tensor) -> torch.Tensor:
     """The weight of a site with `delta` added to it."""
     return added(weight, delta, site.transposed)
 

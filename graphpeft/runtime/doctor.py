@@ -12,7 +12,7 @@ import onnxruntime as ort
 
 from graphpeft.errors import AdapterError, FileError
 from graphpeft.runtime.adapter_file import read
-from graphpeft.runtime.folder import REPORT, oldest_runtime, recovered
+from graphpeft.runtime.folder import REPORT, oldest_runtime, recover
 from graphpeft.runtime.layout import b_of
 from graphpeft.runtime.session import Session
 
@@ -31,7 +31,7 @@ def doctor(folder: str | Path, adapter: str | Path | None = None) -> list[Findin
 
     Raises `FileError` if there is no folder.
     """
-    folder = recovered(Path(folder))
+    folder = recover(Path(folder))
     if not folder.is_dir():
         raise FileError(f"{folder}: there is no such folder. Pass what export() wrote.")
     try:

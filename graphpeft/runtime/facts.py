@@ -14,7 +14,7 @@ import onnxruntime as ort
 from graphpeft.errors import FileError
 from graphpeft.files.foreign import plain, read_json, shortened
 from graphpeft.runtime.adapter_file import SCHEMA, SUFFIX
-from graphpeft.runtime.layout import Place, place
+from graphpeft.runtime.layout import AdapterInput, place
 
 HEX, VERSION, NAMES = r"[0-9a-f]{64}", r"\d[\w.+!-]{0,99}", r"\w{1,200}(,\w{1,200})*"
 TEXTS = {
@@ -36,7 +36,7 @@ class Facts:
 
     base: str
     """Fingerprint of the base model, in hex."""
-    slots: tuple[Place, ...]
+    slots: tuple[AdapterInput, ...]
     generation: Mapping[str, Any]
     """Special tokens of a model that generates."""
     onnxruntime: str | None
@@ -99,13 +99,13 @@ def _parsed(path: Path, key: str, text: str, read: Callable[[Any], Any]) -> Any:
         raise _wrong(path, key, text) from error
 
 
-def _slots(listed: Any) -> tuple[Place, ...]:
+def _slots(listed: Any) -> tuple[AdapterInput, ...]:
     if not isinstance(listed, list):
         raise TypeError(type(listed))
     return tuple(map(_slot, listed))
 
 
-def _slot(fields: Any) -> Place:
+def _slot(fields: Any) -> AdapterInput:
     if "tensors" in fields:
         shapes = fields["tensors"].values()
         good = isinstance(fields["site"], str) and all(isinstance(s, list) and all(map(_is_size, s)) for s in shapes)
@@ -135,7 +135,7 @@ def _are_sizes(value: Any) -> bool:
     return isinstance(value, dict) and all(map(_is_size, value.values()))
 
 
-def _check_open(path: Path, slots: tuple[Place, ...], inference: ort.InferenceSession) -> None:
+def _check_open(path: Path, slots: tuple[AdapterInput, ...], inference: ort.InferenceSession) -> None:
     """The slots are optional inputs of the graph, in these shapes: their names are those of the graph, and no others."""
     held = {node.name: tuple(node.shape) for node in inference.get_overridable_initializers()}
     for one in slots:

@@ -16,10 +16,10 @@ from rich.table import Table
 from rich.text import Text
 
 from graphpeft.errors import ExportError, FileError
-from graphpeft.files.exchange import exchange
+from graphpeft.files.exchange import swap_dirs
 from graphpeft.files.foreign import read_json
 from graphpeft.files.resumable import flush
-from graphpeft.files.staging import aside
+from graphpeft.files.staging import staging_dir
 
 REPORT = "graphpeft.json"
 
@@ -113,7 +113,7 @@ def staged(target: Path) -> Iterator[Path]:
     Raises:
         ExportError: the target holds something that no export wrote.
     """
-    target = recovered(target.resolve())  # where a link points to, or it would be the link that is replaced
+    target = recover(target.resolve())  # where a link points to, or it would be the link that is replaced
     if target in (here := Path.cwd(), *here.parents):
         raise ExportError(
             f"{target} is where this process works, and an export replaces its folder. Name a folder inside of it."
@@ -121,7 +121,7 @@ def staged(target: Path) -> Iterator[Path]:
     _refuse_foreign(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with aside(target) as fresh:
+        with staging_dir(target) as fresh:
             yield fresh
             for path in (*fresh.rglob("*"), fresh):
                 flush(path)
@@ -136,7 +136,7 @@ def staged(target: Path) -> Iterator[Path]:
 def _replace(target: Path, fresh: Path) -> None:
     if not target.exists():
         fresh.rename(target)
-    elif not exchange(target, fresh):
+    elif not swap_dirs(target, fresh):
         old = _old(target)
         shutil.rmtree(old, ignore_errors=True)  # of an export that was killed when it had all but this to do
         target.rename(old)
@@ -149,8 +149,8 @@ def _replace(target: Path, fresh: Path) -> None:
     flush(target.parent)
 
 
-def recovered(target: Path) -> Path:
-    """The folder, put back where a kill took it from its place, between the two renames that stand in for `exchange`."""
+def recover(target: Path) -> Path:
+    """The folder, put back where a kill took it from its place, between the two renames that stand in for `swap_dirs`."""
     if target.name and not target.exists() and _old(target).is_dir():
         _old(target).rename(target)
     return target

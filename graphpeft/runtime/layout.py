@@ -80,7 +80,7 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Held:
+class NativeSlot:
     """Inputs for the tensors that a method trains at one site, in their own shapes. All zero, they change nothing."""
 
     site: str
@@ -103,13 +103,13 @@ class Held:
         return {"site": self.site, "tensors": {name: list(shape) for name, shape in self.tensors}}
 
 
-Place = Slot | Held
+AdapterInput = Slot | NativeSlot
 
 
-def place(fields: Mapping[str, Any]) -> Place:
+def place(fields: Mapping[str, Any]) -> AdapterInput:
     """From what `as_dict` gave."""
     if "tensors" in fields:
-        return Held(fields["site"], tuple((name, tuple(shape)) for name, shape in fields["tensors"].items()))
+        return NativeSlot(fields["site"], tuple((name, tuple(shape)) for name, shape in fields["tensors"].items()))
     return Slot(fields["inputs"], tuple(fields["sites"].items()), fields["rank"])
 
 
@@ -121,17 +121,17 @@ def b_of(site: str) -> str:
     return f"{site}.lora_B.weight"
 
 
-def filled(slots: Iterable[Place], pairs: Pairs) -> Arrays:
+def filled(slots: Iterable[AdapterInput], pairs: Pairs) -> Arrays:
     """All inputs for an adapter's pairs."""
     return {name: value for slot in pair_slots(slots) for name, value in slot.filled(pairs).items()}
 
 
-def pair_slots(places: Iterable[Place]) -> list[Slot]:
+def pair_slots(places: Iterable[AdapterInput]) -> list[Slot]:
     """Those that take pairs."""
     return [place for place in places if isinstance(place, Slot)]
 
 
-def unfilled(slots: Iterable[Place], tensors: Arrays) -> dict[str, Pair]:
+def unfilled(slots: Iterable[AdapterInput], tensors: Arrays) -> dict[str, Pair]:
     """The pairs that tensors hold, whether they fill these slots or one slot for each site."""
     pairs: dict[str, Pair] = {}
     for slot in pair_slots(slots):
@@ -155,7 +155,7 @@ def blended(parts: Sequence[tuple[Pairs, float]]) -> dict[str, Pair]:
     return made
 
 
-def bank(slots: Iterable[Place], adapters: Sequence[Pairs]) -> Arrays:
+def concat_adapters(slots: Iterable[AdapterInput], adapters: Sequence[Pairs]) -> Arrays:
     """Several adapters side by side in every slot, and whose each unit of rank is."""
     tensors: Arrays = {}
     for slot in pair_slots(slots):

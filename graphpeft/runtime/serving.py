@@ -13,9 +13,9 @@ import onnxruntime as ort
 from graphpeft.errors import AdapterError, FileError
 from graphpeft.runtime.adapter_file import SUFFIX, write
 from graphpeft.runtime.facts import read_facts, read_sidecar
-from graphpeft.runtime.layout import ROW_WEIGHTS, Arrays, Held, Pairs, a_of, b_of, filled, pair_slots, unfilled
+from graphpeft.runtime.layout import ROW_WEIGHTS, Arrays, NativeSlot, Pairs, a_of, b_of, filled, pair_slots, unfilled
 
-one_cause = "Usual cause: an adapter of another model or export. Remedy: export model and adapter together."
+MISMATCH_HINT = "Usual cause: an adapter of another model or export. Remedy: export model and adapter together."
 NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64,
          "tensor(int64)": np.int64, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8, "tensor(int32)": np.int32}  # fmt: skip
 
@@ -139,16 +139,16 @@ class Graph:
             where = f"{source}: at {label!r} lora_{side}"
             if name not in shapes:
                 raise FileError(
-                    f"{source}: the graph has no slot {name!r}; {label or name!r} takes no adapter. {one_cause}"
+                    f"{source}: the graph has no slot {name!r}; {label or name!r} takes no adapter. {MISMATCH_HINT}"
                 )
             kind = self.open[name].type if name in self.open else self._kind()
             if tensor.dtype != NUMPY[kind]:
-                raise FileError(f"{where} is {tensor.dtype}, its slot {kind}. {one_cause}")
+                raise FileError(f"{where} is {tensor.dtype}, its slot {kind}. {MISMATCH_HINT}")
             want = shapes[name]
             if len(tensor.shape) != len(want) or any(
                 isinstance(size, int) and size != got for size, got in zip(want, tensor.shape, strict=True)
             ):
-                raise FileError(f"{where} has shape {list(tensor.shape)}, its slot {list(want)}. {one_cause}")
+                raise FileError(f"{where} has shape {list(tensor.shape)}, its slot {list(want)}. {MISMATCH_HINT}")
             if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
                 raise FileError(f"{where} has values that are not finite. Train the adapter again, or export it anew.")
         self._check_ranks(tensors, source)
@@ -156,10 +156,10 @@ class Graph:
     def _check_ranks(self, tensors: Arrays, source: Path) -> None:
         """Every A with all of its Bs, in one rank."""
         for slot in self.slots:
-            if isinstance(slot, Held):
+            if isinstance(slot, NativeSlot):
                 missing = [name for name in slot.shapes if name not in tensors]
                 if 0 < len(missing) < len(slot.shapes):
-                    raise FileError(f"{source}: at {slot.site!r} it lacks {missing[0]!r}. {one_cause}")
+                    raise FileError(f"{source}: at {slot.site!r} it lacks {missing[0]!r}. {MISMATCH_HINT}")
                 continue
             layouts = [(slot.a, slot.sites)] if slot.a in tensors else [(a_of(site), (site,)) for site in slot.sites]
             for a, sites in layouts:
@@ -167,10 +167,12 @@ class Graph:
                     present = [name for name in (a, b_of(site)) if name in tensors]
                     if len(present) == 1:
                         side = "A" if present[0] == a else "B"
-                        raise FileError(f"{source}: at {site!r} it has lora_{side} only; a slot takes two. {one_cause}")
+                        raise FileError(
+                            f"{source}: at {site!r} it has lora_{side} only; a slot takes two. {MISMATCH_HINT}"
+                        )
                     if len(present) == 2 and tensors[a].shape[1] != tensors[b_of(site)].shape[0]:
                         ranks = f"{tensors[a].shape[1]} and {tensors[b_of(site)].shape[0]}"
-                        raise FileError(f"{source}: at {site!r} the ranks of A and B are {ranks}. {one_cause}")
+                        raise FileError(f"{source}: at {site!r} the ranks of A and B are {ranks}. {MISMATCH_HINT}")
 
     def _kind(self) -> str:
         return next(iter(self.open.values())).type

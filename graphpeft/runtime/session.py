@@ -25,9 +25,9 @@ import onnxruntime as ort
 
 from graphpeft.errors import AdapterError, FileError
 from graphpeft.runtime.adapter_file import SUFFIX, read, write
-from graphpeft.runtime.folder import recovered
+from graphpeft.runtime.folder import recover
 from graphpeft.runtime.generation import Generator
-from graphpeft.runtime.layout import Arrays, Held, Pairs, bank, blended, filled
+from graphpeft.runtime.layout import Arrays, NativeSlot, Pairs, blended, concat_adapters, filled
 from graphpeft.runtime.serving import Graph, Loaded, checked_base
 
 Mix = Mapping[str, float]
@@ -59,7 +59,7 @@ class Session:
         options: ort.SessionOptions | None = None,
         adapters: bool = True,
     ) -> None:
-        self.folder = recovered(Path(folder))
+        self.folder = recover(Path(folder))
         paths = {part: path for part in PARTS if (path := self.folder / f"{part}.onnx").is_file()}
         if not paths:
             raise FileError(f"{self.folder}: there is no model.onnx. A session opens a folder written by export().")
@@ -191,7 +191,7 @@ class Session:
         for part, graph in self.graphs.items():
             graph.require_gates()
             one = path if len(self.graphs) == 1 else path.with_name(f"{path.name.removesuffix(SUFFIX)}.{part}{SUFFIX}")
-            write(one, bank(graph.slots, [self._pairs(part, name) for name in names]), graph.base)
+            write(one, concat_adapters(graph.slots, [self._pairs(part, name) for name in names]), graph.base)
 
     @property
     def _last(self) -> Graph:
@@ -222,7 +222,7 @@ class Session:
         if not names:
             return None
         pairs = [self._pairs(part, name) for name in names]
-        return self._once((part, *names), lambda: bank(self.graphs[part].slots, pairs))
+        return self._once((part, *names), lambda: concat_adapters(self.graphs[part].slots, pairs))
 
     def _once(self, key: tuple[Any, ...], made: Callable[[], Arrays]) -> Loaded:
         """An adapter that was put together, which takes some 50 times as long as to use it again; the last few are kept."""
@@ -233,7 +233,7 @@ class Session:
         return self._made[key]
 
     def _require_pairs(self) -> None:
-        if any(isinstance(slot, Held) for graph in self.graphs.values() for slot in graph.slots):
+        if any(isinstance(slot, NativeSlot) for graph in self.graphs.values() for slot in graph.slots):
             raise AdapterError(
                 f"{self.folder}: a compact export holds what one method trains, which neither adds up nor stands side by "
                 "side. Export without compact, as pairs, to blend adapters or to mix them in a batch."

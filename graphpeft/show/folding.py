@@ -9,7 +9,7 @@ from typing import TypeVar
 T = TypeVar("T", bound=Hashable)
 
 
-def folded(items: Iterable[tuple[T, int | None]]) -> list[tuple[T, list[int | None]]]:
+def collapse_layers(items: Iterable[tuple[T, int | None]]) -> list[tuple[T, list[int | None]]]:
     """Group what is equal: each thing once, with the layers it stands for, in order of first appearance."""
     groups: dict[T, list[int | None]] = {}
     for text, layer in items:

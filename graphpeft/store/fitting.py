@@ -14,7 +14,7 @@ from graphpeft.chain import Chain, Factor
 from graphpeft.compat.quantized import shape as float_shape
 from graphpeft.errors import AdapterError, FileError
 from graphpeft.ir.site import Site
-from graphpeft.ir.weights import stored
+from graphpeft.ir.weights import get_parameter
 from graphpeft.rewrite.adapters import places
 from graphpeft.rewrite.state import (
     saved,
@@ -42,7 +42,7 @@ def check_sites(model: nn.Module, content: AdapterFile, folder: Path) -> None:
                 f"itself. The file was changed by hand, or damaged."
             )
     for site in (entry.site for entry in content.entries):
-        loose = [p.weight for p in site.tied if stored(model, p.weight) is not stored(model, site.weight)]
+        loose = [p.weight for p in site.tied if get_parameter(model, p.weight) is not get_parameter(model, site.weight)]
         if loose:
             raise FileError(
                 f"{folder} does not fit {type(model).__name__}: one adapter serves {site.weight} and {', '.join(loose)}, "

@@ -63,7 +63,9 @@ class Update:
 def _is_product(chain: Chain) -> bool:
     """Whether ΔW is one large product, such as LoRA's, that can be made in memory that is there."""
     first = chain.factors[0]
-    return type(first) is Dense and len(chain.factors) > 1 and not chain.relative and not isinstance(chain, Stack)
+    return (
+        type(first) is Dense and len(chain.factors) > 1 and not chain.needs_base_weight and not isinstance(chain, Stack)
+    )
 
 
 def _product(chain: Chain, scratch: Scratch, place: int) -> torch.Tensor:

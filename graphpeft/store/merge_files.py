@@ -108,7 +108,7 @@ def _write(shard: Shard, folder: Path, updates: Updates, scratch: Scratch) -> No
     with (
         step(shard.path.name),
         unfinished.writing(folder / shard.path.name) as file,
-        unfinished.behind(file) as write,
+        unfinished.background_writer(file) as write,
         shard.path.open("rb") as source,
     ):
         write(shard.header)

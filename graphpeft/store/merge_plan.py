@@ -15,7 +15,7 @@ from graphpeft.capturing.skeleton import skeleton
 from graphpeft.compat.transformers_keys import origins
 from graphpeft.errors import FileError
 from graphpeft.ir.site import Site
-from graphpeft.ir.weights import stored
+from graphpeft.ir.weights import get_parameter
 from graphpeft.rewrite.branch import make_branch
 from graphpeft.rewrite.tied import refuse_tied
 from graphpeft.store.checkpoint import FLOATS, Checkpoint
@@ -95,7 +95,7 @@ def _keys(model: nn.Module, site: Site, checkpoint: Checkpoint, held: Held) -> l
 
     The model's weight takes the dtype that is stored, which decides the dtype of the chain.
     """
-    parameter = stored(model, site.weight)
+    parameter = get_parameter(model, site.weight)
     found = held.get(parameter, [])
     made = [key for key, converted in found if converted]
     if made or not found:

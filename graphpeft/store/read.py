@@ -12,7 +12,7 @@ from graphpeft.capturing.survey import find_base_sites
 from graphpeft.compat.quantized import levels
 from graphpeft.errors import CaptureError, FileError
 from graphpeft.ir.site import Site
-from graphpeft.ir.weights import stored
+from graphpeft.ir.weights import get_parameter
 from graphpeft.planning.plan import Entry
 from graphpeft.rewrite.naming import check_name, usable
 from graphpeft.rewrite.state import (
@@ -69,7 +69,7 @@ def _check_base(model: nn.Module, content: AdapterFile, folder: Path, any_base: 
 
 def base_fingerprint(model: nn.Module, entries: tuple[Entry, ...]) -> str:
     def weight_of(name: str) -> torch.Tensor:
-        found = levels(stored(model, name), model.get_submodule(name.rpartition(".")[0]))
+        found = levels(get_parameter(model, name), model.get_submodule(name.rpartition(".")[0]))
         return base_weight(model, name) if found is None else found
 
     return fingerprint((e.site.weight for e in entries), weight_of)

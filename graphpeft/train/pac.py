@@ -83,7 +83,7 @@ class PAC:
                 raise AdapterError(f"Adapter {each!r} has a PAC objective already. Call its detach(model) first.")
         for factor, stacked in factors.items():
             noise = Noise(factor.weight, self.sigma, trained_prior=self.prior == "trained", stacked=stacked)
-            factor.through(noise.train(factor.training).requires_grad_(factor.weight.requires_grad))
+            factor.with_transforms(noise.train(factor.training).requires_grad_(factor.weight.requires_grad))
         for each in chosen:
             state.adapters[each].objective = self
         if not any(hook is _redraw for hook in model._forward_pre_hooks.values()):
@@ -98,7 +98,7 @@ class PAC:
             kept = [t for t in factor.applied if not isinstance(t, Noise)]
             del factor.transforms
             if kept:
-                factor.through(*kept)
+                factor.with_transforms(*kept)
         mine = tuple(n for n, adapter in state.adapters.items() if adapter.objective is self)
         for name in mine:
             state.adapters[name].objective = None

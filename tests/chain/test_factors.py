@@ -68,7 +68,7 @@ def test_times_is_multiplication_by_the_matrix(factor: Factor) -> None:
 
 def test_accumulate_adds_forward(factor: Factor) -> None:
     x, y = torch.randn(2, 3, factor.inputs).double(), torch.randn(2, 3, factor.outputs).double()
-    given = x.flatten(0, 1) if factor.flat else x
+    given = x.flatten(0, 1) if factor.is_matmul else x
     torch.testing.assert_close(factor.accumulate(y, given, -0.7), y - 0.7 * factor(x), atol=1e-12, rtol=0)
 
 

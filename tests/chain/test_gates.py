@@ -40,7 +40,7 @@ def test_the_gradient_of_a_sample_is_that_of_finite_differences() -> None:
 def gated(r: int, **options: object) -> tuple[Diag, RankGate]:
     diag = Diag(r, normal(1.0))
     gate = RankGate(r, 0.5, **options)  # type: ignore[arg-type]
-    diag.through(gate).double()
+    diag.with_transforms(gate).double()
     torch.nn.init.normal_(diag.weight)
     return diag, gate
 

@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from graphpeft.chain import WIDTHS, Coded, Dense, Ladder, normal
+from graphpeft.chain import WIDTHS, Dense, IntCodes, LearnedQuantizer, normal
 from graphpeft.chain.gates import probability, sample
 
 OPEN = 5.0
 
 
-def ladder(weight: Tensor, bits: int = 32, **options: object) -> Ladder:
+def ladder(weight: Tensor, bits: int = 32, **options: object) -> LearnedQuantizer:
     """A ladder on `weight`'s range whose gates are decided for `bits`."""
-    made = Ladder(weight.numel(), 0.1, **options).to(weight.dtype)  # type: ignore[arg-type]
+    made = LearnedQuantizer(weight.numel(), 0.1, **options).to(weight.dtype)  # type: ignore[arg-type]
     made.reset(weight, lambda name: pytest.fail(f"no random stream is needed, but {name} was asked for"))
     first = WIDTHS[made.free :]
     made.logits.data = torch.tensor([OPEN if width <= bits else -OPEN for width in first], dtype=weight.dtype)
@@ -119,9 +119,9 @@ def test_penalty_counts_open_gates_or_bit_operations() -> None:
 def test_codes_give_what_evaluation_gives_to_the_bit(bits: int) -> None:
     weight = WEIGHT.float()
     made = ladder(weight, bits).eval()
-    factor = Dense(40, 30, normal(1.0)).coded(bits)
+    factor = Dense(40, 30, normal(1.0)).as_codes(bits)
     coded = factor.applied[0]
-    assert isinstance(coded, Coded)
+    assert isinstance(coded, IntCodes)
     factor.weight.copy_(coded.encode(made, weight))
     assert factor.weight.dtype == (torch.int8 if bits <= 8 else torch.int16)
     assert torch.equal(factor.value, made(weight))

@@ -16,7 +16,7 @@ from graphpeft.errors import FileError
 from graphpeft.exporting import parity
 from graphpeft.passes.export import export
 from graphpeft.runtime.adapter_file import read
-from graphpeft.runtime.layout import Slot, a_of, b_of, bank, blended, unfilled
+from graphpeft.runtime.layout import Slot, a_of, b_of, blended, concat_adapters, unfilled
 from graphpeft.runtime.session import Session
 
 ATTENTION, MLP = "model.layers.0.self_attn.", "model.layers.0.mlp."
@@ -158,7 +158,7 @@ def test_a_bank_says_whose_each_unit_of_rank_is() -> None:
         {"elsewhere": pair(1, 1)},
         {"block.q": pair(1, 3, 2), "block.k": pair(3, 2, 3)},
     ]
-    tensors = bank([SLOT], adapters)
+    tensors = concat_adapters([SLOT], adapters)
     assert tensors[SLOT.segments].tolist() == [0, 0, 2, 2, 2, 2]
     for number, pairs in enumerate(adapters):
         units = tensors[SLOT.segments] == number

@@ -14,10 +14,10 @@ import transformers as tf
 from torch import nn
 from zoo import ZOO
 
-from graphpeft.capturing.samples import settled
+from graphpeft.capturing.samples import analysis_config
 from graphpeft.capturing.survey import find_base_sites
 from graphpeft.match import Declaration, affine, registry
-from graphpeft.match.find import Found
+from graphpeft.match.find import SearchResult
 from graphpeft.planning.absence import absences, line_of, nothing
 from graphpeft.planning.suggest import roles_present, suggestions
 from graphpeft.rules.rule import Rule, parse
@@ -35,10 +35,10 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 @cache
-def searched(name: str) -> tuple[nn.Module, Found]:
+def searched(name: str) -> tuple[nn.Module, SearchResult]:
     with torch.device("meta"):
         model = MODELS[name]().eval()
-    with settled(model):
+    with analysis_config(model):
         return model, find_base_sites(model)
 
 
@@ -142,7 +142,7 @@ def test_a_role_of_ones_own_tells_its_own_reason(monkeypatch: pytest.MonkeyPatch
 def test_parts_that_were_not_captured_are_named() -> None:
     model, _ = searched("bert")
     text = nothing(
-        model, Found((), {}, frozenset(), {"vision": "Vision cannot be captured: why\nmore"}), rule("q:lora")
+        model, SearchResult((), {}, frozenset(), {"vision": "Vision cannot be captured: why\nmore"}), rule("q:lora")
     )
     assert "\n  not seen: vision: Vision cannot be captured: why\n  The graph has no projections at all." in text
     assert "Try" not in text

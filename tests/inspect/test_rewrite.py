@@ -14,10 +14,10 @@ from torch.utils._pytree import tree_leaves
 from zoo import clip, gpt2, llama, mixtral, t5
 
 import graphpeft as gp
-from graphpeft.capturing.capture import example_call, quiet
+from graphpeft.capturing.capture import example_call, inference_view
 from graphpeft.capturing.outputs import difference, floats
 from graphpeft.inspect.network import network
-from graphpeft.inspect.rewrite import Part, Rewrite, rewrite
+from graphpeft.inspect.rewrite import CapturedGraph, Rewrite, rewrite
 from graphpeft.rewrite.state import inactive
 
 CASES = {
@@ -40,7 +40,7 @@ def adapted(case: str, seed: int = 0) -> nn.Module:
     return model
 
 
-def run(found: Rewrite, part: Part, graph: fx.Graph) -> list[torch.Tensor]:
+def run(found: Rewrite, part: CapturedGraph, graph: fx.Graph) -> list[torch.Tensor]:
     """A part's graph on the example call that it was captured with."""
     program = found.found.programs[part.path]
     constants = {node.name: value for node, value in program.constants.items()}
@@ -54,7 +54,7 @@ def run(found: Rewrite, part: Part, graph: fx.Graph) -> list[torch.Tensor]:
 def test_the_shown_graph_computes_what_the_model_does(case: str) -> None:
     model = adapted(case)
     args, kwargs = example_call(model, None)
-    with quiet(model):
+    with inference_view(model):
         want = floats(model(*args, **kwargs))
         with gp.disabled(model):
             base = floats(model(*args, **kwargs))

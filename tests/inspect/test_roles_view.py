@@ -8,7 +8,7 @@ from zoo import ZOO
 
 from graphpeft.capturing.survey import find_base_sites
 from graphpeft.inspect.roles import overview
-from graphpeft.match.find import Found
+from graphpeft.match.find import SearchResult
 
 
 class Half(nn.Module):
@@ -39,14 +39,14 @@ def test_parts_that_no_call_ran_are_counted_by_their_outermost_module() -> None:
 
 def test_the_reason_of_a_part_that_could_not_be_captured() -> None:
     model = Half()
-    found = Found((), {}, frozenset({"used.weight"}), {"idle": "Sequential cannot be captured: why\nand more"})
+    found = SearchResult((), {}, frozenset({"used.weight"}), {"idle": "Sequential cannot be captured: why\nand more"})
     told = {u.path: u.reason for u in overview(model, found).unseen}
     assert told == {
         "table": "no example call runs it",
         "idle": "Sequential cannot be captured: why",
         "blocks": "no example call runs it",
     }
-    view = overview(model, Found((), {}, frozenset(), {"": "Half cannot be captured"}))
+    view = overview(model, SearchResult((), {}, frozenset(), {"": "Half cannot be captured"}))
     assert [(u.path, u.weights, u.reason) for u in view.unseen] == [("", 10, "Half cannot be captured")]
     assert "(all)  10 weights: Half cannot be captured" in str(view)
 

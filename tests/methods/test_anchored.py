@@ -15,7 +15,7 @@ import graphpeft as gp
 from graphpeft.chain import qr, svd
 from graphpeft.errors import AdapterError
 from graphpeft.ir.site import Site
-from graphpeft.ir.weights import matrix
+from graphpeft.ir.weights import site_matrix
 from graphpeft.methods import OLoRA, PiSSA
 from graphpeft.rewrite.state import chains
 
@@ -118,7 +118,7 @@ def test_on_models(name: str, method: str, tmp_path: Path) -> None:
     model.eval()
     assert same(outputs(model, example), base)
     for place, chain in chains(model, "default").items():
-        weight = matrix(model, place)
+        weight = site_matrix(model, place)
         b0, a0 = (factor.start for factor in chain.factors if hasattr(factor, "start"))
         if method.startswith("olora"):
             # float32: QR reproduces the first columns up to rounding.

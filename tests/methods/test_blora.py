@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import graphpeft as gp
-from graphpeft.chain import Coded, Ladder, RankGate, Weighted
+from graphpeft.chain import IntCodes, LearnedQuantizer, RankGate, Weighted
 from graphpeft.errors import AdapterError, RuleError
-from graphpeft.ir.weights import matrix
+from graphpeft.ir.weights import site_matrix
 from graphpeft.methods import BLoRA
 from graphpeft.rewrite.state import chains, get_state
 
@@ -27,7 +27,7 @@ def decide(model: nn.Module, bits: tuple[int, ...] = (8, 4, 16), rank: int = 3) 
         for factor, width in zip(weighted(chain), bits, strict=True):
             for transform in factor.applied:
                 logits = transform.logits.data
-                if isinstance(transform, Ladder):
+                if isinstance(transform, LearnedQuantizer):
                     transform.log_range.data.fill_(-0.5)
                     logits[:] = torch.tensor([3.0 if w <= width else -3.0 for w in (2, 4, 8, 16, 32)[transform.free :]])
                 else:
@@ -61,7 +61,7 @@ def test_compacting_keeps_outputs_and_makes_smaller_tensors(name: str, tmp_path:
     for chain in chains(model, "default").values():
         assert [f.weight.dtype for f in weighted(chain)] == [torch.int8, torch.int8, torch.int16]
         assert chain.rank == 3
-        assert not any(isinstance(m, (Ladder, RankGate)) for m in chain.modules())
+        assert not any(isinstance(m, (LearnedQuantizer, RankGate)) for m in chain.modules())
         assert torch.linalg.matrix_rank(chain.delta(), rtol=1e-5) == 3
     folder = gp.save(model, tmp_path / "small")
     tensors, old = (load_file(tmp_path / f / "adapter.safetensors") for f in ("small", "large"))
@@ -83,7 +83,7 @@ def test_training_is_random_and_moves_gates() -> None:
     model = gp.apply(build("llama"), "qv:blora(start=1.0, lambda_bits=0.1, lambda_rank=0.1, logit=2.0)")
     decide(model)
     for module in model.modules():
-        if isinstance(module, (Ladder, RankGate)):
+        if isinstance(module, (LearnedQuantizer, RankGate)):
             module.logits.data.fill_(0.5)
     example = call("llama", model)
     model.train()
@@ -91,10 +91,10 @@ def test_training_is_random_and_moves_gates() -> None:
     assert delta(outputs(model, example), outputs(model, example)) > 1e-4
     loss = model(**example[1]).logits.square().mean() + gp.penalty(model)
     loss.backward()
-    gated = [m for m in model.modules() if isinstance(m, (Ladder, RankGate))]
+    gated = [m for m in model.modules() if isinstance(m, (LearnedQuantizer, RankGate))]
     assert len(gated) == 4 * 4
     assert all(gate.logits.grad is not None and gate.logits.grad.any() for gate in gated)
-    assert all(gate.log_range.grad is not None for gate in gated if isinstance(gate, Ladder))
+    assert all(gate.log_range.grad is not None for gate in gated if isinstance(gate, LearnedQuantizer))
     model.eval()
     assert same(outputs(model, example), outputs(model, example))
 
@@ -111,14 +111,14 @@ def test_the_penalty_alone_closes_gates_in_order() -> None:
     for _ in range(40):
         optimizer.step()
     (chain, _) = chains(model, "default").values()
-    assert [m.bits() for m in chain.modules() if isinstance(m, Ladder)] == [2, 2, 2]
+    assert [m.bits() for m in chain.modules() if isinstance(m, LearnedQuantizer)] == [2, 2, 2]
     assert chain.factors[1].applied[1].kept() == 1
 
 
 def test_every_rounding_is_penalized() -> None:
     model = gp.apply(build("llama"), "q:blora(quantize=all, lambda_bits=1.0, cost=bop)")
     gp.penalty(model).backward()
-    ladders = [m for m in model.modules() if isinstance(m, Ladder)]
+    ladders = [m for m in model.modules() if isinstance(m, LearnedQuantizer)]
     assert len(ladders) == 2 * 5
     assert all(ladder.logits.grad is not None and ladder.logits.grad.all() for ladder in ladders)
     assert {ladder.largest.macs for ladder in ladders} == {64 * 64}  # the base weight is the largest tensor
@@ -182,7 +182,7 @@ def test_in_half_precision_casts_are_as_planned() -> None:
     assert not list(next(iter(chains(model, "default").values())).parameters())
     # Sums in float32, rounded to bfloat16 once per projection: its step at outputs below 4 is 2^-6.
     assert delta(outputs(model, example), adapted) <= 2**-6
-    assert all(isinstance(m, Coded) is False or m.step.dtype == torch.float32 for m in model.modules())
+    assert all(isinstance(m, IntCodes) is False or m.step.dtype == torch.float32 for m in model.modules())
 
 
 def test_the_base_weight_is_read_at_the_learned_precision(tmp_path: Path) -> None:
@@ -196,8 +196,8 @@ def test_the_base_weight_is_read_at_the_learned_precision(tmp_path: Path) -> Non
     for site, chain in chains(model, "default").items():
         rounding = chain.reweight.rounding
         rounding.logits.data[:] = torch.tensor([3.0, -3.0, -3.0, -3.0])  # 4 bits
-        rounding.log_range.data.fill_(float(matrix(model, site).abs().max().log()) + 1e-6)
-        seen = matrix(model, site) + torch.cat([chain.delta(matrix(model, site))[a:b] for a, b in site.rows])
+        rounding.log_range.data.fill_(float(site_matrix(model, site).abs().max().log()) + 1e-6)
+        seen = site_matrix(model, site) + torch.cat([chain.delta(site_matrix(model, site))[a:b] for a, b in site.rows])
         seen = seen - chain.scale * torch.linalg.multi_dot([f.matrix() for f in weighted(chain)])
         assert len(seen.mul(1e4).round().unique()) <= 15
     adapted = outputs(model, example)
@@ -243,7 +243,7 @@ def test_the_input_is_rounded_for_base_and_adapter(tmp_path: Path) -> None:
     assert len(reads[0].unique()) <= 15
     owner = model.model.layers[0].self_attn.q_proj
     site = next(iter(chains(model, "default")))
-    weight = matrix(model, site)
+    weight = site_matrix(model, site)
     # The projection is that of the rounded input by the rounded weight and the update; float32 sums of 64 terms.
     torch.testing.assert_close(owner(reads[0]), reads[0] @ (weight + chain.delta(weight)).T, atol=1e-5, rtol=1e-4)
     found = gp.bops(model)

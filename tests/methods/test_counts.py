@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaForSequenceClassification
 
 from graphpeft.capturing.survey import find_base_sites
-from graphpeft.match.find import Found
+from graphpeft.match.find import SearchResult
 from graphpeft.methods import builtin
 from graphpeft.planning.plan import make_plan
 from graphpeft.rules.rule import coerce
@@ -39,7 +39,7 @@ COUNTS = [
 
 
 @pytest.fixture(scope="module")
-def models() -> dict[str, tuple[torch.nn.Module, Found]]:
+def models() -> dict[str, tuple[torch.nn.Module, SearchResult]]:
     """Both models on the meta device, where a 7B shape costs nothing, and their sites."""
     with torch.device("meta"):
         built = {
@@ -50,7 +50,9 @@ def models() -> dict[str, tuple[torch.nn.Module, Found]]:
 
 
 @pytest.mark.parametrize(("method", "roberta", "llama"), COUNTS)
-def test_q_and_v(models: dict[str, tuple[torch.nn.Module, Found]], method: str, roberta: int, llama: int) -> None:
+def test_q_and_v(
+    models: dict[str, tuple[torch.nn.Module, SearchResult]], method: str, roberta: int, llama: int
+) -> None:
     for name, count in {"roberta": roberta, "llama": llama}.items():
         model, found = models[name]
         assert make_plan(model, found, coerce(f"qv:{method}")).trainable == count, name
@@ -69,7 +71,9 @@ def test_q_and_v(models: dict[str, tuple[torch.nn.Module, Found]], method: str, 
         ("roberta", "linear:vera(r=1024)", 156_672),
     ],
 )
-def test_every_linear_map(models: dict[str, tuple[torch.nn.Module, Found]], model: str, rule: str, count: int) -> None:
+def test_every_linear_map(
+    models: dict[str, tuple[torch.nn.Module, SearchResult]], model: str, rule: str, count: int
+) -> None:
     assert make_plan(*models[model], coerce(rule)).trainable == count
 
 

@@ -13,7 +13,7 @@ from torch import nn
 import graphpeft as gp
 from graphpeft.errors import AdapterError, ExportError
 from graphpeft.ir.site import Site
-from graphpeft.ir.weights import matrix
+from graphpeft.ir.weights import site_matrix
 from graphpeft.methods import DoRA, LoRA
 from graphpeft.rewrite.state import chains
 
@@ -96,7 +96,7 @@ def test_on_models(name: str, tmp_path: Path) -> None:
     gp.save(model, tmp_path)
     assert same(outputs(gp.load(build(name), tmp_path).eval(), example), adapted)
     for site, chain in chains(model, "default").items():
-        weight = matrix(model, site)
+        weight = site_matrix(model, site)
         rows = chain.delta(weight)
         rows = rows if site.rows is None else torch.cat([rows[a:b] for a, b in site.rows])
         # float32 norms of 64 entries.
@@ -151,7 +151,7 @@ def test_it_starts_at_a_gain_of_one_to_the_bit() -> None:
     for seed in range(60):  # √(x²) of some 1 in 100,000 is off by a bit where torch takes its square root from MKL
         weight = torch.rand(4096, 64, generator=torch.Generator().manual_seed(seed)) * 10 ** (seed / 10 - 3)
         chain.reset(0, "q", weight)
-        assert torch.equal(chain.gain(weight), torch.ones(4096))
+        assert torch.equal(chain.row_scale(weight), torch.ones(4096))
 
 
 def test_without_its_length_it_is_lora() -> None:

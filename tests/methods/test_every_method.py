@@ -12,7 +12,7 @@ from torch import Tensor
 
 import graphpeft as gp
 from graphpeft.chain import RankGate
-from graphpeft.ir.weights import matrix
+from graphpeft.ir.weights import site_matrix
 from graphpeft.methods import builtin
 from graphpeft.rewrite.state import chains
 
@@ -34,7 +34,7 @@ def test_life(name: str, method: str, tmp_path: Path) -> None:
     adapted = outputs(model, example)
     assert delta(adapted, base) > 1e-3
     for site, chain in chains(model, "default").items():
-        update = chain.delta(matrix(model, site) if chain.relative else None)
+        update = chain.delta(site_matrix(model, site) if chain.needs_base_weight else None)
         # Singular values below 1e-5 of the largest are rounding in float32.
         rank = torch.linalg.matrix_rank(update, rtol=1e-5)
         assert rank == METHODS[method] or METHODS[method] is None

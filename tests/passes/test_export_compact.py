@@ -15,7 +15,7 @@ from graphpeft.errors import AdapterError, ExportError
 from graphpeft.passes.export import export
 from graphpeft.rewrite.state import chains
 from graphpeft.runtime.adapter_file import read
-from graphpeft.runtime.layout import Held
+from graphpeft.runtime.layout import NativeSlot
 from graphpeft.runtime.session import Session
 
 RULES = {
@@ -56,7 +56,7 @@ def test_a_method_is_shipped_as_what_it_trains(method: str, tmp_path: Path) -> N
         want[name] = model(SAMPLE["x"]).detach().numpy()
     export(model, tmp_path / "deploy", inputs=SAMPLE, compact=True, verify="off")
     session = Session(tmp_path / "deploy")
-    assert all(isinstance(slot, Held) for slot in session.graphs["model"].slots)
+    assert all(isinstance(slot, NativeSlot) for slot in session.graphs["model"].slots)
     for name in (None, "a", "b", None, "a"):
         session.use(name)
         assert off(answer(session), want[name]) < CLOSE

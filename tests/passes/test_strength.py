@@ -11,7 +11,7 @@ from torch import nn
 from zoo import gpt2, llama, mixtral, t5
 
 import graphpeft as gp
-from graphpeft.capturing.capture import example_call, quiet
+from graphpeft.capturing.capture import example_call, inference_view
 from graphpeft.capturing.outputs import difference, floats
 from graphpeft.errors import AdapterError
 from graphpeft.rewrite.state import chains
@@ -29,7 +29,7 @@ def two(make: object, rules: tuple[str, str]) -> nn.Module:
 
 def outputs(model: nn.Module) -> list[torch.Tensor]:
     args, kwargs = example_call(model, None)
-    with quiet(model):
+    with inference_view(model):
         return floats(model(*args, **kwargs))
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 import graphpeft as gp
 from graphpeft.errors import AdapterError, ExportError
-from graphpeft.files.exchange import exchange
+from graphpeft.files.exchange import swap_dirs
 from graphpeft.passes.export import export
 from graphpeft.runtime import folder as exported_folder
 from graphpeft.runtime.doctor import doctor
@@ -133,12 +133,12 @@ def test_folders_exchange_names(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
-    if not exchange(tmp_path / "a", tmp_path / "b"):
+    if not swap_dirs(tmp_path / "a", tmp_path / "b"):
         pytest.skip("this file system cannot")
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["b"]
     assert [p.name for p in (tmp_path / "b").iterdir()] == ["a"]
     with pytest.raises(FileNotFoundError):
-        exchange(tmp_path / "a", tmp_path / "c")
+        swap_dirs(tmp_path / "a", tmp_path / "c")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

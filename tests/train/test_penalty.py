@@ -42,7 +42,7 @@ def squared() -> tuple[nn.Module, nn.Parameter]:
     model = gp.apply(build("hand_written"), "q:lora(r=2)", inputs=(torch.randn(1, 3, 32),))
     assert penalty(model) == 0
     (chain,) = chains(model, "default").values()
-    return model, chain.factors[1].through(Square()).weight
+    return model, chain.factors[1].with_transforms(Square()).weight
 
 
 def test_penalty_counts_once_per_step(squared: tuple[nn.Module, nn.Parameter]):
@@ -64,7 +64,7 @@ def test_penalties_of_blocks_and_of_what_sites_share():
     model = gp.apply(build("llama"), "q:melora(n=2, r=(1, 2))")
     every = chains(model, "default").values()
     for chain in every:
-        chain.factors[1].parts[1].through(Square())
+        chain.factors[1].parts[1].with_transforms(Square())
     expected = sum(chain.factors[1].blocks[1].square().sum() for chain in every)
     assert expected > 0
     torch.testing.assert_close(penalty(model), expected)

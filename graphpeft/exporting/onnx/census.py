@@ -12,12 +12,12 @@ import numpy as np
 import onnx_ir as ir
 
 from graphpeft.errors import ExportError
-from graphpeft.runtime.layout import Held, Place, Slot, b_of
+from graphpeft.runtime.layout import AdapterInput, NativeSlot, Slot, b_of
 from graphpeft.tracing import as_pass
 
 
 @as_pass("census", "slots still alive")
-def census(model: ir.Model, slots: Sequence[Place]) -> None:
+def census(model: ir.Model, slots: Sequence[AdapterInput]) -> None:
     """Check that every slot is a live input: A, then each B, read by MatMuls, with the rank left open.
 
     Raises:
@@ -32,7 +32,7 @@ def census(model: ir.Model, slots: Sequence[Place]) -> None:
                 raise dead(slot, f"the input {name} is gone")
             if value.shape is None or dims(value) != shape:
                 raise dead(slot, f"the input {name} has shape {value.shape} instead of {list(shape)}")
-        if isinstance(slot, Held):
+        if isinstance(slot, NativeSlot):
             if unread := [name for name in slot.shapes if not inputs[name].uses()]:
                 raise dead(slot, f"nothing reads {unread[0]}")
             continue
@@ -44,7 +44,7 @@ def census(model: ir.Model, slots: Sequence[Place]) -> None:
             products(slot, inputs[b_of(site)])
 
 
-def used(model: ir.Model, slots: Sequence[Place]) -> tuple[Place, ...]:
+def used(model: ir.Model, slots: Sequence[AdapterInput]) -> tuple[AdapterInput, ...]:
     """The slots that this graph reads; the inputs of all others are taken out."""
     inputs = {value.name: value for value in model.graph.inputs}
     found = []
@@ -70,7 +70,7 @@ def products(slot: Slot, value: ir.Value) -> list[ir.Node]:
 
 
 @as_pass("defaults", "slots of rank 0")
-def attach_defaults(model: ir.Model, slots: Sequence[Place]) -> None:
+def attach_defaults(model: ir.Model, slots: Sequence[AdapterInput]) -> None:
     """Give every slot a default of rank 0, or zeros, which adds nothing: without an adapter the graph is the base model."""
     inputs = {value.name: value for value in model.graph.inputs}
     for slot in slots:
@@ -97,7 +97,7 @@ def _is_b(product: ir.Node, slot: Slot) -> bool:
     return any(value is not None and value.name in names for value in product.inputs)
 
 
-def dead(slot: Place, what: str) -> ExportError:
+def dead(slot: AdapterInput, what: str) -> ExportError:
     return ExportError(
         f"{slot.label}: the adapter slot did not survive the translation: {what}. An adapter would silently do nothing "
         "there. Usual cause: a graph pass that fuses or folds around the slot. Remedy: export with merged=True."

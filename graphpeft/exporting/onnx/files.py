@@ -12,12 +12,12 @@ import onnx_ir as ir
 
 from graphpeft.errors import ExportError
 from graphpeft.runtime.adapter_file import SCHEMA, SUFFIX, write
-from graphpeft.runtime.layout import Arrays, Place
+from graphpeft.runtime.layout import AdapterInput, Arrays
 from graphpeft.tracing import as_pass
 
 
 @as_pass("write", "a graph to its file")
-def save(model: ir.Model, path: Path, slots: Sequence[Place], properties: Mapping[str, str]) -> None:
+def save(model: ir.Model, path: Path, slots: Sequence[AdapterInput], properties: Mapping[str, str]) -> None:
     """Write the graph to `path`, and tensors of 1 KiB or more next to it: shape constants and slots must stay inline.
 
     Raises:

@@ -12,14 +12,14 @@ import numpy as np
 import onnx_ir as ir
 
 from graphpeft.exporting.onnx.census import dims, products
-from graphpeft.runtime.layout import Place, b_of, pair_slots
+from graphpeft.runtime.layout import AdapterInput, b_of, pair_slots
 from graphpeft.tracing import as_pass
 
 ELEMENTWISE = {"Mul", "Add", "Sub", "Sigmoid", "Tanh", "Relu", "Gelu", "Erf", "Swish", "HardSwish", "Softplus"}
 
 
 @as_pass("gemm", "a slot's sum as one Gemm")
-def fuse_sums(model: ir.Model, slots: Sequence[Place]) -> tuple[Place, ...]:
+def fuse_sums(model: ir.Model, slots: Sequence[AdapterInput]) -> tuple[AdapterInput, ...]:
     """Rewrite every sum with a slot's product that is not broadcast. The slots stay as they are."""
     work = _Flat(model.graph)
     inputs = {value.name: value for value in model.graph.inputs}

@@ -18,15 +18,15 @@ from graphpeft.exporting.onnx.quantize import Bits, quantize
 from graphpeft.exporting.onnx.rows import gate_rows
 from graphpeft.exporting.onnx.share import share
 from graphpeft.exporting.onnx.tags import tag
-from graphpeft.runtime.layout import Place
+from graphpeft.runtime.layout import AdapterInput
 
-Rewrite = Callable[[ir.Model, Sequence[Place]], "tuple[Place, ...] | None"]
+Rewrite = Callable[[ir.Model, Sequence[AdapterInput]], "tuple[AdapterInput, ...] | None"]
 
 
 class Slots:
     """The slots of the graph that passes work on; a pass that merges or changes some replaces them here."""
 
-    def __init__(self, slots: Sequence[Place]) -> None:
+    def __init__(self, slots: Sequence[AdapterInput]) -> None:
         self.now = tuple(slots)
 
 

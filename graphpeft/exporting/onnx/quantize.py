@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from graphpeft.errors import ExportError
 from graphpeft.exporting.onnx.census import attach, census
-from graphpeft.runtime.layout import Place
+from graphpeft.runtime.layout import AdapterInput
 from graphpeft.tracing import as_pass
 
 Bits = Literal["int4", "int8"]
@@ -29,7 +29,7 @@ ROUNDED = 4
 
 
 @as_pass("quantize", "base weights in 4 or 8 bits")
-def quantize(model: ir.Model, slots: Sequence[Place], bits: Bits, accuracy_level: int = ROUNDED) -> ir.Model:
+def quantize(model: ir.Model, slots: Sequence[AdapterInput], bits: Bits, accuracy_level: int = ROUNDED) -> ir.Model:
     """The graph with its constant matrices in `int4` (`MatMulNBits`) or `int8` (activations too, as they come).
 
     Of 4-bit products `accuracy_level` says what ONNX Runtime may make of activations: with 4, integers of 8 bits for each block.

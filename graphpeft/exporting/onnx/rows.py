@@ -14,12 +14,12 @@ import numpy as np
 import onnx_ir as ir
 
 from graphpeft.exporting.onnx.census import attach, dims, products
-from graphpeft.runtime.layout import ROW_WEIGHTS, Place, pair_slots
+from graphpeft.runtime.layout import ROW_WEIGHTS, AdapterInput, pair_slots
 from graphpeft.tracing import as_pass
 
 
 @as_pass("rows", "a gate for every row of a batch")
-def gate_rows(model: ir.Model, slots: Sequence[Place], batch: str = "batch") -> tuple[Place, ...]:
+def gate_rows(model: ir.Model, slots: Sequence[AdapterInput], batch: str = "batch") -> tuple[AdapterInput, ...]:
     """Gate the ranks of every slot by row. The batch is an activation's first axis, or the outer part of it."""
     inputs = {value.name: value for value in model.graph.inputs}
     if not (pairs := pair_slots(slots)):  # the other of two graphs has all the sites

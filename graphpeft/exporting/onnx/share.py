@@ -13,12 +13,12 @@ from dataclasses import replace
 import onnx_ir as ir
 
 from graphpeft.exporting.onnx.census import products
-from graphpeft.runtime.layout import Place, Slot, b_of, pair_slots
+from graphpeft.runtime.layout import AdapterInput, Slot, b_of, pair_slots
 from graphpeft.tracing import as_pass
 
 
 @as_pass("share", "one product with A for slots that read the same")
-def share(model: ir.Model, slots: Sequence[Place]) -> tuple[Place, ...]:
+def share(model: ir.Model, slots: Sequence[AdapterInput]) -> tuple[AdapterInput, ...]:
     """Rewrite the graph, and return the slots that it has then, in order. A slot with several call sites stays alone."""
     inputs = {value.name: value for value in model.graph.inputs}
     groups: dict[object, list[Slot]] = defaultdict(list)

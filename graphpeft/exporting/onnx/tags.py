@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from graphpeft.runtime.layout import Place
+from graphpeft.runtime.layout import AdapterInput
 from graphpeft.tracing import as_pass
 
 SCOPES = "pkg.torch.onnx.name_scopes"
@@ -15,7 +15,7 @@ SITE, ADAPTER = "graphpeft.site", "graphpeft.adapter"
 
 
 @as_pass("tags", "nodes of adapters marked as such")
-def tag(model: ir.Model, slots: Sequence[Place]) -> None:
+def tag(model: ir.Model, slots: Sequence[AdapterInput]) -> None:
     """Tag what reads a slot with its site; a node that a pass made is where what it reads comes from."""
     # Of a slot that several weights share, each B is for one of them.
     sites = {

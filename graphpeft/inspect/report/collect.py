@@ -105,7 +105,7 @@ def _site(name: str, entry: Entry, chain: Chain, now: Numbers, drawn: list[Block
         **_row(site, drawn, name),
         "adapter": name,
         "method": str(entry.method),
-        "form": site.form if chain.beside else "weight",
+        "form": site.form if chain.has_side_path else "weight",
         "rank": chain.rank,
         "parameters": sum(p.numel() for p in chain.parameters()),
         "rule": entry.rule,

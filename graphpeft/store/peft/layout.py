@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 
 from graphpeft.compat.quantized import shape as float_shape
 from graphpeft.ir.site import Site
-from graphpeft.ir.weights import stored
+from graphpeft.ir.weights import get_parameter
 from graphpeft.rewrite.adapters import Adapters
 
 PREFIX = "base_model.model."
@@ -37,7 +37,7 @@ class NoEquivalent(Exception):
 
 
 @dataclass(frozen=True)
-class Place:
+class PeftWeight:
     """A weight as PEFT knows it."""
 
     kind: Literal["linear", "embedding", "conv", "parameter"]
@@ -84,15 +84,15 @@ class Place:
         return a, b
 
 
-def place(model: nn.Module, site: Site, nested: Mapping[str, str]) -> Place:
+def place(model: nn.Module, site: Site, nested: Mapping[str, str]) -> PeftWeight:
     """Where PEFT would adapt the weight of a site; `nested` is what `nesting` says. Raises `NoEquivalent`."""
     path, _, leaf = site.weight.rpartition(".")
-    module, weight = model.get_submodule(path), stored(model, site.weight)
+    module, weight = model.get_submodule(path), get_parameter(model, site.weight)
     shape = float_shape(weight, module)
     if isinstance(model, fx.GraphModule):
         if leaf != "weight" or weight.dim() != 2:
             raise NoEquivalent("it is no weight of a linear map or a table")
-        return Place("embedding" if site.role == "embed" else "linear", path, PREFIX + path, shape)
+        return PeftWeight("embedding" if site.role == "embed" else "linear", path, PREFIX + path, shape)
     if bare(module, leaf):
         return _parameter(module, site, path, shape, nested)
     if isinstance(module, nn.Linear) and site.form == "weight":
@@ -103,16 +103,18 @@ def place(model: nn.Module, site: Site, nested: Mapping[str, str]) -> Place:
         odd = module.groups != 1 or set(module.dilation) != {1} or module.padding_mode != "zeros"
         if odd:
             raise NoEquivalent("PEFT adapts convolutions without groups, dilation and special padding")
-        return Place("conv", path, PREFIX + path, shape)
+        return PeftWeight("conv", path, PREFIX + path, shape)
     if isinstance(module, nn.Embedding):
         code = getattr(module, "base_class", type(module)).forward
         if code is not nn.Embedding.forward and not hasattr(module, "embed_scale"):
             raise NoEquivalent(f"{type(module).__name__} does more than look up rows, which PEFT would leave out")
-        return Place("embedding", path, PREFIX + path, shape)
-    return Place("linear", path, PREFIX + path, shape)
+        return PeftWeight("embedding", path, PREFIX + path, shape)
+    return PeftWeight("linear", path, PREFIX + path, shape)
 
 
-def _parameter(module: nn.Module, site: Site, path: str, shape: tuple[int, ...], nested: Mapping[str, str]) -> Place:
+def _parameter(
+    module: nn.Module, site: Site, path: str, shape: tuple[int, ...], nested: Mapping[str, str]
+) -> PeftWeight:
     if isinstance(module, nn.MultiheadAttention):
         raise NoEquivalent("PEFT adapts all of nn.MultiheadAttention or nothing of it")
     if not path:
@@ -121,7 +123,7 @@ def _parameter(module: nn.Module, site: Site, path: str, shape: tuple[int, ...],
         raise NoEquivalent(f"PEFT takes matrices and stacks of them, and this has the shape {shape}")
     rows_first = bool(site.stack) and bool(getattr(module, "is_transposed", False))
     prefix = PREFIX + nested.get(site.weight, path)
-    return Place("parameter", site.weight, prefix, shape, swapped=site.transposed != rows_first)
+    return PeftWeight("parameter", site.weight, prefix, shape, swapped=site.transposed != rows_first)
 
 
 def bare(module: nn.Module, leaf: str) -> bool:

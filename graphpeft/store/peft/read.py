@@ -36,7 +36,7 @@ from graphpeft.store.peft.layout import (
     MAGNITUDE,
     PREFIX,
     NoEquivalent,
-    Place,
+    PeftWeight,
     modules,
     shapes,
 )
@@ -72,14 +72,14 @@ Base = Callable[[str], Tensor]
 
 
 @dataclass(frozen=True)
-class Part:
+class PeftEntry:
     """What the file has at one place: the method, and its tensors as the method names them."""
 
     site: Site
     method: Method
     values: tuple[Tensor, ...]
 
-    def like(self, other: Part) -> bool:
+    def like(self, other: PeftEntry) -> bool:
         pairs = zip(self.values, other.values, strict=False)
         return self.method == other.method and all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
 
@@ -177,8 +177,11 @@ def _same(stored: Tensor, held: Tensor, value: Tensor | None) -> bool:
 
 
 def _lora(
-    config: Mapping[str, Any], tensors: Mapping[str, Tensor], spots: Sequence[tuple[Site, Place]], problems: Problems
-) -> Iterator[Part]:
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    spots: Sequence[tuple[Site, PeftWeight]],
+    problems: Problems,
+) -> Iterator[PeftEntry]:
     wanted: set[str] = set()
     dora, dropout = bool(config.get("use_dora")), float(config.get("lora_dropout") or 0)
     for site, spot in spots:
@@ -198,13 +201,16 @@ def _lora(
             problems.undropped.append(spot.target)
         method: Method = DoRA(**given) if dora else LoRA(**given, dropout=dropout if droppable else 0.0)
         a, b = spot.read(tensors)
-        yield Part(site, method, (b, a, *([tensors[f"{spot.prefix}.{MAGNITUDE}"].flatten()] if dora else ())))
+        yield PeftEntry(site, method, (b, a, *([tensors[f"{spot.prefix}.{MAGNITUDE}"].flatten()] if dora else ())))
     problems.unexpected += [key for key in tensors if key not in wanted]
 
 
 def _vera(
-    config: Mapping[str, Any], tensors: Mapping[str, Tensor], spots: Sequence[tuple[Site, Place]], problems: Problems
-) -> Iterator[Part]:
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    spots: Sequence[tuple[Site, PeftWeight]],
+    problems: Problems,
+) -> Iterator[PeftEntry]:
     r, stored = config.get("r", 256), bool(_bank(tensors))
     key, d_initial = config.get("projection_prng_key", 0), config.get("d_initial", 0.1)
     method = VeRA(r, d_initial, key, "projection" if stored else "key")
@@ -222,7 +228,7 @@ def _vera(
         if config.get("vera_dropout"):
             problems.undropped.append(spot.target)
         if _fit(expected, tensors, problems):
-            yield Part(site, method, tuple(tensors[name] for name in names))
+            yield PeftEntry(site, method, tuple(tensors[name] for name in names))
     problems.unexpected += [key for key in tensors if key not in wanted]
 
 
@@ -265,7 +271,7 @@ def _tell(problems: Problems, folder: Path, model: nn.Module, strict: bool) -> N
 # -- as a file of ours ---------------------------------------------------------------------------------------------------
 
 
-def _tied(model: nn.Module, parts: Sequence[Part], found: Sequence[Site]) -> list[Part]:
+def _tied(model: nn.Module, parts: Sequence[PeftEntry], found: Sequence[Site]) -> list[PeftEntry]:
     """One part for a tied weight whose places all have the same update."""
     by_weight, made = {part.site.weight: part for part in parts}, {part.site.weight: part for part in parts}
     for site in found:
@@ -285,7 +291,7 @@ def _tied(model: nn.Module, parts: Sequence[Part], found: Sequence[Site]) -> lis
     return list(made.values())
 
 
-def _file(parts: Sequence[Part], bank: tuple[Tensor, ...]) -> AdapterFile:
+def _file(parts: Sequence[PeftEntry], bank: tuple[Tensor, ...]) -> AdapterFile:
     globs = _globs(parts)
     entries = [Entry(p.site, p.method, f"path({glob}):{p.method}") for p, glob in zip(parts, globs, strict=True)]
     tensors: dict[str, Tensor] = {}
@@ -300,7 +306,7 @@ def _file(parts: Sequence[Part], bank: tuple[Tensor, ...]) -> AdapterFile:
     return AdapterFile("default", rules, 0, tuple(entries), tensors, fingerprint="")
 
 
-def _globs(parts: Sequence[Part]) -> list[str]:
+def _globs(parts: Sequence[PeftEntry]) -> list[str]:
     """What names each weight in a rule: its ending, where one method has all that end so."""
     names = [part.site.weight.removesuffix(".weight") for part in parts]
     methods: dict[str, set[Method]] = {}

@@ -13,14 +13,14 @@ from graphpeft.ir.layers import layer_of
 from graphpeft.ir.site import Site
 from graphpeft.rewrite.adapters import places
 from graphpeft.store.peft.config import targeted
-from graphpeft.store.peft.layout import PREFIX, NoEquivalent, Place, conv1d, modules, nesting, place
+from graphpeft.store.peft.layout import PREFIX, NoEquivalent, PeftWeight, conv1d, modules, nesting, place
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def locate(
     model: nn.Module, config: Mapping[str, Any], prefixes: Iterable[str], found: Sequence[Site]
-) -> Iterator[tuple[Site, Place]]:
+) -> Iterator[tuple[Site, PeftWeight]]:
     """Every place that keys begin with or the config selects, with our site of the whole weight.
 
     `found` are the sites that dataflow knows. A prefix that means no weight of the model is left out. Raises `NoEquivalent`

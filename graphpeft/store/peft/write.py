@@ -17,7 +17,7 @@ from graphpeft.chain import Chain, Diag, Magnitude, Projection, Weighted
 from graphpeft.errors import AdapterError
 from graphpeft.files.atomic import write
 from graphpeft.ir.site import Site
-from graphpeft.ir.weights import layout, oriented
+from graphpeft.ir.weights import as_out_in, weight_layout
 from graphpeft.methods.dora import DoRA
 from graphpeft.methods.lora import LoRA
 from graphpeft.methods.vera import VeRA
@@ -25,7 +25,7 @@ from graphpeft.planning.plan import Entry
 from graphpeft.rewrite.adapters import places
 from graphpeft.rewrite.state import base_weight, chains, get_state
 from graphpeft.store.peft.config import CONFIG, TENSORS, pattern, selection
-from graphpeft.store.peft.layout import BANK, NoEquivalent, Place, bare, modules, nesting, place
+from graphpeft.store.peft.layout import BANK, NoEquivalent, PeftWeight, bare, modules, nesting, place
 
 INSTEAD = "Save it in graphpeft's own format, or merge it: gp.merge(model)."
 
@@ -84,7 +84,7 @@ def _about(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _spots(model: nn.Module, entries: Sequence[Entry]) -> dict[str, list[Place]]:
+def _spots(model: nn.Module, entries: Sequence[Entry]) -> dict[str, list[PeftWeight]]:
     """By weight, the places where PEFT adapts it: several for a tied one."""
     sites = [each for entry in entries for each in places(entry.site)]
     loose = {s.weight for s in sites if bare(model.get_submodule(s.weight.rpartition(".")[0]), _leaf(s.weight))}
@@ -113,7 +113,7 @@ def _held_back(site: Site) -> str:
 
 
 def _lora(
-    model: nn.Module, entries: Sequence[Entry], found: Mapping[Site, Chain], spots: Mapping[str, list[Place]]
+    model: nn.Module, entries: Sequence[Entry], found: Mapping[Site, Chain], spots: Mapping[str, list[PeftWeight]]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors by key, and the config."""
     dora = _is_dora(entries)
@@ -149,7 +149,7 @@ def _lora(
     return tensors, config | ({"target_parameters": loose} if loose else {})
 
 
-def _loose(listed: Iterable[Place]) -> bool:
+def _loose(listed: Iterable[PeftWeight]) -> bool:
     return any(spot.kind == "parameter" for spot in listed)
 
 
@@ -187,7 +187,7 @@ def _magnitude(model: nn.Module, site: Site, chain: Chain) -> Tensor:
     """DoRA's lengths of all rows of the weight: rows that no site has keep the lengths that they have in the base."""
     weight = base_weight(model, site.weight)
     whole = replace(site, rows=None, shape=(site.full or site.outputs, site.inputs))
-    lengths = torch.linalg.vector_norm(oriented(weight, *layout(whole)).to(chain.dtype), dim=-1)
+    lengths = torch.linalg.vector_norm(as_out_in(weight, *weight_layout(whole)).to(chain.dtype), dim=-1)
     assert isinstance(chain.reweight, Magnitude)
     lengths[_index(site)] = chain.reweight.magnitude.value
     return lengths
@@ -220,7 +220,7 @@ def _is_dora(entries: Sequence[Entry]) -> bool:
     return not plain
 
 
-def _dropout(found: Mapping[Site, Chain], spots: Mapping[str, list[Place]]) -> float:
+def _dropout(found: Mapping[Site, Chain], spots: Mapping[str, list[PeftWeight]]) -> float:
     """The one probability of an adapter; a table has no features to drop, here and in PEFT."""
     by = {site: chain.probability for site, chain in found.items() if spots[site.weight][0].kind != "embedding"}
     if len(set(by.values())) > 1:
@@ -233,7 +233,7 @@ def _dropout(found: Mapping[Site, Chain], spots: Mapping[str, list[Place]]) -> f
 # -- VeRA --------------------------------------------------------------------------------------------------------------
 
 
-def _is_vera(entries: Sequence[Entry], spots: Mapping[str, list[Place]]) -> bool:
+def _is_vera(entries: Sequence[Entry], spots: Mapping[str, list[PeftWeight]]) -> bool:
     """Whether PEFT's VeRA is the same: one r and key, and whole weights of linear maps. Otherwise it goes as LoRA."""
     methods = {replace(e.method, store="key") if isinstance(e.method, VeRA) else e.method for e in entries}
     plain = all(e.site.rows is None and [s.kind for s in spots[e.site.weight]] == ["linear"] for e in entries)
@@ -241,7 +241,7 @@ def _is_vera(entries: Sequence[Entry], spots: Mapping[str, list[Place]]) -> bool
 
 
 def _vera(
-    entries: Sequence[Entry], found: Mapping[Site, Chain], spots: Mapping[str, list[Place]]
+    entries: Sequence[Entry], found: Mapping[Site, Chain], spots: Mapping[str, list[PeftWeight]]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors by key, the projections among them, as PEFT does by default; and the config."""
     tensors: dict[str, Tensor] = {}

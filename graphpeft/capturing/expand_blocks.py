@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from graphpeft.capturing import blocks
-from graphpeft.capturing.blocks import Doubt
+from graphpeft.capturing.blocks import FoldingError
 
 BEGIN, BLOCK = torch.ops.graphpeft.begin.default, torch.ops.graphpeft.block.default
 
@@ -32,8 +32,8 @@ class Segment:
     """What the nodes read besides the inputs: the block's own parameters and buffers, and lifted constants."""
 
 
-def unfold(model: nn.Module, exported: ExportedProgram) -> ExportedProgram:
-    """The program with its graph rewritten, in place, into that of a full capture. Raises `Doubt`."""
+def expand_blocks(model: nn.Module, exported: ExportedProgram) -> ExportedProgram:
+    """The program with its graph rewritten, in place, into that of a full capture. Raises `FoldingError`."""
     unfolding = _Unfolding(model, exported)
     segments: dict[int, Segment] = {}
     for node in [n for n in exported.graph.nodes if n.target is BLOCK]:
@@ -88,21 +88,21 @@ class _Unfolding:
         for node in nodes:
             node.meta["stack_trace"] = _models_own(node.meta.get("stack_trace"))
             if node.op != "call_function" or node.target in {BEGIN, BLOCK} or _symbolic(node):
-                raise Doubt(f"{path} holds the node {node.format_node()}")
+                raise FoldingError(f"{path} holds the node {node.format_node()}")
             if not (node.users.keys() <= inside or node in after):
-                raise Doubt(f"{node.name}, made in {path}, is used outside of it")
+                raise FoldingError(f"{node.name}, made in {path}, is used outside of it")
         read = dict.fromkeys(n for node in [*nodes, end] for n in node.all_input_nodes)
         outside = [n for n in read if n not in inside and n not in inputs and n is not start]
         own = self._own(path)
         for node in outside:
             if node not in self.constants and not (node in self.held and id(self.held[node]) in own):
-                raise Doubt(f"{path} reads {node.name}, which is neither given to it nor its own")
+                raise FoldingError(f"{path} reads {node.name}, which is neither given to it nor its own")
         if any(node in self.held and id(self.held[node]) in own for node in inputs):
-            raise Doubt(f"{path} is given a weight of its own")
+            raise FoldingError(f"{path} is given a weight of its own")
         return Segment(path, list(inputs), list(after), nodes, outputs, outside)
 
     def compare(self, one: Segment, other: Segment) -> None:
-        """Raise `Doubt` unless the two blocks gave the same nodes, up to their inputs and weights."""
+        """Raise `FoldingError` unless the two blocks gave the same nodes, up to their inputs and weights."""
         if one is other:
             return
         same = self._entering(one, other.inputs, other.path)
@@ -125,7 +125,7 @@ class _Unfolding:
 
         fitting = len(one.nodes) == len(other.nodes) and len(ends(one)) == len(ends(other))
         if not fitting or not all(alike(*p) for p in pairs) or not all(map(equal, ends(one), ends(other))):
-            raise Doubt(f"{other.path} gives other nodes than {one.path}")
+            raise FoldingError(f"{other.path} gives other nodes than {one.path}")
 
     def copy(self, segment: Segment, path: str, end: fx.Node) -> list[fx.Node]:
         """Insert the segment's nodes for the block at `path`, which `end` stands for; returns its outputs."""

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from graphpeft.chain.factor import Factor, widen
 
 
-class Bank(nn.Module):
+class SharedProjections(nn.Module):
     """A pair of random matrices, A `(r, inputs)` and B `(outputs, r)`, as wide as the widest site needs them.
 
     Drawn from `key` alone, uniformly on ±√(6 / fan_in) (He et al., 2015), with torch's own generator and A first: that
@@ -32,7 +32,7 @@ class Bank(nn.Module):
         self.register_buffer("A", torch.empty(self.r, inputs), persistent=False)
         self.register_buffer("B", torch.empty(outputs, self.r), persistent=False)
 
-    def cover(self, other: Bank) -> None:
+    def cover(self, other: SharedProjections) -> None:
         """Grow to the widths of another bank where that is wider. To be drawn after this, not before."""
         outputs, inputs = max(self.outputs, other.outputs), max(self.inputs, other.inputs)
         if (outputs, inputs) != (self.outputs, self.inputs):
@@ -58,7 +58,13 @@ class Projection(Factor):
     """A site's part of a bank: the first `inputs` columns of A, or the first `outputs` rows of B."""
 
     def __init__(
-        self, outputs: int, inputs: int, bank: Bank, side: Literal["A", "B"], name: str, stored: bool = False
+        self,
+        outputs: int,
+        inputs: int,
+        bank: SharedProjections,
+        side: Literal["A", "B"],
+        name: str,
+        stored: bool = False,
     ) -> None:
         super().__init__(outputs, inputs, shared=name)
         self.bank = bank

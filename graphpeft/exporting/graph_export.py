@@ -12,10 +12,10 @@ import torch
 from graphpeft.exporting import onnx, parity
 from graphpeft.exporting.cases import Case, Outputs, Tensors, cases
 from graphpeft.exporting.flat import Flat
-from graphpeft.exporting.opening import absent, probes
-from graphpeft.exporting.parity import Runner, Step
+from graphpeft.exporting.parity import ReferenceRun, Runner
+from graphpeft.exporting.traceable import absent, probes
 from graphpeft.runtime.folder import Check
-from graphpeft.runtime.layout import Arrays, Place
+from graphpeft.runtime.layout import AdapterInput, Arrays
 from graphpeft.tracing import as_pass, traced
 
 """A pass over the graph; returns the slots that there are after it."""
@@ -24,14 +24,14 @@ _graph = traced(lambda part: part.name)
 
 
 @dataclass
-class Part:
+class GraphExport:
     """A graph of an export, by the name of its file."""
 
     name: str
     flat: Flat
     folder: Path
     limit: float
-    slots: tuple[Place, ...] = ()
+    slots: tuple[AdapterInput, ...] = ()
     passes: tuple[str, ...] = ()
     """The graph passes that ran, in order."""
     checks: list[Check] = field(default_factory=list)
@@ -53,7 +53,7 @@ class Part:
 
     @_graph
     def write(
-        self, slots: Sequence[Place], fed: Tensors, facts: Mapping[str, str], opset: int,
+        self, slots: Sequence[AdapterInput], fed: Tensors, facts: Mapping[str, str], opset: int,
         whole: bool = True, shared: bool = False, rows: bool = False,
     ) -> None:  # fmt: skip
         """Translate, run the passes, and save. Unless `whole`, slots of other graphs are left out."""
@@ -107,19 +107,19 @@ class Part:
         self.notes += [f"{site}: moves the output too little to prove that its slot works" for site in unmoved]
 
     @_graph
-    def check_numbers(self, runner: Runner, steps: Sequence[Step]) -> None:
+    def check_numbers(self, runner: Runner, steps: Sequence[ReferenceRun]) -> None:
         self.checks += parity.check_numbers(runner, steps, self.cases, self.limit)
 
     @_graph
-    def check_swaps(self, runner: Runner, steps: Sequence[Step]) -> None:
+    def check_swaps(self, runner: Runner, steps: Sequence[ReferenceRun]) -> None:
         self.checks.append(parity.check_swaps(runner, steps, self.cases, self.limit))
 
     @_graph
-    def check_rows(self, runner: Runner, steps: Sequence[Step]) -> None:
+    def check_rows(self, runner: Runner, steps: Sequence[ReferenceRun]) -> None:
         self.checks.append(parity.check_rows(runner, steps, self.cases, self.limit))
 
     @_graph
-    def check_effect(self, runner: Runner, step: Step, base: Sequence[Outputs]) -> None:
+    def check_effect(self, runner: Runner, step: ReferenceRun, base: Sequence[Outputs]) -> None:
         self.checks.append(parity.check_effect(runner, step, base, self.cases))
 
     def _paths(self, fed: Tensors) -> list[str]:

@@ -14,27 +14,27 @@ import torch
 from torch import Tensor, nn
 
 from graphpeft.errors import ExportError
-from graphpeft.exporting.slots import SlotBranch, inserted, lower, named, slot_at
-from graphpeft.ir.weights import stored
+from graphpeft.exporting.slots import SlotBranch, inserted, lora_pairs, named, slot_at
+from graphpeft.ir.weights import get_parameter
 from graphpeft.rewrite.state import chains, get_state, saved, set_active
-from graphpeft.runtime.layout import Arrays, Held, Pairs, Place, Slot, a_of, b_of, filled
+from graphpeft.runtime.layout import AdapterInput, Arrays, NativeSlot, Pairs, Slot, a_of, b_of, filled
 
-Fill = Callable[[Sequence[Place]], Arrays]
+Fill = Callable[[Sequence[AdapterInput]], Arrays]
 """From the slots of a graph, to what an adapter puts into them."""
 
 
 @dataclass
-class Opened:
+class TraceableModel:
     """Slots, the tensors of the model that stand for their inputs while it is traced, and what adapters fill in."""
 
-    slots: tuple[Place, ...]
+    slots: tuple[AdapterInput, ...]
     fed: Mapping[str, Tensor]
     adapters: Mapping[str, Fill]
     ranks: Mapping[str, Mapping[str, int]]
 
 
 @contextmanager
-def as_pairs(model: nn.Module, names: Sequence[str]) -> Iterator[Opened]:
+def as_pairs(model: nn.Module, names: Sequence[str]) -> Iterator[TraceableModel]:
     """The base model with an empty pair at every adapted weight.
 
     Raises:
@@ -43,13 +43,13 @@ def as_pairs(model: nn.Module, names: Sequence[str]) -> Iterator[Opened]:
     adapters = {name: chains(model, name) for name in names}
     sites = {site.weight: site for found in adapters.values() for site in found}
     slots = {weight: slot_at(site, f"rank_{i}") for i, (weight, site) in enumerate(sites.items())}
-    pairs = {name: _arrays(model, name, lower(found)) for name, found in adapters.items()}
-    branches = {site: SlotBranch(slots[weight], stored(model, weight)) for weight, site in sites.items()}
+    pairs = {name: _arrays(model, name, lora_pairs(found)) for name, found in adapters.items()}
+    branches = {site: SlotBranch(slots[weight], get_parameter(model, weight)) for weight, site in sites.items()}
     fed: dict[str, Tensor] = {}
     for site, branch in branches.items():
         fed |= {a_of(named(site.weight)): branch.A, b_of(named(site.weight)): branch.B}
     with inserted(model, branches):
-        yield Opened(
+        yield TraceableModel(
             tuple(slots.values()), fed,
             {name: partial(filled, pairs=found) for name, found in pairs.items()},
             {name: {site: a.shape[1] for site, (a, _) in found.items()} for name, found in pairs.items()},
@@ -57,7 +57,7 @@ def as_pairs(model: nn.Module, names: Sequence[str]) -> Iterator[Opened]:
 
 
 @contextmanager
-def as_trained(model: nn.Module, names: Sequence[str]) -> Iterator[Opened]:
+def as_trained(model: nn.Module, names: Sequence[str]) -> Iterator[TraceableModel]:
     """The model with the first of its adapters, whose stored tensors are held open; the others have to be like it.
 
     Raises:
@@ -73,11 +73,13 @@ def as_trained(model: nn.Module, names: Sequence[str]) -> Iterator[Opened]:
         _require_finite(tensor.detach(), f"{key} of adapter {name!r}")
     values = {name: {key: t.detach().cpu().numpy() for keys in found.values() for key, t in keys.items()}
               for name, found in held.items()}  # fmt: skip
-    slots = tuple(Held(site, tuple((key, tuple(t.shape)) for key, t in keys.items())) for site, keys in first.items())
+    slots = tuple(
+        NativeSlot(site, tuple((key, tuple(t.shape)) for key, t in keys.items())) for site, keys in first.items()
+    )
     before = get_state(model).active
     set_active(model, (names[0],))
     try:
-        yield Opened(
+        yield TraceableModel(
             slots, {key: tensor for keys in first.values() for key, tensor in keys.items()},
             {name: partial(_own, values=found) for name, found in values.items()},
             {name: {} for name in names},
@@ -89,8 +91,10 @@ def as_trained(model: nn.Module, names: Sequence[str]) -> Iterator[Opened]:
 def _held(model: nn.Module, name: str) -> Iterator[tuple[str, dict[str, Tensor]]]:
     seen: set[str] = set()
     for site, chain in chains(model, name).items():
-        what = "an update relative to the base weight" if chain.relative else "a transform of what the site reads"
-        if chain.relative or chain.before is not None:
+        what = (
+            "an update relative to the base weight" if chain.needs_base_weight else "a transform of what the site reads"
+        )
+        if chain.needs_base_weight or chain.before is not None:
             raise ExportError(
                 f"{site.weight}: adapter {name!r} is {what}, which zeros in its tensors do not switch off. Leave compact out, "
                 "or export it folded in, with merged=True."
@@ -122,7 +126,7 @@ def _require_alike(model: nn.Module, one: str, other: str) -> None:
 def _arrays(model: nn.Module, adapter: str, lowered: Mapping[str, tuple[Tensor, Tensor]]) -> Pairs:
     found = {}
     for weight, (a, b) in lowered.items():
-        dtype = stored(model, weight).dtype
+        dtype = get_parameter(model, weight).dtype
         pair = a.to(dtype), b.to(dtype)
         for side, tensor in zip("AB", pair, strict=True):
             _require_finite(tensor, f"{side} of adapter {adapter!r} at {weight}")
@@ -142,11 +146,11 @@ def _numpy(tensor: Tensor) -> np.ndarray:
     return tensor.detach().cpu().contiguous().numpy()
 
 
-def _own(places: Sequence[Place], values: Arrays) -> Arrays:
+def _own(places: Sequence[AdapterInput], values: Arrays) -> Arrays:
     return {name: values[name] for place in places for name in place.shapes}
 
 
-def probes(places: Sequence[Place], fed: Mapping[str, Tensor]) -> Iterator[tuple[str, Arrays, Arrays]]:
+def probes(places: Sequence[AdapterInput], fed: Mapping[str, Tensor]) -> Iterator[tuple[str, Arrays, Arrays]]:
     """For each site random contents of its slot alone: its name, what PyTorch's tensors are, what the graph is fed."""
     random = np.random.default_rng(0)
     for place in places:
@@ -168,8 +172,8 @@ def _random(random: np.random.Generator, like: Tensor) -> np.ndarray:
     return values.astype(_numpy(like[:0] if like.ndim else like).dtype)
 
 
-def absent(name: str, like: Tensor, places: Sequence[Place]) -> Tensor:
+def absent(name: str, like: Tensor, places: Sequence[AdapterInput]) -> Tensor:
     """What stands in PyTorch for a slot that nothing is put into."""
-    if any(isinstance(place, Held) and name in place.shapes for place in places):
+    if any(isinstance(place, NativeSlot) and name in place.shapes for place in places):
         return torch.zeros_like(like)
     return like[:, :0] if name.endswith(".lora_A.weight") else like[:0]

@@ -23,7 +23,7 @@ from graphpeft.chain.factors import Weighted
 from graphpeft.chain.inits import kaiming
 
 
-class Anchored(Weighted):
+class DeltaFromInit(Weighted):
     """One side of such a product: `left` is [B − B₀, B₀] of a B `(n, r)`, `right` is [A ; A − A₀] of an A `(r, n)`.
 
     `weight` is trained; `start`, its initial value, belongs to the adapter's file. Until values are assigned (see
@@ -54,7 +54,7 @@ class Anchored(Weighted):
         return torch.cat([moved, self.start], -1) if self.side == "left" else torch.cat([value, moved], -2)
 
     @property
-    def flat(self) -> bool:
+    def is_matmul(self) -> bool:
         return True
 
     def forward(self, x: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class Largest:
     macs: int = 1
 
 
-class Ladder(Transform):
+class LearnedQuantizer(Transform):
     """A tensor at a precision that is learned, with a learned range β.
 
     The penalty is `weight` · Σ_b c_b · Π_{j ≤ b} q_j, q being the probability that a gate is open: c_b = 1, or with
@@ -110,7 +110,7 @@ class Ladder(Transform):
         return self.weight * share * (opened * opened.new_tensor(WIDTHS[self.free :])).sum()
 
 
-class Observed(Ladder):
+class ActivationQuantizer(LearnedQuantizer):
     """A ladder for activations, whose range starts at the largest entry of the first batch that training sees.
 
     Before that, evaluation rounds nothing.
@@ -139,7 +139,7 @@ class Observed(Ladder):
         return bool(self.log_range.isfinite().all())
 
 
-class Rounded(Transform):
+class FakeQuantizer(Transform):
     """A tensor at a fixed precision, on a range that no longer trains."""
 
     log_range: Tensor
@@ -155,7 +155,7 @@ class Rounded(Transform):
         return x if self.bits == WIDTHS[-1] else quantize(x, beta, self.bits)
 
 
-class Coded(Transform):
+class IntCodes(Transform):
     """Integers and the step between them: a tensor of a fixed, low precision, for use rather than for training."""
 
     step: Tensor
@@ -169,7 +169,7 @@ class Coded(Transform):
         return codes.to(self.step.dtype) * self.step
 
     @torch.no_grad()
-    def encode(self, ladder: Ladder, x: Tensor) -> Tensor:
+    def encode(self, ladder: LearnedQuantizer, x: Tensor) -> Tensor:
         """Take the ladder's step; the integers for which `forward` gives what it makes of `x`."""
         beta = ladder.log_range.exp()
         self.step.copy_(2 * beta / (2.0**self.bits - 1))
