@@ -31,7 +31,7 @@ from architectures import build, entries  # noqa: E402
 from judge import ATTENTION, MLP, Verdict, judge  # noqa: E402
 from rich.progress import track  # noqa: E402
 
-from graphpeft.applying import found_in  # noqa: E402
+from graphpeft.capturing.survey import find_base_sites  # noqa: E402
 from graphpeft.errors import CaptureError  # noqa: E402
 from graphpeft.ir.site import Site  # noqa: E402
 
@@ -93,7 +93,7 @@ def examine(entry: tuple[str, str, str]) -> Line:
     signal.alarm(LIMIT)
     start = time.perf_counter()
     try:
-        found = found_in(model)
+        found = find_base_sites(model)
     except (CaptureError, TimeoutError) as error:
         line.reason = _first_line(error)
         return line

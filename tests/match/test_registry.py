@@ -76,7 +76,7 @@ def test_registering_again_changes_nothing() -> None:
 
 def rest() -> int:
     """How many built-in declarations take what is left; those from outside are tried before them."""
-    return sum(d.rest for d in registry._builtin())
+    return sum(d.rest for d in registry.DECLARED)
 
 
 CLASHES: dict[str, tuple[Callable[[], Declaration], str]] = {
@@ -113,7 +113,7 @@ def test_what_cannot_be_registered(case: str) -> None:
 
 
 def test_the_built_in_patterns_bind_what_their_declarations_list() -> None:
-    for declaration in registry._builtin():
+    for declaration in registry.DECLARED:
         assert set(bound(declaration.pattern)) == set(declaration.roles), declaration.name
     nested = each(
         softmax(flow(affine("a", elementwise(mul(affine("b"), affine("c"))) | affine("d", unbound(affine("e"))))))

@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounter
 
 import graphpeft as gp
 from graphpeft.errors import AdapterError, FileError
+from graphpeft.rewrite.state import get_state
 
 TOLERANCE = 1e-5
 """float32, logits of size 1: a scale is in B, and zeros fill up the rank, which may sum products in another order."""
@@ -110,7 +111,7 @@ def test_what_does_not_fit(held: str, comes: str, said: str, tmp_path: Path) -> 
     with pytest.raises(AdapterError, match=said):
         gp.swap(model, tmp_path)
     before.check(model)
-    assert list(gp.state.get_state(model).adapters) == ["default"]
+    assert list(get_state(model).adapters) == ["default"]
 
 
 def test_another_base_and_no_such_adapter(tmp_path: Path) -> None:

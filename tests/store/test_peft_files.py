@@ -323,7 +323,7 @@ def test_a_loaded_adapter_is_one_like_others(tmp_path: Path) -> None:
 def test_without_a_capture_weights_are_known_by_their_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = theirs("gpt2", LoraConfig(r=4, target_modules=["wte", "c_attn"]), tmp_path)
 
-    def fail(model: nn.Module) -> None:
+    def fail(model: nn.Module, inputs: Any) -> None:
         raise gp.errors.CaptureError("no")
 
     monkeypatch.setattr(survey, "capture_programs", fail)
