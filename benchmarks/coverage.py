@@ -3,7 +3,7 @@
     python benchmarks/coverage.py                 # docs/coverage.md, about 15 minutes on two cores
     python benchmarks/coverage.py --only llama    # prints the lines of matching types, writes nothing
 
-The right answers come from `tests/answers.py`, where people say by name what each weight does.
+The right answers come from `tests/support/answers.py`, where people say by name what each weight does.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 import transformers
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 from architectures import build, entries  # noqa: E402
 from judge import ATTENTION, MLP, Verdict, judge  # noqa: E402
@@ -133,7 +133,7 @@ def report(lines: list[Line], defaults: set[str]) -> Iterator[str]:
     yield ""
     yield f"Every model type that transformers {transformers.__version__} maps for ten tasks, built from its default config with"
     yield f"few layers on the meta device (torch {torch_version}), captured with sample inputs made from that config, and judged"
-    yield "against what people say about the names (`tests/answers.py`). The matcher sees no names. Only weights that the"
+    yield "against what people say about the names (`tests/support/answers.py`). The matcher sees no names. Only weights that the"
     yield "captured calls use are judged. A model type counts as right if it is so in every task that it is mapped for."
     yield ""
     yield from _table(

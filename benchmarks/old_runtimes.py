@@ -23,7 +23,7 @@ NEEDED = ("numpy", "rich")
 
 def exports(folder: Path, opset: int) -> None:
     """Folders of several kinds, each with `feeds.npz` and `want.npz`."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
     import torch
     import zoo
     from checks import randomize

@@ -14,7 +14,7 @@ import runs
 import sharded
 from safetensors.torch import load_file
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1] / "support"
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
@@ -23,7 +23,7 @@ def both(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Path]:
     (folder / "together").mkdir()
     started = subprocess.Popen(
         [sys.executable, "-m", *TORCHRUN, str(HERE / "processes.py"), str(folder / "together")],
-        env=os.environ | {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE.parent.parent}", "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parents[1]}", "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         text=True,
     )

@@ -9,28 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import accelerate
-import peft
 import pytest
 import runs
 import torch
 import transformers as tf
 from checks import adapters, build
-from steps import same_start
 from torch import nn
-
-import graphpeft as gp
+from trainers import accelerated, pair
 
 CLOSE = 2e-5
 """float32 losses of size 5 after a few steps of SGD: the branch is summed in another order."""
-
-
-def pair() -> tuple[Any, Any]:
-    """Our adapter and PEFT's, from the same start."""
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
-    ours, theirs = gp.apply(build("llama"), "qv:lora(r=4, alpha=8)"), peft.get_peft_model(build("llama"), config)
-    same_start(ours, theirs, lambda path: f"base_model.model.{path}")
-    return ours, theirs
 
 
 def compare(losses: Callable[[Any], list[float]]) -> list[float]:
@@ -56,22 +44,6 @@ def plain(model: Any) -> list[float]:
         loss.backward()
         optimizer.step()
         found.append(loss.item())
-    return found
-
-
-def accelerated(model: nn.Module) -> list[float]:
-    accelerator = accelerate.Accelerator(cpu=True)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=runs.RATE)
-    rows = torch.utils.data.DataLoader(runs.Rows(), batch_size=runs.BATCH // accelerator.num_processes)
-    prepared, stepped, loader = accelerator.prepare(model, optimizer, rows)
-    found = []
-    for _ in range(runs.STEPS):
-        for batch in loader:
-            loss = prepared(**batch).loss
-            stepped.zero_grad()
-            accelerator.backward(loss)
-            stepped.step()
-            found.append(float(accelerator.reduce(loss.detach(), "mean")))
     return found
 
 
@@ -123,7 +95,7 @@ def test_sft_trainer_of_trl(checkpointing: bool, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_accelerate_launch() -> None:
     """Two processes on the CPU: accelerate launches several there only as it does for GPUs, without which they use gloo."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1] / "support"
     launch = [
         sys.executable,
         "-m",
@@ -135,7 +107,7 @@ def test_accelerate_launch() -> None:
     options = ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
     done = subprocess.run(
         [*launch, *options, str(here / "launched.py")],
-        env=os.environ | {"PYTHONPATH": f"{here.parent}{os.pathsep}{here.parent.parent}", "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": f"{here}{os.pathsep}{here.parents[1]}", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,

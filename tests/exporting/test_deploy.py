@@ -67,6 +67,7 @@ def test_what_arrives_in_the_folder_during_an_export_is_not_lost(tmp_path: Path)
     assert [path.name for path in tmp_path.rglob("*")] == ["deploy", "late.txt"]
 
 
+SUPPORT = Path(__file__).parents[1] / "support"
 FULL = """
 import resource, signal, sys
 from exports import SAMPLE, hand
@@ -95,7 +96,7 @@ def test_a_disk_that_fills_half_way_leaves_nothing(tmp_path: Path, limit: int, r
     pytest.importorskip("resource")
     target = tmp_path / "parent" / "deploy"
     run = subprocess.run(
-        [sys.executable, "-c", FULL, str(target), str(limit), rule], capture_output=True, text=True, cwd=Path(__file__).parent
+        [sys.executable, "-c", FULL, str(target), str(limit), rule], capture_output=True, text=True, cwd=SUPPORT
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert run.stdout, "the export went through"

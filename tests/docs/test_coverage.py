@@ -9,7 +9,7 @@ import pytest
 from architectures import entries
 from checks import sampled
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import coverage as sweep  # noqa: E402

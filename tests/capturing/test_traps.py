@@ -15,7 +15,7 @@ import onnx
 import pytest
 import torch
 from checks import adapters, build, call, delta, outputs, randomize, same
-from test_roles import expected
+from expected_roles import expected
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from zoo import ZOO, gpt2, llama

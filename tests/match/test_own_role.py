@@ -14,8 +14,8 @@ import pytest
 
 from graphpeft import match
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "own_role"
-TEXT = Path(__file__).parents[1] / "docs" / "patterns.md"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "own_role"
+TEXT = Path(__file__).parents[2] / "docs" / "patterns.md"
 
 
 @pytest.fixture(scope="module")

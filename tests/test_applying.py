@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from checks import CASES, Snapshot, adapters, build, call, delta, floats, inputs, outputs, randomize, same, sampled
-from test_roles import BARE, expected
+from expected_roles import BARE, expected
 from torch import nn
 from zoo import gpt2, llama
 

