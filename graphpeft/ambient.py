@@ -1,8 +1,8 @@
-"""What torch lets a caller set around a call: inference mode, gradients off, autocast, another default dtype or device.
+"""Settings that a caller may have active: inference mode, no_grad, autocast, another default dtype or device.
 
-None of it may change which sites are found or which numbers an adapter has. Whether a weight feeds the queries is asked of
-autograd, which is silent in inference mode; what is drawn in the default dtype is another draw in another one; and factors
-multiplied under autocast are rounded to half precision.
+None of them may change which sites are found or which numbers an adapter gets. The matcher asks autograd whether a
+weight feeds the queries, and autograd records nothing in inference mode; random draws differ between default dtypes;
+and autocast rounds products of factors to half precision.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from threading import RLock
 import torch
 
 Defaults = tuple[torch.dtype, torch.device]
-"""What new tensors are where nothing else is said."""
+"""dtype and device of new tensors where the code specifies none."""
 TORCHS: Defaults = torch.float32, torch.device("cpu")
 
 _callers: ContextVar[Defaults] = ContextVar("callers")
 _one_at_a_time = RLock()
-"""The default dtype is the process's: what one thread sets for a while, another would take for the caller's."""
+"""The default dtype is global to the process: another thread could mistake a temporary value for the caller's own."""
 
 
 def _forked() -> None:
-    """In a forked process nobody holds the lock any more, for the thread that did has stayed behind."""
+    """Replace the lock in a forked child: the thread that held it exists only in the parent."""
     global _one_at_a_time
     _one_at_a_time = RLock()
 
@@ -36,7 +36,7 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def plain() -> Iterator[None]:
-    """torch's settings as a new process has them, for a while. As a decorator, `@plain()`, for a whole function."""
+    """Use the settings of a new process inside the context. As a decorator, `@plain()`, inside a whole function."""
     with _one_at_a_time, ExitStack() as stack:
         token = _callers.set(callers())
         try:
@@ -55,13 +55,13 @@ def plain() -> Iterator[None]:
 
 @contextmanager
 def as_called() -> Iterator[None]:
-    """Inside of `plain`, the caller's own defaults, for the model's code: it may be written for them."""
+    """Inside `plain`, restore the caller's own defaults for the model's code, which may depend on them."""
     with _defaults(callers()):
         yield
 
 
 def callers() -> Defaults:
-    """The defaults outside of `plain`, or the present ones."""
+    """The defaults outside `plain`; without an enclosing `plain`, the current ones."""
     return _callers.get((torch.get_default_dtype(), torch.get_default_device()))
 
 
@@ -71,7 +71,7 @@ def _defaults(wanted: Defaults) -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        # A device of its own is a mode, through which every call into torch goes: only where it changes something.
+        # A default device is a mode that intercepts every call into torch: enter it only where it changes something.
         with device if device != torch.get_default_device() else ExitStack():
             yield
     finally:

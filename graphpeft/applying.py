@@ -1,4 +1,4 @@
-"""The main path on one screen: capture → find → plan → insert → initialize → activate → verify."""
+"""The main path on one screen: capture → find sites → plan → insert → initialize → activate → verify."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def apply(
 ) -> nn.Module: ...
 
 
-@as_pass("apply", "capture to verify, as below")
+@as_pass("apply", "capture, find sites, plan, insert, initialize, activate and verify")
 @plain()
 def apply(
     model: nn.Module | ExportedProgram,
@@ -64,18 +64,18 @@ def apply(
 ) -> nn.Module:
     """Add an adapter to a model where the rules match its graph; returns the model, adapted in place.
 
-    An `ExportedProgram` is turned into a module first, which is returned; it shares the program's parameters. The base
-    parameters are frozen, the new adapter trains, and previously active adapters become inactive (see `activate`).
+    An `ExportedProgram` is first converted to a module, which shares its parameters and is returned. The base parameters
+    are frozen, the new adapter trains, and previously active adapters become inactive (see `activate`).
 
     Args:
         rules: such as `"qv:rlora"` or `"qkvo[layers=0-7]:lora(r=8, alpha=16); mlp:lora"`.
-        inputs: an example call, if none can be made from the model's config.
+        inputs: an example call; default: made from the model's config.
         name: the adapter's name; one model takes several.
         seed: with the site's name, it determines every random tensor.
-        expect: the number of sites that the rules have to match.
+        expect: the number of sites that the rules must match.
         verify: `"off"`, `"fast"` (no forward pass) or `"full"` (see `graphpeft.verify`).
 
-    Raises: `RuleError`, `CaptureError`, `MatchError`, `AdapterError`, `VerifyError`; the model is then as it was.
+    Raises: `RuleError`, `CaptureError`, `MatchError`, `AdapterError` or `VerifyError`; the model is then as it was.
     """
     asked = coerce(rules)
     module = as_module(model)

@@ -1,7 +1,7 @@
 """Every error that graphpeft raises on purpose, under one base class.
 
-A message names the place, states the rule that was broken, the usual cause and the remedy. Whatever
-raises one of these leaves the model and the files as they were.
+A message names the place and states the broken rule, the usual cause and the remedy. An operation that raises one
+of these leaves the model and the files as they were.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class MatchError(GraphPeftError):
 
 
 class AdapterError(GraphPeftError):
-    """An adapter cannot be added, activated, merged or removed in the model's present state."""
+    """An adapter cannot be added, activated, merged or removed in the model's current state."""
 
 
 class FileError(GraphPeftError):

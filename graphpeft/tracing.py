@@ -1,6 +1,6 @@
-"""Passes register here where they are defined, and tell whoever watches what they do.
+"""Passes register here where they are defined, and report their steps to watchers.
 
-While nobody watches, a step looks at one variable and no more.
+Without a watcher, a traced call costs one look at a context variable.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from inspect import signature
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 PASSES: dict[str, str] = {}
-"""The passes of the modules that are imported so far: name and one line of help. `registered` knows those of all modules."""
+"""The passes of all modules imported so far: name and one line of help. `registered` lists those of every module."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -24,23 +24,23 @@ T = TypeVar("T")
 
 @dataclass(eq=False)
 class Step:
-    """A pass at work."""
+    """One run of a pass."""
 
     name: str
     subject: Any = None
-    """What the pass is given."""
+    """The object that the pass works on."""
     outer: Step | None = None
-    """The step that this one is part of."""
+    """The enclosing step."""
     result: Any = None
     seconds: float = 0.0
     error: BaseException | None = None
     done: int = 0
     total: int = 0
-    """Of what the pass counts, if it does (see `counted`)."""
+    """The number of items, if the pass counts them (see `counted`)."""
 
     @property
     def path(self) -> tuple[str, ...]:
-        """Names from the outermost step on."""
+        """Names from the outermost step to this one."""
         return (*(self.outer.path if self.outer is not None else ()), self.name)
 
     @property
@@ -49,7 +49,7 @@ class Step:
 
 
 class Watcher(Protocol):
-    """What is told of steps. It must not raise: a pass would stop half-way."""
+    """Receives the events of steps. It must not raise: the pass would stop half-way."""
 
     def begin(self, step: Step) -> None: ...
     def advance(self, step: Step) -> None: ...
@@ -62,7 +62,7 @@ _current: ContextVar[Step | None] = ContextVar("current", default=None)
 
 @contextmanager
 def watching(watcher: Watcher) -> Iterator[None]:
-    """Tell a watcher of all steps in this context, and of none in other threads."""
+    """Report all steps in this context to a watcher; steps of other threads are not reported."""
     token = _watchers.set((*_watchers.get(), watcher))
     try:
         yield
@@ -72,7 +72,7 @@ def watching(watcher: Watcher) -> Iterator[None]:
 
 @contextmanager
 def step(name: str, subject: Any = None) -> Iterator[Step]:
-    """Announce what runs inside; steps nest."""
+    """Report the enclosed code as a step; steps nest."""
     watchers = _watchers.get()
     this = Step(name, subject, _current.get())
     if not watchers:
@@ -101,7 +101,8 @@ def as_pass(name: str, about: str) -> Callable[[Callable[P, R]], Callable[P, R]]
         name: what `gp.watch` and `--print-after` call the pass.
         about: what it does, in a few words, for help and completion.
 
-    A pass is given what it works on first: a model, a graph, an export. It leaves that as it was, or valid and changed.
+    A pass takes the object it works on as its first argument: a model, a graph, an export. It leaves the object
+    unchanged, or changed and valid.
     """
 
     def register(function: Callable[P, R]) -> Callable[P, R]:
@@ -132,7 +133,7 @@ def traced(name: str | Callable[[Any], str]) -> Callable[[Callable[P, R]], Calla
 
 
 def counted(items: Sequence[T]) -> Iterable[T]:
-    """The items, while watchers of the present step are told how many are done."""
+    """Iterate over the items and report progress to the watchers of the current step."""
     this = _current.get()
     return items if this is None else _counted(items, this)
 

@@ -1,4 +1,4 @@
-"""The base model for a while, as an analysis needs it."""
+"""A temporary view of the base model, for analysis."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from graphpeft.rewrite.state import hidden, inactive
 
 @contextmanager
 def base_view(model: nn.Module) -> Iterator[None]:
-    """Show the base: no adapter runs or stands in the module tree, configs are as a capture needs them, and quantized weights
-    appear with the shapes of their dequantized matrices."""
+    """Show the base model: adapters are inactive and absent from the module tree, configs are set for a capture, and
+    quantized weights appear with the shapes of their dequantized matrices."""
     with inactive(model), hidden(model), analysis_config(model), in_floats(model):
         yield

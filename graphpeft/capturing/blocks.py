@@ -1,12 +1,18 @@
-"""Deep models in sublinear time: of equal blocks in a row, only the first and the last are traced.
+"""Capture deep models in sublinear time: of equal blocks in a row, trace only the first and the last.
 
-While `torch.export` runs the model, every other block of a kind is one opaque operator, whose outputs look like those
-of the first block. Afterwards a copy of the first block's nodes, on the block's own weights, takes the operator's place
-(`unfold.py`): the graph is the one that a full capture makes.
+While `torch.export` runs the model, one opaque operator replaces each of the other blocks. Its outputs look like those
+of the first block. Afterwards `expand_blocks.py` replaces the operator by a copy of the first block's nodes, on the
+block's own weights. The result is the graph of a full capture.
 
-A block is left out only if nothing can tell it from the first: its structure and attributes, its call, what it returns
-and shares. Integers that differ, such as a layer's index, are watched while the first block is traced; one that is
-looked at counts from then on. The last block is traced too, and has to give the same nodes. Whatever else is odd raises
+A block is left out only if nothing distinguishes it from the first: its structure and attributes, its call, its
+outputs, and the memory that these share.
+
+Integers are the exception, because almost every block has one that differs, such as its layer index, and most code
+never uses it. While a block is traced, `kinds.trap_ints` puts an object in place of each differing integer. Any use of
+the object, even a comparison, is recorded and raises. The capture then starts again and requires that integer to be
+equal in all blocks of a kind. An integer that nobody used cannot have influenced the graph.
+
+As a check, the last block is traced too and must give the same nodes as the first. Every other irregularity raises
 `FoldingError`, and the model is captured in full.
 """
 
@@ -28,15 +34,15 @@ from graphpeft.capturing.kinds import PLAIN, Watched, module_diff, trap_ints
 from graphpeft.compat.fake_tensors import has_value, storage
 
 FEWEST = 3
-"""Blocks of a kind from which on one is saved: the first and the last are always traced."""
+"""The smallest number of equal blocks that saves work: the first and the last are always traced."""
 
 
 class FoldingError(Exception):
-    """Blocks that look equal may not be: the model has to be captured in full."""
+    """Blocks that look equal may differ: the model must be captured in full."""
 
 
 class Looks(NamedTuple):
-    """All that the code around a block can see of a tensor that it returns."""
+    """Everything that the code around a block can observe of a tensor that the block returns."""
 
     shape: torch.Size
     stride: tuple[int, ...]
@@ -45,25 +51,25 @@ class Looks(NamedTuple):
 
 
 class Passed(NamedTuple):
-    """An output that is the block's own input, by its position."""
+    """An output that is one of the block's own inputs, by its position."""
 
     position: int
 
 
 @dataclass
 class Call:
-    """One way in which the blocks of a kind are called, and what they return then."""
+    """One way in which the blocks of a kind are called, and their outputs for it."""
 
     key: tuple[Any, ...]
     number: int
     outputs: list[Any] | None = None
-    """`Looks`, `Passed` or a plain value for each leaf; `None` where the blocks are to be traced each time."""
+    """`Looks`, `Passed` or a plain value for each leaf; `None` if the blocks must be traced at every such call."""
     structure: pytree.TreeSpec | None = None
 
 
 @dataclass
 class Kind:
-    """Blocks of one container that differ in nothing but the watched integers."""
+    """Blocks of one container that differ only in the watched integers."""
 
     paths: list[str]
     watched: Watched
@@ -71,22 +77,23 @@ class Kind:
 
 
 _looks: dict[int, list[Looks]] = {}
-"""By the number of a call, while a capture lasts."""
+"""The fresh outputs of each call, by the call's number, for the duration of a capture."""
 _numbers = itertools.count()
 
 
 @torch.library.custom_op("graphpeft::begin", mutates_args=(), schema="(Tensor[] inputs) -> Tensor")
 def begin(inputs: list[torch.Tensor]) -> torch.Tensor:
-    """Marks where the nodes of a traced block begin."""
-    raise NotImplementedError("graphpeft::begin stands in a graph for a while and is never run")
+    """Mark the point where the nodes of a traced block begin."""
+    raise NotImplementedError("graphpeft::begin is a temporary marker in a graph and cannot be run")
 
 
 @torch.library.custom_op(
     "graphpeft::block", mutates_args=(), schema="(Tensor[] inputs, Tensor[] traced, int call, str path) -> Tensor[]"
 )
 def block(inputs: list[torch.Tensor], traced: list[torch.Tensor], call: int, path: str) -> list[torch.Tensor]:
-    """A block that is left out; or, with `traced`, the end of one that was traced: its `begin` and its outputs."""
-    raise NotImplementedError("graphpeft::block stands in a graph for a while and is never run")
+    """A block that is left out or, with `traced`, the end of a traced block: `traced` is its `begin` and its
+    outputs."""
+    raise NotImplementedError("graphpeft::block is a temporary marker in a graph and cannot be run")
 
 
 @begin.register_fake
@@ -100,9 +107,9 @@ def _(inputs: list[torch.Tensor], traced: list[torch.Tensor], call: int, path: s
 
 
 def kinds(model: nn.Module, exact: frozenset[str] = frozenset()) -> list[Kind]:
-    """Kinds of at least `FEWEST` blocks, in the outermost containers that have some.
+    """Kinds of at least `FEWEST` blocks, in the outermost containers that have any.
 
-    Integer attributes named in `exact` have to be equal; others may differ, and are watched.
+    Integer attributes named in `exact` must be equal; others may differ and are watched.
     """
     if any(getattr(torch_module, f"_global_{hooks}") for hooks in ("forward_hooks", "forward_pre_hooks")):
         return []
@@ -138,12 +145,12 @@ def _grouped(blocks: Mapping[str, nn.Module], exact: frozenset[str]) -> list[Kin
 
 
 class Folding:
-    """Leaves out calls of equal blocks while the model is traced."""
+    """Leaves out the calls of equal blocks while the model is traced."""
 
     def __init__(self, model: nn.Module, repeated: list[Kind]):
         self.model, self.kinds = model, repeated
         self.used: set[str] = set()
-        """Watched attributes that were looked at."""
+        """Watched attributes that the traced code used."""
 
     @contextmanager
     def folded(self) -> Iterator[None]:
@@ -181,7 +188,7 @@ class Folding:
         return run
 
     def _check(self, kind: Kind, one: nn.Module) -> None:
-        """The model's code may have changed the block since the kinds were found."""
+        """Raise if the model's code changed the block after the kinds were found."""
         first = self.model.get_submodule(kind.paths[0])
         differ = module_diff(first, one, frozenset(), wrapped=True)
         if differ is None or not differ <= kind.watched:
@@ -201,13 +208,13 @@ class Folding:
         outputs = _outputs(leaves, before)
         if outputs is None or len(before) != len(after) or any(a is not b for a, b in zip(before, after, strict=True)):
             if call.outputs is not None:
-                raise FoldingError(f"{path} returns something else than the first of its kind")
+                raise FoldingError(f"{path} returns something other than the first of its kind")
             return result
         if call.outputs is None:
             call.outputs, call.structure = outputs, structure
             _looks[call.number] = [o for o in outputs if isinstance(o, Looks)]
         elif call.outputs != outputs or call.structure != structure:
-            raise FoldingError(f"{path} returns something else than the first of its kind")
+            raise FoldingError(f"{path} returns something other than the first of its kind")
         fresh = [leaf for leaf, o in zip(leaves, outputs, strict=True) if isinstance(o, Looks)]
         return _returned(call, before, _block_op(_tensors(before), [start, *fresh], call.number, path))
 
@@ -220,7 +227,7 @@ def _tensors(leaves: list[Any]) -> list[torch.Tensor]:
 
 
 def _describe(leaves: list[Any]) -> list[Any] | None:
-    """Equal for calls that a block cannot tell apart; `None` for one that is not understood."""
+    """A key, equal for calls that a block cannot tell apart; `None` for a call that this module does not understand."""
     found: list[Any] = []
     tensors = _tensors(leaves)
     if not tensors or not any(not has_value(t) for t in tensors):
@@ -245,7 +252,7 @@ def _describe(leaves: list[Any]) -> list[Any] | None:
 
 @dataclass(frozen=True, eq=False)
 class _Is:
-    """Equal to what holds the very same object, which it keeps alive."""
+    """Equal only to a holder of the very same object, which it keeps alive."""
 
     value: Any
 
@@ -261,7 +268,7 @@ def _look(tensor: torch.Tensor) -> Looks | None:
 
 
 def _outputs(leaves: list[Any], given: list[Any]) -> list[Any] | None:
-    """What is known of a block's outputs; `None` if they share memory, or are more than tensors and plain values."""
+    """Descriptions of a block's outputs; `None` if outputs share memory or are neither tensors nor plain values."""
     found: list[Any] = []
     memory = {storage(t) for t in _tensors(given)}
     for leaf in leaves:
@@ -282,7 +289,7 @@ def _outputs(leaves: list[Any], given: list[Any]) -> list[Any] | None:
 
 
 def _returned(call: Call, given: list[Any], fresh: list[torch.Tensor]) -> Any:
-    """The block's result as its caller expects it, of the tensors that an opaque operator made."""
+    """The block's result as its caller expects it, built from the tensors that an opaque operator returned."""
     assert call.outputs is not None
     assert call.structure is not None
     made = iter(fresh)

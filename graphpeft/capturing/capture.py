@@ -1,7 +1,7 @@
-"""From what users hold (`nn.Module`, `GraphModule`, `ExportedProgram`) to a `Program`.
+"""Capture a model (`nn.Module`, `GraphModule`, `ExportedProgram`) as a `Program`.
 
-An `nn.Module` is captured for analysis only: its graph says where the queries are, the module itself is rewritten
-at its owners. A graph of ATen operators is analyzed and rewritten as it is.
+An `nn.Module` is captured for analysis only: the graph shows where the queries are, and the module itself is rewritten
+at its owner modules. A graph of ATen operators is analyzed and rewritten directly.
 """
 
 from __future__ import annotations
@@ -41,13 +41,14 @@ Inputs = torch.Tensor | Sequence[Any] | Mapping[str, Any] | None
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-@as_pass("capture", "a model as a graph of ATen operators")
+@as_pass("capture", "trace the model into a graph of ATen operators")
 def capture(model: nn.Module | ExportedProgram, inputs: Inputs = None, *, blocks: bool = True) -> Program:
     """Capture a model as a graph of ATen operators, with no change to the model.
 
-    A model on the meta device is captured too; no weights are needed. Of equal blocks, only the first and the last are
-    traced, and copied for the others; with `blocks=False` each is traced, to the same graph. Raises `CaptureError`, naming the
-    module and the line of its code that was reached, the cause and the remedy, when `torch.export` cannot trace it.
+    A model on the meta device needs no weights. Of equal blocks, only the first and the last are traced; the others
+    become copies of the first. With `blocks=False` each block is traced, which gives the same graph. Raises
+    `CaptureError` when `torch.export` cannot trace the model; the message names the module, the line of its code, the
+    cause and the remedy.
     """
     model = as_module(model)
     if isinstance(model, fx.GraphModule) and is_aten(model.graph):
@@ -58,7 +59,7 @@ def capture(model: nn.Module | ExportedProgram, inputs: Inputs = None, *, blocks
         except CaptureError:
             if callers() == TORCHS:
                 raise
-            with contextlib.suppress(CaptureError), as_called():  # the model's code may count on them
+            with contextlib.suppress(CaptureError), as_called():  # the model's code may depend on these defaults
                 return _captured(model, inputs, blocks)
             raise
 
@@ -67,8 +68,8 @@ def _captured(model: nn.Module, inputs: Inputs, blocks: bool) -> Program:
     made_inside = next((name for name, p in model.named_parameters() if p.is_inference()), None)
     if made_inside is not None:
         raise CaptureError(
-            f"{made_inside} of {type(model).__name__} was made inside of torch.inference_mode. Autograd, which a capture and "
-            f"training need, refuses it. Build or load the model outside; it may run inside."
+            f"{made_inside} of {type(model).__name__} was made inside of torch.inference_mode. A capture and training need "
+            f"autograd, which refuses such tensors. Build or load the model outside; it may run inside."
         )
     with in_floats(model):
         try:
@@ -83,7 +84,7 @@ def _captured(model: nn.Module, inputs: Inputs, blocks: bool) -> Program:
 
 
 def _export_any(model: nn.Module, example: Call, fitting: Call, blocks: bool) -> ExportedProgram:
-    """By `torch.export`; where it refuses, the way that transformers exports its own models."""
+    """Export with `torch.export`; if that fails, with the exporter that transformers has for its own models."""
     try:
         with _silent():
             return _export(model, *fitting, blocks)
@@ -92,7 +93,7 @@ def _export_any(model: nn.Module, example: Call, fitting: Call, blocks: bool) ->
         if args or not hf.known(model):
             raise
         with contextlib.suppress(Exception), _silent():  # the first error says more about the model
-            return functional(hf.export(model, kwargs))  # it reads values, so it gets the real tensors
+            return functional(hf.export(model, kwargs))  # it reads values, so pass the real tensors
         raise
 
 
@@ -106,7 +107,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], blo
             if not folding.used:
                 return expand_blocks(model, exported)
         except Exception as error:
-            # Whatever it is, the full capture does without leaving blocks out, or says what is wrong with the model.
+            # Whatever the cause, the full capture below avoids it, or reports what is wrong with the model.
             log.debug("blocks not folded: %s: %s", type(error).__name__, error)
         if folding.used <= exact:
             break
@@ -115,7 +116,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], blo
 
 
 def as_module(model: nn.Module | ExportedProgram) -> nn.Module:
-    """A module as it is; a program as a module that trains: parameters under their own names, no guard call."""
+    """A module unchanged; a program as a trainable module: parameters under their own names, no guard call."""
     if not isinstance(model, ExportedProgram):
         return model
     module = model.module(check_guards=False)
@@ -124,7 +125,7 @@ def as_module(model: nn.Module | ExportedProgram) -> nn.Module:
 
 
 def is_aten(graph: fx.Graph) -> bool:
-    """Whether the graph consists of ATen operators, as `torch.export` makes them, and calls no modules of its own."""
+    """Whether the graph consists of ATen operators, as `torch.export` makes them, and calls no submodules."""
     calls = [n for n in graph.nodes if n.op in {"call_function", "call_method", "call_module"}]
     plain = all(n.op == "call_function" or n.target == "_guards_fn" or "val" in n.meta for n in calls)
     return plain and any(isinstance(n.target, torch._ops.OpOverload) for n in calls)
@@ -141,7 +142,7 @@ def example_call(model: nn.Module, inputs: Inputs) -> tuple[tuple[Any, ...], dic
 
 @contextlib.contextmanager
 def inference_view(model: nn.Module) -> Iterator[None]:
-    """The model as a plain function: eval mode, no gradients, none of torch's fused encoder layers. Restored after."""
+    """Run the model as a plain function: eval mode, no gradients, no fused encoder layers. Restored on exit."""
     training = {m: m.training for m in model.modules()}
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -158,7 +159,8 @@ def inference_view(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Drop the traces that torch logs, and the graphs that it prints, before it raises: a `CaptureError` says it all."""
+    """Suppress the traces that torch logs and the graphs that it prints before it raises: the `CaptureError`
+    suffices."""
     loggers = [v for k, v in logging.root.manager.loggerDict.items() if f"{k}.".startswith("torch.")]
     handlers = {h for v in loggers if isinstance(v, logging.Logger) and v.name != "torch.__trace" for h in v.handlers}
     printed = io.StringIO()

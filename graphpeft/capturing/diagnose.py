@@ -1,4 +1,9 @@
-"""Why a capture failed: the module, the line of the model's code, the cause in plain words and the remedy."""
+"""Explain why a capture failed: the module, the line of the model's code, the cause in plain words and the remedy.
+
+torch raises deep in its own code, and often wraps the error of the model in others. So `explain` walks the traceback of
+the error and of its causes to the innermost frame that belongs to the model's code, finds the module by the `self` of
+that frame, and looks for the words of `CAUSES` in all the messages; the first cause that fits wins.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +21,11 @@ from torch import nn
 
 _TORCH, _OWN, _STDLIB = Path(torch.__file__).parent, Path(__file__).parents[1], Path(sysconfig.get_path("stdlib"))
 _WIDTH = 110
-"""Columns after which quoted text is cut."""
+"""Quoted text is cut after this many columns."""
 
 
 class Cause(NamedTuple):
-    """What may be wrong, by the words that torch and Python have for it."""
+    """A possible cause, and a pattern for the words in which torch or Python reports it."""
 
     words: str
     cause: str
@@ -28,7 +33,7 @@ class Cause(NamedTuple):
 
 
 FITTING = "{inputs}"
-"""Stands for the advice on inputs, which depends on who made them."""
+"""A placeholder for the advice on inputs, which depends on who made them."""
 DATA = Cause(
     r"data-dependent|DataDependent|DynamicOutputShape|_local_scalar_dense",
     "the code branches on the values of a tensor, or makes a size of them; a graph holds one path for all values",
@@ -83,7 +88,8 @@ CAUSES = (
 
 
 def explain(model: nn.Module, error: Exception, guessed: bool) -> str:
-    """Why `model` cannot be captured, in at most five lines; `guessed` says that the inputs were made from its config."""
+    """Why `model` cannot be captured, in at most five lines; `guessed` means that the inputs were made from its
+    config."""
     passed = [_frames(e) for e in _chain(error)]
     frames = next((f for f in passed if any(_is_model_code(frame.f_code) for frame, _ in f)), passed[0])
     path, module = _innermost(model, frames)
@@ -134,7 +140,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _frames(error: BaseException) -> list[tuple[FrameType, int]]:
-    """Frames that the error passed, outermost first, with their lines."""
+    """Frames that the error passed through, outermost first, with their line numbers."""
     found, trace = [], error.__traceback__
     while trace is not None:
         found.append((trace.tb_frame, trace.tb_lineno))
@@ -143,7 +149,7 @@ def _frames(error: BaseException) -> list[tuple[FrameType, int]]:
 
 
 def _is_model_code(code: CodeType) -> bool:
-    """Whether the code is neither torch's nor Python's nor graphpeft's own."""
+    """Whether the code belongs to none of torch, Python and graphpeft."""
     file = Path(code.co_filename)
     if not file.is_file() or file.is_relative_to(_TORCH) or file.is_relative_to(_OWN):
         return False
@@ -151,9 +157,10 @@ def _is_model_code(code: CodeType) -> bool:
 
 
 def _innermost(model: nn.Module, frames: list[tuple[FrameType, int]]) -> tuple[str, nn.Module]:
-    """Path and module of the innermost method of a module that the error passed.
+    """Path and module of the innermost module method that the error passed through.
 
-    While it traces, torch may call a stand-in for a module, which shares the module's attributes."""
+    While tracing, torch may call a stand-in that shares the module's attributes, so the attributes identify the module.
+    """
     paths = {id(m.__dict__): (path, m) for path, m in model.named_modules()}
     for frame, _ in reversed(frames):
         found = frame.f_locals.get("self")
@@ -163,7 +170,7 @@ def _innermost(model: nn.Module, frames: list[tuple[FrameType, int]]) -> tuple[s
 
 
 def _source(model: nn.Module, module: nn.Module, frames: list[tuple[FrameType, int]]) -> tuple[str, str] | None:
-    """`file.py:line` and that line: of the innermost frame in a file of the model, else where the forward begins."""
+    """`file.py:line` and that line: the innermost frame in a file of the model, or else the start of the forward."""
     own = [(frame.f_code.co_filename, line) for frame, line in frames if _is_model_code(frame.f_code)]
     files = {code.co_filename for m in model.modules() if (code := _forward(m))}
     passed = [place for place in own if place[0] in files] or own

@@ -1,4 +1,5 @@
-"""Blocks that `blocks.py` left out of a graph, put back: copies of the first block's nodes, on their own weights."""
+"""Put the blocks that `blocks.py` left out back into a graph: copies of the first block's nodes, on their own
+weights."""
 
 from __future__ import annotations
 
@@ -25,15 +26,15 @@ class Segment:
     path: str
     inputs: list[fx.Node]
     after: list[fx.Node]
-    """The same tensors when the block is done: a cast that has nothing to do, or a change in place, renames one."""
+    """The nodes of the inputs after the block: a cast without effect or a change in place gives an input a new node."""
     nodes: list[fx.Node]
     outputs: list[fx.Node]
     outside: list[fx.Node]
-    """What the nodes read besides the inputs: the block's own parameters and buffers, and lifted constants."""
+    """Other nodes that the block reads: its own parameters and buffers, and lifted constants."""
 
 
 def expand_blocks(model: nn.Module, exported: ExportedProgram) -> ExportedProgram:
-    """The program with its graph rewritten, in place, into that of a full capture. Raises `FoldingError`."""
+    """Rewrite the program's graph, in place, into that of a full capture. Raises `FoldingError`."""
     unfolding = _Unfolding(model, exported)
     segments: dict[int, Segment] = {}
     for node in [n for n in exported.graph.nodes if n.target is BLOCK]:
@@ -59,7 +60,7 @@ def _arguments(end: fx.Node) -> Any:
 
 
 class _Unfolding:
-    """The program that is rewritten, and which placeholder stands for which of the model's tensors."""
+    """The program to rewrite, and the model's tensor behind each placeholder."""
 
     def __init__(self, model: nn.Module, exported: ExportedProgram):
         self.model, self.graph = model, exported.graph
@@ -76,7 +77,7 @@ class _Unfolding:
         self.constants = {placeholders[arg]: exported.constants[name] for arg, name in lifted.items()}
 
     def segment(self, end: fx.Node) -> Segment:
-        """What was traced of a block, of which `end` is the last node."""
+        """The traced nodes of the block whose last node is `end`."""
         after, (start, *outputs), _, path = _arguments(end)
         inputs = start.args[0]
         nodes: list[fx.Node] = []
@@ -102,7 +103,7 @@ class _Unfolding:
         return Segment(path, list(inputs), list(after), nodes, outputs, outside)
 
     def compare(self, one: Segment, other: Segment) -> None:
-        """Raise `FoldingError` unless the two blocks gave the same nodes, up to their inputs and weights."""
+        """Raise `FoldingError` unless both blocks have the same nodes, apart from their inputs and weights."""
         if one is other:
             return
         same = self._entering(one, other.inputs, other.path)
@@ -128,7 +129,7 @@ class _Unfolding:
             raise FoldingError(f"{other.path} gives other nodes than {one.path}")
 
     def copy(self, segment: Segment, path: str, end: fx.Node) -> list[fx.Node]:
-        """Insert the segment's nodes for the block at `path`, which `end` stands for; returns its outputs."""
+        """Insert a copy of the segment's nodes for the block at `path`, which `end` represents; returns its outputs."""
         inputs = _arguments(end)[0]
         made = self._entering(segment, inputs, path)
         with self.graph.inserting_before(end):
@@ -143,7 +144,7 @@ class _Unfolding:
         return [made[n] for n in segment.outputs]
 
     def _entering(self, segment: Segment, inputs: list[fx.Node], path: str) -> dict[fx.Node, fx.Node]:
-        """For each node that the segment reads from outside, the one that the block at `path` reads."""
+        """Map each node that the segment reads from outside to the node that the block at `path` reads."""
         entering = dict(zip(segment.inputs, inputs, strict=True))
         own, others = self._own(segment.path), self._tensors(path)
         for node in segment.outside:

@@ -1,6 +1,6 @@
-"""Whether two modules do the same: structure, attributes and weights' shapes compared, and integers watched.
+"""Whether two modules compute the same: compare structure, attributes and weight shapes, and watch integers.
 
-Used by `blocks.py` to find equal blocks. Two objects that it knows nothing about are equal only if they are one.
+`blocks.py` finds equal blocks with this. Objects of an unknown type are equal only if they are the same object.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from graphpeft.compat.fake_tensors import is_fake
 from graphpeft.rewrite.adapters import HOME, Adapters
 
 Watched = set[tuple[str, str]]
-"""(module's path below the block, attribute) of integers that differ between blocks."""
+"""(path of the module below the block, attribute) of each integer that differs between blocks."""
 
 PLAIN: frozenset[type] = frozenset(
     {type(None), bool, int, float, complex, str, bytes, slice, range}
     | {torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size}
 )
-"""Immutable values that are the same when they are equal."""
+"""Types of immutable values, which are interchangeable when they are equal."""
 _BOOKKEEPING = frozenset(nn.Module().__dict__) - {"_non_persistent_buffers_set", "training"}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
@@ -33,8 +33,8 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 def module_diff(one: nn.Module, other: nn.Module, exact: frozenset[str], wrapped: bool = False) -> Watched | None:
     """Integer attributes in which two blocks differ, or `None` if they differ in anything else.
 
-    Integers named in `exact` have to be equal. With `wrapped`, both have a `forward` of graphpeft's on the instance,
-    and a comparison of their tensors went before. Adapters, which rest during a capture, do not count.
+    Integers named in `exact` must be equal. `wrapped` means that both blocks have graphpeft's `forward` on the instance
+    and that their tensors were compared before. Adapters are ignored, because they are inactive during a capture.
     """
     pairs: dict[int, nn.Module] = {}
     found: Watched = set()
@@ -72,7 +72,7 @@ def module_diff(one: nn.Module, other: nn.Module, exact: frozenset[str], wrapped
 
 
 def _understood(module: nn.Module) -> bool:
-    """Whether all that the module does can be seen: no hooks, and no state outside of its attributes."""
+    """Whether everything that the module does is visible: no hooks, and no state outside its attributes."""
     hidden = isinstance(module, torch.jit.ScriptModule) or any("__slots__" in vars(c) for c in type(module).__mro__)
     return not hidden and not any(getattr(module, name) for name in _HOOKS)
 
@@ -115,7 +115,7 @@ def _same_tensors(a: dict[str, Any], b: dict[str, Any]) -> bool:
 def _same_tensor(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
-    # Other classes, such as those of quantized weights, may hide more than can be compared.
+    # Other classes, such as those of quantized weights, may have state that cannot be compared here.
     known = type(a) is type(b) and (type(a) in {torch.Tensor, nn.Parameter} or is_fake(a))
     if not known or vars(a) != vars(b) or _layout(a) != _layout(b):
         return False
@@ -129,7 +129,7 @@ def _layout(t: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _same_ties(one: nn.Module, other: nn.Module) -> bool:
-    """Whether the names of the blocks' parameters and buffers fall into the same groups of tied ones."""
+    """Whether the same parameters and buffers are tied in both blocks."""
 
     def ties(block: nn.Module) -> list[int]:
         first: dict[int, int] = {}
@@ -141,14 +141,15 @@ def _same_ties(one: nn.Module, other: nn.Module) -> bool:
 
 
 class Used(RuntimeError):
-    """A watched integer was looked at."""
+    """A watched integer was used."""
 
 
 @contextmanager
 def trap_ints(block: nn.Module, places: Watched) -> Iterator[set[str]]:
-    """Put objects in place of integers that note any use, and raise `Used`; yields the names of those that were used.
+    """Replace integers by objects that record any use and raise `Used`; yields the names of the used integers.
 
-    A subclass of `int` would not do: C code, such as a tensor's arithmetic, reads its value past its methods.
+    The objects cannot be a subclass of `int`: C code, such as a tensor's arithmetic, reads the value of an `int`
+    directly, without calling its methods, so this use would stay unnoticed.
     """
     used: set[str] = set()
     held = [(block.get_submodule(path).__dict__, name) for path, name in places]
@@ -163,6 +164,8 @@ def trap_ints(block: nn.Module, places: Watched) -> Iterator[set[str]]:
 
 
 def _watch(attribute: str, used: set[str]) -> Any:
+    """An object whose special methods all record `attribute` and raise, even when `isinstance` asks for its class."""
+
     def note(*_: Any, **__: Any) -> NoReturn:
         used.add(attribute)
         raise Used(attribute)

@@ -1,4 +1,4 @@
-"""What a model returns, as tensors to compare."""
+"""A model's outputs as tensors to compare."""
 
 from __future__ import annotations
 

@@ -13,12 +13,12 @@ from torch import nn
 from graphpeft.errors import CaptureError
 
 BATCH, LENGTH, DECODER_LENGTH = 2, 7, 5
-"""Unequal and at least 2: torch.export specializes sizes 0 and 1, and equal sizes could be taken for one another."""
+"""Unequal and at least 2: torch.export specializes sizes 0 and 1, and equal sizes could be confused with each other."""
 FRAMES, SAMPLES = 128, 16000
 
 
 def sample_inputs(model: nn.Module) -> dict[str, Any]:
-    """Keyword arguments that `model.forward` accepts, on the model's device (a meta model's are on the CPU)."""
+    """Keyword arguments that `model.forward` accepts, on the model's device (on the CPU for a meta model)."""
     return next(sample_calls(model))
 
 
@@ -26,7 +26,7 @@ def sample_calls(model: nn.Module) -> Iterator[dict[str, Any]]:
     """Example calls to try in turn, the likeliest first.
 
     Batch 2, text length 7, decoder length 5, images and audio at the sizes that the config names.
-    Raises `CaptureError` for a model that is not a transformers model, or of which no input is known.
+    Raises `CaptureError` if the model is not a transformers model, or if none of its inputs is known.
     """
     config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
     if config is None or main is None:
@@ -51,7 +51,7 @@ def sample_calls(model: nn.Module) -> Iterator[dict[str, Any]]:
 
 
 def without_cache(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The same call with the key-value cache off, where the model has one: its graph is then a plain function."""
+    """The same call with the key-value cache off, if the model has one: the graph is then a plain function."""
     if "use_cache" in inspect.signature(model.forward).parameters:
         return {**kwargs, "use_cache": False}
     return kwargs
@@ -59,10 +59,12 @@ def without_cache(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def analysis_config(model: nn.Module) -> Iterator[None]:
-    """The configs of a model as a capture needs them, restored after.
+    """Set the model's configs for a capture; restored on exit.
 
-    No cache anywhere; a padding token, without which a classifier of generated text refuses a batch of two, though no
-    token is padding here; and experts computed as one product, for a loop over those that were chosen has no one graph."""
+    The cache is off everywhere. There is a padding token, because a classifier of generated text refuses a batch of two
+    without one, though no token is padding here. And experts are one grouped product, because a loop over the chosen
+    experts has no single graph.
+    """
     configs = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "to_dict")}
     wanted: dict[str, tuple[Any, Any]] = {
         "use_cache": (True, False),
@@ -90,7 +92,7 @@ def _calls(main: str, config: Any, accepted: set[str]) -> Iterator[dict[str, tor
         text = {"input_ids": _ids(config, LENGTH), "attention_mask": torch.ones(BATCH, LENGTH, dtype=torch.long)}
         decoder = {"decoder_input_ids": _decoder_ids(config)}
         seen = {n: t for n, make in _SENSES.items() if n in accepted and n != main for t in make(config)[:1]}
-        # Where a token of the text stands for the image, text alone is a call of its own.
+        # If a token of the text represents the image, text alone is a valid call: try it first.
         for extra in ({}, seen) if _placed(config) else (seen, {}):
             for more in (decoder, {}) if "decoder_input_ids" in accepted else ({},):
                 yield text | extra | more | _companions(config, accepted)
@@ -110,12 +112,12 @@ def _placed(config: Any) -> bool:
 
 
 def _companions(config: Any, accepted: set[str]) -> dict[str, torch.Tensor]:
-    """Inputs that a text model asks for besides the text."""
+    """Inputs that a text model needs besides the text."""
     return {"bbox": torch.zeros(BATCH, LENGTH, 4, dtype=torch.long)} if "bbox" in accepted else {}
 
 
 def _packed(config: Any, accepted: set[str]) -> Iterator[dict[str, torch.Tensor]]:
-    """Inputs of parts that are handed more than one tensor: pictures as a row of patches, queries over features."""
+    """Inputs of parts that take more than one tensor: images as a row of patches, queries over features."""
     side = 4
     patch, channels = (
         _known(config, "patch_size", default=None),
@@ -161,14 +163,14 @@ def _ids(config: Any, length: int) -> torch.Tensor:
 
 
 def _decoder_ids(config: Any) -> torch.Tensor:
-    """Tokens of the decoder, in as many channels as it writes at once."""
+    """Tokens of the decoder, in as many channels as it generates at once."""
     channels = getattr(_part(config, "decoder_config"), "num_channels", None)
     ids = _ids(config, DECODER_LENGTH)
     return ids if channels is None or not hasattr(config, "decoder_config") else ids[..., None].repeat(1, 1, channels)
 
 
 def _images(config: Any) -> list[torch.Tensor]:
-    """Pictures in one piece; then as several tiles each, and as a row of flattened patches."""
+    """Whole images; then several tiles of each, and a row of flattened patches."""
     vision = _part(config, "vision_config", "encoder", "backbone_config")
     size = _known(vision, "image_size", "input_size", default=_known(config, "image_size", default=224))
     height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
@@ -188,7 +190,7 @@ def _videos(config: Any) -> list[torch.Tensor]:
 
 
 def _spectra(config: Any) -> list[torch.Tensor]:
-    """Spectrograms, bins before frames as convolutions read them, and frames before bins."""
+    """Spectrograms: bins before frames, as convolutions read them, then frames before bins."""
     audio = _part(config, "audio_config", "encoder_config", "encoder")
     names = ("feature_projection_input_dim", "input_dim", "num_mel_bins", "input_feat_per_channel", "feature_size")
     bins = _known(audio, *names, default=_known(config, *names, default=80))
@@ -199,7 +201,7 @@ def _spectra(config: Any) -> list[torch.Tensor]:
 
 
 def _waves(config: Any) -> list[torch.Tensor]:
-    """Sound as samples, or as a spectrogram of the length that the config names."""
+    """Audio as samples, or as a spectrogram of the length that the config names."""
     wave = torch.randn(BATCH, SAMPLES, generator=_generator())
     made = [wave, wave[:, None]]
     if hasattr(config, "max_length") and hasattr(config, "num_mel_bins"):
@@ -208,7 +210,7 @@ def _waves(config: Any) -> list[torch.Tensor]:
 
 
 def _bytes(config: Any) -> list[torch.Tensor]:
-    """What reads any kind of input under one name: tokens, pictures or sound."""
+    """Inputs of models that read any modality under one name: tokens, images or audio."""
     return [_ids(config, LENGTH), *_images(config)[:1], *_waves(config)]
 
 

@@ -1,4 +1,4 @@
-"""A transformers model from little more than its name: its modules and shapes on the meta device, no weights."""
+"""A transformers model from its name or config alone: modules and shapes on the meta device, no weights."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from graphpeft.errors import CaptureError
 
 AUTO = ("PreTraining", "CausalLM", "Seq2SeqLM", "MaskedLM", "ImageTextToText", "ImageClassification",
         "SpeechSeq2Seq", "CTC", "AudioClassification", "ZeroShotImageClassification")  # fmt: skip
-"""Auto classes in which a config without `architectures` is looked up, in this order; the bare model comes last."""
+"""Auto classes tried in this order for a config without `architectures`; the bare model comes last."""
 
 
 def skeleton(name: str) -> nn.Module:
-    """The model of a local folder, of a `config.json`, or of a model type that transformers knows (as it is by default).
+    """Build the model of a local folder, of a `config.json`, or of a model type that transformers knows (with its
+    defaults).
 
     Raises `CaptureError` when `name` is none of these, or its model cannot be built.
     """
@@ -37,9 +38,9 @@ def skeleton(name: str) -> nn.Module:
 
 
 def pretrained(name: str) -> nn.Module:
-    """The model of a local folder, with its weights, in evaluation mode.
+    """Load the model of a local folder with its weights, in evaluation mode.
 
-    Raises `CaptureError` if the folder holds no whole model.
+    Raises `CaptureError` if the folder does not hold a complete model.
     """
     build = _class(name, _config(name))
     try:
@@ -54,7 +55,7 @@ def _class(name: str, config: Any) -> Any:
 
     names = config.architectures or ()
     if not isinstance(names, list | tuple) or not all(isinstance(each, str) for each in names):
-        raise CaptureError(f"{name} has architectures {str(names)[:40]!r} in its config.json, where names are listed.")
+        raise CaptureError(f"{name} has architectures {str(names)[:40]!r} in its config.json, which must be a list of names.")
     found = [getattr(transformers, each, None) if each.isidentifier() else None for each in names]
     classes = [
         c if isinstance(c, type) and issubclass(c, nn.Module) else each for c, each in zip(found, names, strict=True)
@@ -71,7 +72,7 @@ def _config(name: str) -> Any:
     path = Path(name)
     if path.is_file() or (path / "config.json").is_file():
         try:
-            # Without an answer, transformers asks on the terminal whether to run code that lies beside the config.
+            # Unless this is set, transformers asks on the terminal whether to run code from the config's folder.
             return _ours(name, AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False))
         except CaptureError:
             raise
@@ -91,19 +92,20 @@ def _config(name: str) -> Any:
 
 
 def _ours(name: str, config: Any) -> Any:
-    """The config, whose attention is transformers' own: any other is the name of a repository, whose kernels would be fetched."""
+    """Return the config if its attention is transformers' own: any other value names a repository whose kernels
+    transformers would download."""
     for part in _parts(config):
         asked = getattr(part, "_attn_implementation", None)
         if asked is not None and not (isinstance(asked, str) and re.fullmatch(r"[\w|]+", asked)):
             raise CaptureError(
-                f"{name} asks for the attention {str(asked)[:60]!r} in its config.json, which is none of transformers' own. Take "
-                f"attn_implementation out of the config."
+                f"{name} asks for the attention {str(asked)[:60]!r} in its config.json, which transformers itself does not have. Remove "
+                f"attn_implementation from the config."
             )
     return config
 
 
 def _parts(config: Any) -> Iterator[Any]:
-    """A config and all that are in it."""
+    """A config and all nested configs."""
     waiting = [config]
     while waiting:
         part = waiting.pop()
@@ -115,7 +117,7 @@ def _parts(config: Any) -> Iterator[Any]:
 
 
 def _usual(config: Any) -> Any:
-    """The class that transformers maps the config to."""
+    """The model class that transformers maps the config to."""
     import transformers
 
     for suffix in (*(f"For{task}" for task in AUTO), ""):

@@ -1,7 +1,7 @@
-"""Every site of a model, whatever it takes to see them: capture the model, capture what its example calls do not reach, find.
+"""Find every site of a model: capture it, capture the parts that its example calls do not run, and search them all.
 
-A call with text alone does not run the vision tower of a vision-language model. Such a part is a model of its own,
-with a config that sample inputs can be made from, so it is captured by itself and its sites are named from the root.
+A call with text alone does not run the vision tower of a vision-language model. Such a part is itself a model, with a
+config for sample inputs, so it is captured separately, and its sites are named from the root.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from graphpeft.match.find import SearchResult, find
 
 @dataclass(frozen=True)
 class Captured:
-    """The programs of a model by module path: the root's, and those of parts that the root's example call does not run."""
+    """Programs by module path: the root's, and those of parts that the root's example call does not run."""
 
     programs: Mapping[str, Program]
     unreached: Mapping[str, str]
@@ -37,14 +37,14 @@ class Captured:
 def find_base_sites(model: nn.Module, inputs: Inputs = None) -> SearchResult:
     """Every site of a model's base. Without inputs, example calls made from the configs run all its parts.
 
-    Raises `CaptureError` when nothing can be captured; a part that cannot is noted in `SearchResult.unreached`.
+    Raises `CaptureError` when nothing can be captured; `SearchResult.unreached` lists parts that could not be captured.
     """
     with base_view(model):
         return find_sites(capture_programs(model, inputs))
 
 
 def capture_programs(model: nn.Module, inputs: Inputs = None) -> Captured:
-    """Capture and normalize a model, and its parts that no example call runs. Call it within `base_view`."""
+    """Capture and normalize a model and the parts that no example call runs. Call it within `base_view`."""
     if inputs is not None or isinstance(model, fx.GraphModule) or not hasattr(model, "config"):
         return Captured({"": normalize(capture(model, inputs))}, {})
     program, error = _attempt(model)
@@ -60,7 +60,7 @@ def capture_programs(model: nn.Module, inputs: Inputs = None) -> Captured:
 
 
 def find_sites(captured: Captured) -> SearchResult:
-    """The sites of all programs, named from the root. Raises what kept the root from being captured if there is none."""
+    """The sites of all programs, named from the root. If there are none, raises the error of the root's capture."""
     found = {path: find(program) for path, program in captured.programs.items()}
     root = found.get("", SearchResult((), {}))
     sites, reached = list(root.sites), set(root.reached)
@@ -74,7 +74,7 @@ def find_sites(captured: Captured) -> SearchResult:
 
 
 def _attempt(model: nn.Module) -> tuple[Program | None, CaptureError | None]:
-    """The program of the first example call that can be captured, or the error of the first."""
+    """The program of the first example call that can be captured, or else the error of the first call."""
     first: CaptureError | None = None
     try:
         for call in sample_calls(model):
@@ -88,12 +88,12 @@ def _attempt(model: nn.Module) -> tuple[Program | None, CaptureError | None]:
 
 
 def _used(program: Program) -> set[str]:
-    """The weights that the graph uses: normalizing has erased what no output depends on."""
+    """The weights that the graph uses: `normalize` erased every node that no output depends on."""
     return {name for node, name in program.weights.items() if node.users}
 
 
 def _parts(model: nn.Module, reached: set[str]) -> Iterator[tuple[str, nn.Module]]:
-    """The outermost modules that are models of their own and of which nothing was reached."""
+    """The outermost modules that are themselves models and have no reached weight."""
     taken: list[str] = []
     for path, module in model.named_modules():
         if not path or getattr(module, "main_input_name", None) is None or any(path.startswith(t) for t in taken):
@@ -105,7 +105,7 @@ def _parts(model: nn.Module, reached: set[str]) -> Iterator[tuple[str, nn.Module
 
 
 def _named_from_root(sites: tuple[Site, ...], path: str) -> Iterator[Site]:
-    """A part's sites under their names in the whole model; what ends a part is not the model's head."""
+    """A part's sites under their names in the whole model; the last projection of a part is not the model's head."""
     for site in sites:
         role = "other" if site.role == "head" else site.role
         weight, owner = f"{path}.{site.weight}", f"{path}.{site.owner}".removesuffix(".")

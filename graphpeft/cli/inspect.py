@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from graphpeft.cli import complete
-from graphpeft.cli.shared import AsJson, Debug, Dump, Model, PrintAfter, SomeRules, adapted, at_work, say
+from graphpeft.cli.shared import DONE, AsJson, Debug, Dump, Model, PrintAfter, SomeRules, adapted, at_work, command, say
 
 Either = Annotated[
     str,
@@ -20,6 +20,7 @@ Either = Annotated[
 ]
 
 
+@command(DONE)
 def explain(
     model: Model,
     adapter: Annotated[
@@ -39,6 +40,7 @@ def explain(
     say(told, as_json)
 
 
+@command(DONE)
 def diff(
     before: Either,
     after: Annotated[
@@ -63,6 +65,7 @@ def diff(
     say(changes, as_json)
 
 
+@command(DONE)
 def report(
     model: Model,
     out: Annotated[Path, typer.Argument(help="The .html file to write.")],
@@ -82,6 +85,7 @@ def report(
     say(f"{out}: written")
 
 
+@command(DONE)
 def graph(
     model: Either,
     out: Annotated[Path, typer.Argument(help="A .dot, .graphml or .json file to write.")],

@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
-from graphpeft.cli.shared import AsJson, Debug, Dump, Model, PrintAfter, Rules, SomeRules, at_work, say
+from graphpeft.cli.shared import LOOK, AsJson, Debug, Dump, Model, PrintAfter, Rules, SomeRules, at_work, command, say
 
 
+@command(LOOK)
 def plan(
     model: Model,
     rules: Rules,
@@ -26,6 +27,7 @@ def plan(
     say(made, as_json)
 
 
+@command(LOOK)
 def sites(
     model: Model, as_json: AsJson = False, print_after: PrintAfter = None, dump: Dump = None, debug: Debug = False
 ) -> None:
@@ -38,6 +40,7 @@ def sites(
     say(found, as_json)
 
 
+@command(LOOK)
 def roles(
     model: Model, as_json: AsJson = False, print_after: PrintAfter = None, dump: Dump = None, debug: Debug = False
 ) -> None:
@@ -52,6 +55,7 @@ def roles(
     say(found, as_json)
 
 
+@command(LOOK)
 def methods(
     model: Annotated[str | None, typer.Argument(help="Count what each method would train on this model.")] = None,
     target: Annotated[str, typer.Option(help="Where, as in a rule.")] = "qv",
@@ -70,6 +74,7 @@ def methods(
     say(told, as_json)
 
 
+@command(LOOK)
 def why(
     model: Model,
     path: Annotated[str, typer.Argument(help="A module or weight, such as model.layers.0.mlp.up_proj.")],

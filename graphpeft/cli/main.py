@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from graphpeft.cli import inspect as done
-from graphpeft.cli import look, ship
-from graphpeft.cli.shared import Debug, one_line
+from graphpeft.cli import inspect as _inspect  # noqa: F401  # importing a module registers its commands
+from graphpeft.cli import look as _look  # noqa: F401
+from graphpeft.cli import ship as _ship  # noqa: F401
+from graphpeft.cli.shared import COMMANDS, START, Debug, command, one_line
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -31,6 +32,7 @@ def _root(
     """Adapters for PyTorch models, inserted the way a compiler would."""
 
 
+@command(START)
 def demo(
     out: Annotated[Path, typer.Option(help="Where adapters, ONNX files and the plot go.")] = Path("graphpeft-demo"),
     seed: Annotated[int, typer.Option(help="Seed of the split, the heads and the adapters.")] = 0,
@@ -46,15 +48,9 @@ def demo(
         main(out, seed=seed, quick=quick)
 
 
-PANELS = {
-    "Start": (demo,),
-    "Look at a model": (look.plan, look.sites, look.roles, look.methods, look.why),
-    "Look at what was done": (done.explain, done.diff, done.report, done.graph),
-    "Ship": (ship.merge, ship.export, ship.doctor, ship.run),
-}
-for panel, commands in PANELS.items():
-    for command in commands:
-        app.command(rich_help_panel=panel)(command)
+for panel, commands in COMMANDS.items():
+    for one in commands:
+        app.command(rich_help_panel=panel)(one)
 
 
 if __name__ == "__main__":

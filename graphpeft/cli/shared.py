@@ -8,9 +8,9 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -49,6 +49,21 @@ Dump = Annotated[
     Path | None,
     typer.Option("--dump", metavar="DIR", help="Write every pass's graph before and after, and a table, to a folder."),
 ]
+
+C = TypeVar("C", bound=Callable[..., None])
+START, LOOK, DONE, SHIP = "Start", "Look at a model", "Look at what was done", "Ship"
+COMMANDS: dict[str, list[Callable[..., None]]] = {panel: [] for panel in (START, LOOK, DONE, SHIP)}
+"""Commands by the panel of `--help` that shows them."""
+
+
+def command(panel: str) -> Callable[[C], C]:
+    """Decorator: register a function as a command. Its docstring is the help, its annotations are the options."""
+
+    def register(function: C) -> C:
+        COMMANDS[panel].append(function)
+        return function
+
+    return register
 
 
 @contextlib.contextmanager

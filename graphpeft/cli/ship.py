@@ -9,11 +9,12 @@ from typing import Annotated
 import typer
 
 from graphpeft.cli import complete
-from graphpeft.cli.shared import AsJson, Debug, Dump, PrintAfter, at_work, one_line, say
+from graphpeft.cli.shared import SHIP, AsJson, Debug, Dump, PrintAfter, at_work, command, one_line, say
 
 Folder = Annotated[Path, typer.Argument(help="What export wrote.")]
 
 
+@command(SHIP)
 def merge(
     base: Annotated[Path, typer.Argument(help="A local folder of a transformers model, in safetensors.")],
     adapters: Annotated[list[Path], typer.Argument(help="Folders that gp.save wrote, folded in this order.")],
@@ -30,6 +31,7 @@ def merge(
     say(asdict(done) | {"out": str(done.out)} if as_json else done, as_json)
 
 
+@command(SHIP)
 def export(
     model: Annotated[str, typer.Argument(help="A local folder of a transformers model, with weights.")],
     out: Annotated[Path, typer.Argument(help="A new folder.")],
@@ -58,6 +60,7 @@ def export(
     say(asdict(report) if as_json else report, as_json)
 
 
+@command(SHIP)
 def doctor(
     folder: Folder,
     adapter: Annotated[Path | None, typer.Argument(help="An .onnx_adapter file; default: all in the folder.")] = None,
@@ -75,6 +78,7 @@ def doctor(
         raise typer.Exit(1)
 
 
+@command(SHIP)
 def run(
     folder: Folder,
     text: Annotated[str, typer.Argument(help="A prompt, or a text to encode or classify.")],

@@ -1,1 +1,1 @@
-"""What an export makes of a model: functions of named tensors, opened for adapters, traced and checked."""
+"""Export a model to ONNX: as functions of named tensors, with slots for adapters, traced, and checked against PyTorch."""

@@ -1,7 +1,7 @@
 """A decoder's key-value cache as plain named tensors, with the names that optimum and onnxruntime-genai use.
 
-transformers keeps the past in an object. A graph takes and gives tensors: `past_key_values.0.key` comes in,
-`present.0.key` goes out, and one graph serves the prompt (an empty past) and every later token.
+transformers keeps the cache in an object. A graph has tensors: `past_key_values.0.key` is an input, `present.0.key` an
+output, and one graph serves the prompt (with an empty cache) and every later token.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import torch
 from torch import Tensor, nn
 
 BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past", "total"
-"""Names of the dynamic axes; `total`, the length of the mask, is `past` + `sequence`."""
+"""Names of the dynamic axes; `total`, the mask's length, is `past` + `sequence`."""
 KINDS = ("key", "value")
 
 
 @dataclass(frozen=True)
 class Cache:
-    """What a decoder keeps: keys and values (batch, heads, length, width) of every layer."""
+    """A decoder's KV cache: keys and values (batch, heads, length, width) of every layer."""
 
     layers: int
     crossed: bool = False
-    """Whether the decoder also attends to an encoder, whose keys and values are made anew from its states."""
+    """Whether the decoder has cross-attention. Its keys and values are not cached; each call recomputes them."""
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -36,21 +36,21 @@ class Cache:
         return tuple(f"present.{i}.{kind}" for i in range(self.layers) for kind in KINDS)
 
     def pack(self, past: Mapping[str, Tensor]) -> Any:
-        """The object that the model takes."""
+        """The cache object that the model accepts."""
         from transformers import DynamicCache, EncoderDecoderCache
 
         tensors = [past[name] for name in self.inputs]
-        # Made without a config, every layer keeps all of the past: where a layer sees a window, its mask says so.
+        # Without a config every layer keeps the full past; sliding-window layers rely on their mask.
         cache = DynamicCache(list(zip(tensors[::2], tensors[1::2], strict=True)))
         return EncoderDecoderCache(cache, DynamicCache()) if self.crossed else cache
 
     def unpack(self, cache: Any) -> dict[str, Tensor]:
-        """The tensors of the object that the model returns."""
+        """The tensors of the cache object that the model returns."""
         return dict(zip(self.outputs, _tensors(cache), strict=True))
 
     @classmethod
     def of(cls, result: Mapping[str, Any]) -> Cache | None:
-        """That of a model's result; None if it keeps something else than keys and values."""
+        """The cache of a model's result; None if it holds anything but keys and values."""
         cache = result.get("past_key_values")
         try:
             found = list(_tensors(cache))
@@ -77,9 +77,9 @@ def axes(name: str) -> dict[int, str]:
 
 
 def continued(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Cache, dict[str, Tensor]] | None:
-    """A decoder's cache, and the call `inputs` continued: the same tokens after some that are past.
+    """A decoder's cache, and a call with the same tokens as `inputs` after some cached ones.
 
-    None for a model that generates nothing, or keeps something else than keys and values.
+    None if the model does not generate, or caches anything but keys and values.
     """
     generates = getattr(model, "can_generate", lambda: False)()
     accepted = inspect.signature(model.forward).parameters
@@ -90,7 +90,7 @@ def continued(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Cache, di
     ids = inputs["input_ids"]
     batch, length = ids.shape
     taken = {batch, length, *(value.shape[1] for value in encoder.values())}
-    # Unlike every other size, so that tracing tells them apart.
+    # Unequal to every other size, so that tracing can tell the axes apart.
     past = next(n for n in range(2, 100) if n not in taken and n + length not in taken)
     first = model(input_ids=ids.repeat(1, past)[:, :past], use_cache=True, **encoder)
     if (cache := Cache.of(first)) is None or cache.crossed != bool(encoder):

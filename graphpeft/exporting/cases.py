@@ -1,4 +1,4 @@
-"""Inputs to compare two runtimes on: sizes that were not traced, padding, and for decoders a prompt and a single token."""
+"""Inputs for comparing two runtimes: sizes that were not traced, padding, and for decoders a prompt and a single token."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Case:
 def cases(sample: Tensors, axes: Mapping[str, Mapping[int, str]]) -> list[Case]:
     """The sample itself, then a batch of 1 with shorter and a larger batch with longer, padded sequences.
 
-    With a past, padding stands on the left, and a prompt and a single token are cases of their own.
+    With a KV cache, padding is on the left, and two cases are added: a prompt and a single token.
     """
     sizes = {axes[name][axis]: sample[name].shape[axis] for name in sample for axis in axes[name]}
     plans: list[dict[str, int]] = []

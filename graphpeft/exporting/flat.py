@@ -1,4 +1,4 @@
-"""A model as a function of named tensors to named tensors: the common language of PyTorch and ONNX Runtime."""
+"""A model as a function from named tensors to named tensors, the interface that PyTorch and ONNX Runtime share."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ Axes = Mapping[str, Mapping[int, str]]
 
 @dataclass(frozen=True)
 class Flat:
-    """A model with its sample inputs, sorted into tensors, which stay inputs, and constants, which do not."""
+    """A model and its sample call. Tensors of the call are inputs; its other arguments are constants."""
 
     model: nn.Module
     inputs: Mapping[str, Tensor]
     constants: Mapping[str, Any]
     outputs: tuple[str, ...]
     dropped: tuple[str, ...]
-    """Outputs that are no tensors (caches, nested tuples) and are left out."""
+    """Outputs that are not tensors (caches, nested tuples) and are left out."""
     axes: Axes
     positional: tuple[str, ...] = ()
-    """Names that the sample call passes by position; an exported program insists on it."""
+    """Names that the sample call passes by position, because an exported program requires it."""
     cache: Cache | None = None
-    """The past, among the inputs and the outputs."""
+    """The KV cache, if it is among the inputs and outputs."""
     prefix: str = ""
-    """What stands before the root model's own names, where `model` is a part that holds it."""
+    """Prefix of the root model's names, if `model` is a wrapper that holds it."""
 
     @classmethod
     def of(cls, model: nn.Module, given: Inputs = None, *, cached: bool = False, prefix: str = "") -> Flat:
-        """Take the sample inputs given, or those made from the model's config, and try the model on them.
+        """Run the model on the given sample inputs, or on inputs made from its config.
 
-        With `cached`, the past of a model that generates is among its inputs and outputs.
+        With `cached`, the KV cache of a model that generates becomes part of its inputs and outputs.
 
         Raises:
             ExportError: the samples do not fit `forward`, or their sizes do not tell the dynamic axes apart.
@@ -81,18 +81,18 @@ class Flat:
         return {name: found[name].cpu().numpy() for name in self.outputs}
 
     def call(self, inputs: Mapping[str, Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """(args, kwargs) of the sample call with other tensors."""
+        """(args, kwargs) of the sample call, with these tensors."""
         named = {**self.constants, **inputs}
         return tuple(named.pop(name) for name in self.positional), _packed(self.cache, named)
 
     def named(self, result: Any) -> dict[str, Any]:
-        """What the model returned, by name."""
+        """The model's result by name."""
         return _named(result, self.cache)
 
     def module(self, parameters: Sequence[str] = ()) -> nn.Module:
-        """The model as a module of positional tensors: the inputs, then values for the named parameters.
+        """The model as a module with positional tensors: the inputs, then values of the named parameters.
 
-        Values that arrive as inputs cannot be folded, deduplicated or packed by an exporter, as parameters can.
+        An exporter may fold, deduplicate or pack parameters, but not inputs.
         """
         return _Positional(self, tuple(parameters))
 
@@ -126,7 +126,7 @@ def _named(result: Any, cache: Cache | None = None) -> dict[str, Any]:
 
 
 def _axes(inputs: Mapping[str, Tensor]) -> dict[str, dict[int, str]]:
-    """The batch is axis 0 of every input that is as long there as the first; a length is axis 1 of 2-D integers."""
+    """Dynamic axes: axis 0 where its size equals the first input's is the batch; axis 1 of 2-D integers is a length."""
     batch = next((tensor.shape[0] for tensor in inputs.values() if tensor.ndim), 0)
     lengths: dict[int, str] = {}
     axes: dict[str, dict[int, str]] = {name: {} for name in inputs}
@@ -139,6 +139,6 @@ def _axes(inputs: Mapping[str, Tensor]) -> dict[str, dict[int, str]]:
     if min(sizes) < 2 or len(set(sizes)) < len(sizes):
         raise ExportError(
             f"Sample inputs have batch size {batch} and lengths {list(lengths)}: sizes must be unequal and at least 2, "
-            "or tracing takes two of them for one, or one of them for a constant. Pass `inputs` of, say, 2 rows of 5."
+            "or tracing confuses them or treats one as a constant. Pass `inputs` with, say, 2 rows of length 5."
         )
     return axes

@@ -1,4 +1,4 @@
-"""What onnxruntime-genai needs beside a decoder's graph: `genai_config.json`, with names, sizes and special tokens."""
+"""Write `genai_config.json`, the names, sizes and special tokens that onnxruntime-genai needs beside a decoder's graph."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import nn
 from graphpeft.exporting.flat import Flat
 
 KNOWN = {"llama", "gemma", "gemma2", "gemma3_text", "mistral", "phi", "phi3", "qwen2", "qwen3", "olmo", "granite"}
-"""Types that onnxruntime-genai names; what it does is the same for every decoder with such inputs."""
+"""Model types that onnxruntime-genai knows. It treats all decoders with these inputs alike, so others pass as llama."""
 
 
 def facts(model: nn.Module) -> dict[str, Any]:
-    """Special tokens of a model that generates, `eos_token_id` as a list; without those that its vocabulary lacks."""
+    """A generating model's special tokens, `eos_token_id` as a list; tokens outside of its vocabulary are left out."""
     config = getattr(model, "generation_config", None)
     if config is None:
         return {}
@@ -31,7 +31,7 @@ def _in(token: int | None, size: int) -> bool:
 
 
 def write(folder: Path, model: nn.Module, flat: Flat) -> None:
-    """Write `genai_config.json` for a decoder with a past; nothing for other models."""
+    """Write `genai_config.json` for a decoder with a KV cache; do nothing for other models."""
     if flat.cache is None or flat.cache.crossed:
         return
     text = model.config.get_text_config()  # type: ignore[operator, union-attr]

@@ -1,4 +1,4 @@
-"""One graph under way to ONNX Runtime: the function that PyTorch computes, the graph made of it, the checks between."""
+"""One graph of an export: the function in PyTorch, its ONNX translation, and the checks of one against the other."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ from graphpeft.runtime.folder import Check
 from graphpeft.runtime.layout import AdapterInput, Arrays
 from graphpeft.tracing import as_pass, traced
 
-"""A pass over the graph; returns the slots that there are after it."""
 _graph = traced(lambda part: part.name)
-"""A step that bears the graph's name, around those of its passes."""
+"""Decorator: trace a method as a step with the graph's name, around the steps of its passes."""
 
 
 @dataclass
 class GraphExport:
-    """A graph of an export, by the name of its file."""
+    """One graph of an export; `name` is its file's name."""
 
     name: str
     flat: Flat
@@ -39,16 +38,16 @@ class GraphExport:
 
     def __post_init__(self) -> None:
         self.cases = [case for case in cases(self.flat.inputs, self.flat.axes) if self._runs(case)]
-        self.notes += [f"output {name!r} is no tensor and was left out" for name in self.flat.dropped]
+        self.notes += [f"output {name!r} is not a tensor and was left out" for name in self.flat.dropped]
 
     @property
     def path(self) -> Path:
         return self.folder / f"{self.name}.onnx"
 
     @_graph
-    @as_pass("reference", "PyTorch's outputs, to compare with")
+    @as_pass("reference", "compute PyTorch's outputs for comparison")
     def outputs(self) -> list[Outputs]:
-        """PyTorch's, in every case, with the adapters that are active."""
+        """PyTorch's outputs in every case, with the active adapters."""
         return [self.flat(case.inputs) for case in self.cases]
 
     @_graph
@@ -56,7 +55,7 @@ class GraphExport:
         self, slots: Sequence[AdapterInput], fed: Tensors, facts: Mapping[str, str], opset: int,
         whole: bool = True, shared: bool = False, rows: bool = False,
     ) -> None:  # fmt: skip
-        """Translate, run the passes, and save. Unless `whole`, slots of other graphs are left out."""
+        """Translate, run the passes, and save. Unless `whole`, drop slots that belong to other graphs."""
         ranks = {name: {axis: size for axis, size in enumerate(shape) if isinstance(size, str)}
                  for slot in slots for name, shape in slot.shapes.items()}  # fmt: skip
         axes = [self.flat.axes[name] for name in self.flat.inputs] + [ranks[name] for name in fed]
@@ -73,7 +72,7 @@ class GraphExport:
 
     @_graph
     def quantize(self, bits: onnx.Bits, accuracy_level: int, reference: Path) -> None:
-        """Write the graph anew with quantized weights, and to `reference` in float with the same rounded weights."""
+        """Rewrite the graph with quantized weights, and write one to `reference` with the same rounded weights in float."""
         graph = ir.load(self.path)
         passes = onnx.quantizing(onnx.Slots(self.slots), bits, accuracy_level)
         quantized = onnx.run(passes, graph)
@@ -92,7 +91,7 @@ class GraphExport:
 
     @_graph
     def check_slots(self, runner: Runner, fed: Tensors) -> None:
-        """Every slot by itself. Call it while the slots are in the model."""
+        """Check every slot alone. Call this while the slots are in the model."""
         module = self.flat.module(self._paths(fed))
         nothing = {name: absent(name, like, self.slots) for name, like in fed.items()}
 
@@ -104,7 +103,7 @@ class GraphExport:
         alone = list(probes(self.slots, fed))
         check, unmoved = parity.check_slots(runner, reference, alone, self.cases[1], self.limit)
         self.checks.append(check)
-        self.notes += [f"{site}: moves the output too little to prove that its slot works" for site in unmoved]
+        self.notes += [f"{site}: changes the output too little to prove that its slot works" for site in unmoved]
 
     @_graph
     def check_numbers(self, runner: Runner, steps: Sequence[ReferenceRun]) -> None:
@@ -130,8 +129,8 @@ class GraphExport:
     def _runs(self, case: Case) -> bool:
         try:
             self.flat(case.inputs)
-        except Exception as error:  # of any kind: it is the model's own code that runs
+        except Exception as error:  # the model's own code may raise anything
             reason = next(iter(str(error).splitlines()), "")
-            self.notes.append(f"not checked at {case.label}: PyTorch refuses it, {type(error).__name__}: {reason}")
+            self.notes.append(f"not checked at {case.label}: PyTorch raises {type(error).__name__}: {reason}")
             return False
         return True

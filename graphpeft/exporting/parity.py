@@ -1,7 +1,10 @@
-"""Does an exported graph do what PyTorch does? Numbers at sizes it was not traced with, swaps, and effects.
+"""Compare an exported graph with PyTorch: outputs at sizes that were not traced, adapter swaps, and adapter effects.
 
-A run without an error proves nothing about adapters: ONNX Runtime ignores a lost slot or a dead adapter in
-silence. So a check on numbers is never enough; each adapter must also be seen to move the output.
+A run without an error proves nothing about adapters: ONNX Runtime silently ignores a lost slot or a dead adapter. So
+comparing outputs is not enough. Probes make each slot visible: random values go into one slot at a time, in PyTorch and in
+the graph, and both outputs must agree. A probe counts only if it changes PyTorch's output by at least `VISIBLE` times the
+difference between the two runtimes; only then would a dead slot show up as a difference. In the same way, each adapter
+must change the output by that much.
 """
 
 from __future__ import annotations
@@ -22,17 +25,18 @@ from graphpeft.runtime.session import Session, Use
 from graphpeft.tracing import as_pass, counted
 
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 5e-3}
-"""Largest difference, relative to the largest value where that exceeds 1. Sums in another order cost up to 3e-6 in
-fp32 on small models, growing with depth; in fp16, whose resolution is 1e-3, a few roundings."""
+"""Largest difference, relative to the largest value if that exceeds 1. A different order of sums costs up to 3e-6 in
+fp32 on small models, growing with depth, and a few roundings in fp16, whose resolution is 1e-3."""
 IN_8_BITS = 0.1
-"""The same, relative to the largest value of whatever size, where int4 products round their activations to 8 bits, each block of
-32 by its largest value. Three times what the trained MiniLM shows, 0.035; random Llamas show 0.009 to 0.028
-(`python benchmarks/int4_rounding.py`). A model beyond it has outliers that dwarf what stands beside them."""
+"""The limit where int4 products round activations to 8 bits, each block of 32 by its largest value; it is relative to the
+largest value, even if that is below 1. It is three times the difference of the trained MiniLM, 0.035; random Llamas show
+0.009 to 0.028 (`python benchmarks/int4_rounding.py`). A model beyond it has outliers that dwarf the rest of their block."""
 SMALL = 1e-3
-"""Rounding is relative: embeddings of length 1 have no entry above 0.2. Outputs below this count as zero."""
+"""Rounding is relative, and outputs can be small: embeddings of length 1 have no entry above 0.2. Differences are relative
+to at least this value."""
 VISIBLE, ROUNDING = 100, 1e-7
-"""A change of the output counts if it is this many times what separates the two runtimes anyway, which is at least the
-rounding of fp32. An export that missed such a change would be far off PyTorch; smaller ones prove nothing."""
+"""A change of the output proves something only if it is `VISIBLE` times the difference between the two runtimes, which is
+at least fp32's `ROUNDING`. An export that missed such a change would be far from PyTorch."""
 
 
 def tolerance(model: nn.Module) -> float:
@@ -47,7 +51,7 @@ def tolerance(model: nn.Module) -> float:
 
 
 def distance(got: Outputs, want: Outputs, least: float = 1.0) -> tuple[float, str]:
-    """Largest difference over all outputs, relative to the largest value or to `least` if that is larger; and where it is."""
+    """Largest difference over all outputs, relative to the largest value but at least `least`; and the output's name."""
     worst = (0.0, next(iter(want)))
     for name, expected in want.items():
         x, y = np.asarray(got[name], np.float64), np.asarray(expected, np.float64)
@@ -80,18 +84,18 @@ class Runner:
 
 @dataclass(frozen=True)
 class ReferenceRun:
-    """What a session is told to use, what that is called in messages, and PyTorch's outputs in every case."""
+    """The adapter for a session to use, its name in messages, and PyTorch's outputs in every case."""
 
     use: str | None
     subject: str
     want: Sequence[Outputs]
 
 
-@as_pass("check-numbers", "ONNX Runtime against PyTorch")
+@as_pass("check-numbers", "compare ONNX Runtime with PyTorch")
 def check_numbers(
     session: Runner, steps: Sequence[ReferenceRun], cases: Sequence[Case], limit: float, test: str = "numbers"
 ) -> list[Check]:
-    """Go through `steps` on one session in each case and compare with PyTorch.
+    """Run `steps` on one session in each case, and compare with PyTorch.
 
     Raises:
         ExportError: a difference exceeds the limit.
@@ -107,20 +111,20 @@ def check_numbers(
     return [Check(test, subject, value, limit) for subject, value in found.items()]
 
 
-@as_pass("check-swaps", "adapters one after the other")
+@as_pass("check-swaps", "swap adapters on one session and compare")
 def check_swaps(session: Runner, steps: Sequence[ReferenceRun], cases: Sequence[Case], limit: float) -> Check:
-    """Go through `steps` on one session, as `check_numbers` does, to show that no adapter outlives its use."""
+    """Run `steps` on one session, as `check_numbers` does, to show that no adapter stays active after a swap."""
     sequence = " > ".join(step.use or "base" for step in steps)
     found = check_numbers(session, steps, cases, limit, "swap")
     return Check("swap", sequence, max(check.value for check in found), limit)
 
 
-@as_pass("check-effect", "whether an adapter moves the output")
+@as_pass("check-effect", "check that an adapter changes the output")
 def check_effect(session: Runner, step: ReferenceRun, base: Sequence[Outputs], cases: Sequence[Case]) -> Check:
-    """Check that the step moves PyTorch's output off the base, by far more than ONNX Runtime is off PyTorch.
+    """Check that the adapter changes PyTorch's output by far more than ONNX Runtime differs from PyTorch.
 
     Raises:
-        ExportError: the adapter cannot be told from none.
+        ExportError: the adapter's effect is too small to be visible.
     """
     session.use(step.use)
     gap = max(distance(_run(session, step, case), want)[0] for case, want in zip(cases, step.want, strict=True))
@@ -128,19 +132,19 @@ def check_effect(session: Runner, step: ReferenceRun, base: Sequence[Outputs], c
     limit = VISIBLE * max(gap, ROUNDING)
     if moves < limit:
         raise ExportError(
-            f"{step.subject}: it moves PyTorch's output by {moves:.2g}, and the export is {gap:.2g} off; it takes "
-            f"{limit:.2g} to show that the adapter works there. Usual cause: it was never trained. Remedy: train it, "
+            f"{step.subject}: it moves PyTorch's output by {moves:.2g}, and the export is {gap:.2g} off; a change of at least "
+            f"{limit:.2g} would show that the adapter works. Usual cause: it was never trained. Remedy: train it, "
             'leave it out (`adapters=`), or skip this check with verify="fast".'
         )
     return Check("effect", step.subject, moves, limit, True)
 
 
 def _seen(outputs: Outputs) -> Outputs:
-    """What is asked for: a past that changed proves nothing about what is made of it."""
+    """Outputs without the KV cache: a changed cache does not show that the logits changed."""
     return {name: value for name, value in outputs.items() if not name.startswith("present.")}
 
 
-@as_pass("check-slots", "every slot by itself")
+@as_pass("check-slots", "fill one slot at a time and compare")
 def check_slots(
     session: Runner,
     reference: Callable[[Tensors, Arrays], Outputs],
@@ -148,13 +152,13 @@ def check_slots(
     case: Case,
     limit: float,
 ) -> tuple[Check, list[str]]:
-    """Fill one site's slot at a time and compare with `reference(inputs, values)` of PyTorch.
+    """Fill one site's slot at a time, and compare with `reference(inputs, values)` in PyTorch.
 
-    `probes` are sites, PyTorch's values and the graph's. Also returns the sites that change too little, in PyTorch, to
-    prove anything.
+    `probes` are (site, values for PyTorch, values for the graph). Also returns the sites whose probes change PyTorch's
+    output too little to prove anything.
 
     Raises:
-        ExportError: names the site whose slot does not do in ONNX Runtime what it does in PyTorch.
+        ExportError: names the site whose slot acts differently in ONNX Runtime and PyTorch.
     """
     session.use(None)
     base = reference(case.inputs, {})
@@ -169,8 +173,8 @@ def check_slots(
         value, output = _gap(session, case, fed, want)
         if not value <= limit or value > moves / 10 >= visible / 10:
             raise ExportError(
-                f"{site}: what is fed to this slot alone moves the output by {moves:.2g} in PyTorch, and output "
-                f"{output!r} of the export is {value:.2g} off. Usual cause: tracing fixed a branch around the weight "
+                f"{site}: filling this slot alone moves the output by {moves:.2g} in PyTorch, and output "
+                f"{output!r} of the export is {value:.2g} off. Usual cause: tracing specialized a branch around the weight "
                 "to the sample. Remedy: leave this site out of the rules, or export with merged=True."
             )
         worst = max(worst, value)
@@ -179,12 +183,12 @@ def check_slots(
     return Check("slots", f"{len(probes)} sites, one at a time", worst, limit), unmoved
 
 
-@as_pass("check-rows", "another adapter for each row")
+@as_pass("check-rows", "run a different adapter on each row and compare")
 def check_rows(session: Runner, steps: Sequence[ReferenceRun], cases: Sequence[Case], limit: float) -> Check:
-    """Give every row of a batch another adapter, or none, and compare each with PyTorch's row under that adapter.
+    """Give the rows of a batch different adapters, or none, and compare each row with PyTorch under its adapter.
 
     Raises:
-        ExportError: a row gets something else than its adapter.
+        ExportError: a row does not match its adapter.
     """
     worst = 0.0
     for number, case in enumerate(cases):
@@ -200,21 +204,21 @@ def check_rows(session: Runner, steps: Sequence[ReferenceRun], cases: Sequence[C
     return Check("rows", ", ".join(step.use or "base" for step in steps), worst, limit)
 
 
-@as_pass("check-quantized", "quantized against float")
+@as_pass("check-quantized", "compare the quantized graph with float")
 def check_quantized(
     session: Runner, reference: Runner, uses: Sequence[str | None], cases: Sequence[Case], limit: float | None
 ) -> list[Check]:
-    """Compare a quantized graph with one in float that has the same rounded weights, under every adapter.
+    """Compare a quantized graph with a float graph that has the same rounded weights, under every adapter.
 
-    Without a limit, activations are rounded as they come, as far as one outlier among them makes it: then what counts is that
-    an output is nearer to the reference's with the same adapter than halfway to that without one.
+    `limit=None` is for dynamically rounded activations, where one outlier makes the rounding arbitrarily coarse. Then an
+    adapter passes if the output differs from the reference by less than half of the adapter's own effect.
 
     Raises:
-        ExportError: an adapter does not do in the quantized graph what it does in float.
+        ExportError: an adapter acts differently in the quantized graph and in float.
     """
     checks = []
     base: list[Outputs] = []
-    noise = 0.0  # of the base
+    noise = 0.0  # the difference without an adapter
     for use in uses:
         step = ReferenceRun(use, f"adapter {use!r}" if use else "base model", ())
         session.use(use)
@@ -224,14 +228,14 @@ def check_quantized(
         value, output = max(distance(_run(session, step, c), one, SMALL) for c, one in zip(cases, want, strict=True))
         moves = max(distance(_seen(one), _seen(other), SMALL)[0] for one, other in zip(want, base, strict=True))
         most = limit if limit is not None else moves / 2 if use else float("inf")
-        if limit == IN_8_BITS and use:  # a lost adapter is off by all that it does, unless rounding hides it
+        if limit == IN_8_BITS and use:  # a lost adapter differs by its whole effect, unless rounding hides it
             most = min(limit, max(moves / 2, 3 * noise, TOLERANCE[torch.float16]))
         noise = noise if use else value
         if not value <= most:
             raise ExportError(
                 f"{step.subject}: output {output!r} of the quantized graph is {value:.2g} off the same weights in float, more "
-                f"than {most:.2g}. Usual cause: activations with outliers, in 8 bits. Remedy: "
-                'quantize="int4" with accuracy_level=0, which leaves activations as they are, or no quantize.'
+                f"than {most:.2g}. Usual cause: outliers among activations, rounded to 8 bits. Remedy: "
+                'quantize="int4" with accuracy_level=0, which does not round activations, or no quantize.'
             )
         if most < float("inf"):
             checks.append(Check("quantized", step.subject, value, most))
@@ -241,8 +245,8 @@ def check_quantized(
 def _off(subject: str, case: Case, output: str, value: float, limit: float) -> ExportError:
     return ExportError(
         f"{subject}, {case.label}: output {output!r} of the exported graph differs from PyTorch by {value:.2g}, more "
-        f"than {limit:.2g}. Usual causes: a size or branch that tracing fixed to the sample, or, for an adapter only, "
-        "a delta that the slots do not reproduce. Remedy: pass other sample `inputs`, of unequal sizes, or use "
+        f"than {limit:.2g}. Usual causes: a size or branch that tracing specialized to the sample, or, for an adapter only, "
+        "an update that the slots do not reproduce. Remedy: pass other sample `inputs`, of unequal sizes, or use "
         "merged=True."
     )
 
@@ -262,9 +266,9 @@ def _run(session: Runner, step: ReferenceRun, case: Case) -> Outputs:
 def _explained(subject: str, case: Case) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # ONNX Runtime's errors have no class of their own in common
+    except Exception as error:  # ONNX Runtime's errors have no common base class
         raise ExportError(
             f"{subject}, {case.label}: ONNX Runtime cannot run the exported graph: {error} Usual causes: an opset "
-            "whose operators this ONNX Runtime has in part, or a size that tracing fixed to the sample's. Remedy: leave "
+            "that this ONNX Runtime supports only in part, or a size that tracing specialized to the sample. Remedy: leave "
             "`opset` out, or pass other sample `inputs`, of unequal sizes."
         ) from error

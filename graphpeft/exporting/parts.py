@@ -1,4 +1,4 @@
-"""The graphs that a model is shipped as: one, or an encoder that runs once and a decoder that runs for every token."""
+"""The graphs of an exported model: one, or an encoder that runs once and a decoder that runs for every token."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from graphpeft.exporting.flat import Flat
 
 
 def parts(model: nn.Module, inputs: Inputs = None, *, cached: bool = True) -> Iterator[tuple[str, Flat]]:
-    """Each graph by name, as a function of named tensors."""
+    """Each graph's name, and the graph as a function of named tensors."""
     if not (cached and _translates(model)):
         yield "model", Flat.of(model, inputs, cached=cached)
         return
@@ -21,7 +21,7 @@ def parts(model: nn.Module, inputs: Inputs = None, *, cached: bool = True) -> It
     if (ids := given.pop("decoder_input_ids", None)) is None:
         raise ExportError(
             f"{type(model).__name__} has an encoder and a decoder, and the sample inputs have no decoder_input_ids. Add "
-            "them, of a length unlike the other's, or export one graph with cache=False."
+            "them, with a length unequal to the encoder's, or export one graph with cache=False."
         )
     tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
     encoder = Flat.of(Encoder(model), tensors, prefix="model.")
@@ -39,7 +39,7 @@ def _translates(model: nn.Module) -> bool:
 
 
 class Encoder(nn.Module):
-    """What runs once for a text or a recording."""
+    """The encoder, which runs once for a text or a recording."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """What runs for every token, with keys and values of the tokens before; those of the encoder are made anew."""
+    """The decoder, which runs for every token with a KV cache; cross-attention keys and values are recomputed."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

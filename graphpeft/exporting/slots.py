@@ -1,6 +1,6 @@
-"""Adapter slots in PyTorch: a model that is open for an adapter while it is traced, and what is put into its slots.
+"""Adapter slots in PyTorch: empty A/B pairs in a model while it is traced, and the LoRA pairs that fill them.
 
-Any method fits, as an exact LoRA pair of each weight.
+A slot takes any method that equals a LoRA pair exactly.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from graphpeft.rewrite.state import inactive
 from graphpeft.runtime.layout import Slot
 
 GUEST = "0"
-"""Name that slots go by on their owners: no adapter of a user can have it."""
+"""Adapter name of slots on their owners. Users' adapters cannot have it."""
 
 
 def slot_at(site: Site, rank: str) -> Slot:
-    """The slot of a site's whole weight, whichever rows the site has."""
+    """The slot for a site's whole weight, even if the site is only some of its rows."""
     return Slot(site.inputs, ((named(site.weight), site.full or site.outputs),), rank)
 
 
 def named(weight: str) -> str:
-    """A weight as slots name it."""
+    """A weight's name in slots."""
     return weight.removesuffix(".weight")
 
 
 class SlotBranch(nn.Module):
-    """A slot while PyTorch traces it, in operators that ONNX Runtime fuses best: plain matmuls and a sum."""
+    """A slot during tracing, in the operators that ONNX Runtime fuses best: plain matmuls and a sum."""
 
     def __init__(self, slot: Slot, like: Tensor) -> None:
         super().__init__()
         (outputs,) = dict(slot.members).values()
-        # Rank 2 stands for any rank: torch.export would take a size of 0 or 1 for a constant.
+        # Rank 2 stands for any rank: torch.export specializes sizes 0 and 1 to constants.
         self.A = nn.Parameter(like.new_zeros(slot.inputs, 2), requires_grad=False)
         self.B = nn.Parameter(like.new_zeros(2, outputs), requires_grad=False)
 
@@ -50,17 +50,17 @@ class SlotBranch(nn.Module):
         return y + (x @ self.A) @ self.B
 
     def add_rows(self, y: Tensor, ids: Tensor, padding_idx: int | None = None) -> Tensor:
-        """Raises `ExportError`: a table's rows are picked, not multiplied by what the slot is fed."""
+        """Raises `ExportError`: a lookup picks rows of a table, and a slot only adds matrix products."""
         raise ExportError("an adapted weight is also an embedding table, which has no slot; export with merged=True.")
 
     def delta(self, weight: Tensor | None = None) -> Tensor:
-        """The weight update (out, in), whatever the weight."""
+        """The weight update (out, in), which does not depend on the weight."""
         return (self.A @ self.B).t()
 
 
 @contextmanager
 def inserted(model: nn.Module, branches: Mapping[Site, nn.Module]) -> Iterator[None]:
-    """Run the model with these branches, and no adapter, for a while; a site stands for all rows of its weight."""
+    """Within this context the model runs these branches and no adapters; each branch acts on all rows of its weight."""
     paths = dict.fromkeys(site.owner for site in branches)
     with inactive(model):
         try:
@@ -76,20 +76,20 @@ def inserted(model: nn.Module, branches: Mapping[Site, nn.Module]) -> Iterator[N
 
 
 def lora_pairs(chains: Mapping[Site, Chain]) -> dict[str, tuple[Tensor, Tensor]]:
-    """An adapter as one exact LoRA pair by weight: A (in, rank) and B (rank, out), the scale in B.
+    """An adapter as one exact LoRA pair per weight: A (in, rank) and B (rank, out), with the scale in B.
 
-    Pairs of several sites in one fused weight are put side by side; each has zeros where it has no output.
+    The pairs of several sites in one fused weight are concatenated; each is zero outside of its own outputs.
 
     Raises:
-        ExportError: a chain has no inner width to be cut at, or its weight is no plain matrix.
+        ExportError: an update has no low-rank factorization, or its weight is not a plain matrix.
     """
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for site, chain in chains.items():
         kind = "a stack of matrices" if site.stack else "an embedding table" if site.role == "embed" else ""
         if kind or site.tied:
             raise ExportError(
-                f"{site.weight} is {kind or 'a tied weight'}, and a slot serves one matrix that activations meet in one "
-                f"place. Export it folded in, with merged=True, or leave this adapter out with adapters=."
+                f"{site.weight} is {kind or 'a tied weight'}, and a slot works only for a single matrix that multiplies "
+                f"activations in one place. Export with merged=True, or leave this adapter out with adapters=."
             )
         try:
             with chain.settled():
@@ -105,7 +105,7 @@ def lora_pairs(chains: Mapping[Site, Chain]) -> dict[str, tuple[Tensor, Tensor]]
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256, in hex, of the base model's tensors with their names, shapes and dtypes, whatever adapters it has."""
+    """SHA-256, in hex, of the base model's tensors with names, shapes and dtypes; adapters do not affect it."""
     ours = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, Adapters))
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():

@@ -1,5 +1,5 @@
-"""A model held open for adapters while it is traced, in one of two forms: as pairs, which take any method that is an exact
-LoRA pair, at any rank; or as what one method trains, a few vectors, with all that it draws from a seed in the graph.
+"""Prepare a model with adapter slots for tracing, in one of two forms: LoRA pairs of any rank, for every method that equals
+an exact pair; or one method's own trained tensors, with everything that it draws from the seed inside the graph.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from graphpeft.rewrite.state import chains, get_state, saved, set_active
 from graphpeft.runtime.layout import AdapterInput, Arrays, NativeSlot, Pairs, Slot, a_of, b_of, filled
 
 Fill = Callable[[Sequence[AdapterInput]], Arrays]
-"""From the slots of a graph, to what an adapter puts into them."""
+"""A function from a graph's slots to an adapter's tensors for them."""
 
 
 @dataclass
 class TraceableModel:
-    """Slots, the tensors of the model that stand for their inputs while it is traced, and what adapters fill in."""
+    """Slots, the model's tensors that stand for their inputs during tracing, and the adapters' tensors."""
 
     slots: tuple[AdapterInput, ...]
     fed: Mapping[str, Tensor]
@@ -35,10 +35,10 @@ class TraceableModel:
 
 @contextmanager
 def as_pairs(model: nn.Module, names: Sequence[str]) -> Iterator[TraceableModel]:
-    """The base model with an empty pair at every adapted weight.
+    """The base model with an empty A/B pair at every adapted weight.
 
     Raises:
-        ExportError: an adapter has no such pair.
+        ExportError: an adapter does not equal a LoRA pair.
     """
     adapters = {name: chains(model, name) for name in names}
     sites = {site.weight: site for found in adapters.values() for site in found}
@@ -58,10 +58,11 @@ def as_pairs(model: nn.Module, names: Sequence[str]) -> Iterator[TraceableModel]
 
 @contextmanager
 def as_trained(model: nn.Module, names: Sequence[str]) -> Iterator[TraceableModel]:
-    """The model with the first of its adapters, whose stored tensors are held open; the others have to be like it.
+    """The model with its first adapter, whose stored tensors become inputs; the other adapters must match it.
 
     Raises:
-        ExportError: the adapters differ in sites, method, options or seed, or the update is not a product of tensors.
+        ExportError: the adapters differ in sites, method, options or seed, or zeros in an adapter's tensors would not
+            give a zero update.
     """
     held = {name: dict(_held(model, name)) for name in names}
     first = held[names[0]]
@@ -92,15 +93,15 @@ def _held(model: nn.Module, name: str) -> Iterator[tuple[str, dict[str, Tensor]]
     seen: set[str] = set()
     for site, chain in chains(model, name).items():
         what = (
-            "an update relative to the base weight" if chain.needs_base_weight else "a transform of what the site reads"
+            "an update relative to the base weight" if chain.needs_base_weight else "a transform of the site's input"
         )
         if chain.needs_base_weight or chain.before is not None:
             raise ExportError(
-                f"{site.weight}: adapter {name!r} is {what}, which zeros in its tensors do not switch off. Leave compact out, "
-                "or export it folded in, with merged=True."
+                f"{site.weight}: adapter {name!r} is {what}, which zeros in its tensors do not disable. Export without compact, "
+                "or with merged=True."
             )
         if site.tied or site.stack:
-            raise ExportError(f"{site.weight} is tied or stacked, and has no slot. Export it with merged=True.")
+            raise ExportError(f"{site.weight} is tied or stacked, and cannot have a slot. Export it with merged=True.")
         keys = {key: tensor for key, tensor in saved(site, chain) if key not in seen}
         seen |= keys.keys()
         yield site.key, keys
@@ -118,8 +119,8 @@ def _require_alike(model: nn.Module, one: str, other: str) -> None:
         strange = f"the seed {second.seed}, not {first.seed}"
     if strange:
         raise ExportError(
-            f"compact=True: adapter {other!r} has {strange} as {one!r}. A graph holds what one method draws from one seed. "
-            "Export them to two folders, or without compact, as pairs."
+            f"compact=True: adapter {other!r} has {strange} as {one!r}. One graph holds the random tensors of one method and "
+            "seed. Export them to two folders, or without compact, as LoRA pairs."
         )
 
 
@@ -151,7 +152,7 @@ def _own(places: Sequence[AdapterInput], values: Arrays) -> Arrays:
 
 
 def probes(places: Sequence[AdapterInput], fed: Mapping[str, Tensor]) -> Iterator[tuple[str, Arrays, Arrays]]:
-    """For each site random contents of its slot alone: its name, what PyTorch's tensors are, what the graph is fed."""
+    """Random contents for each site's slot alone: the site, values for PyTorch's tensors, and values for the graph."""
     random = np.random.default_rng(0)
     for place in places:
         if isinstance(place, Slot):
@@ -173,7 +174,7 @@ def _random(random: np.random.Generator, like: Tensor) -> np.ndarray:
 
 
 def absent(name: str, like: Tensor, places: Sequence[AdapterInput]) -> Tensor:
-    """What stands in PyTorch for a slot that nothing is put into."""
+    """The tensor that stands for an empty slot in PyTorch: zeros, or rank 0."""
     if any(isinstance(place, NativeSlot) and name in place.shapes for place in places):
         return torch.zeros_like(like)
     return like[:, :0] if name.endswith(".lora_A.weight") else like[:0]

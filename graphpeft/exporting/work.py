@@ -1,4 +1,4 @@
-"""An export under way: graphs are written, opened in ONNX Runtime, and checked against PyTorch."""
+"""The work of an export: write the graphs, open them in ONNX Runtime, and check them against PyTorch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Verify = Literal["off", "fast", "full"]
 
 @dataclass
 class Work:
-    """One export under way: its task, and what it finds."""
+    """One export: its settings, its graphs, and their checks."""
 
     model: nn.Module
     parts: Sequence[GraphExport]
@@ -43,7 +43,7 @@ class Work:
     rows: bool
     open: Callable[[nn.Module, Sequence[str]], AbstractContextManager[TraceableModel]]
     folding: Callable[[nn.Module, tuple[str, ...]], AbstractContextManager[None]]
-    """Has adapters in the weights for a while."""
+    """A context in which adapters are folded into the weights."""
 
     def __post_init__(self) -> None:
         self.facts = {
@@ -55,7 +55,7 @@ class Work:
             self.facts["graphpeft.onnxruntime"] = onnx.oldest(self.opset)
 
     def swappable(self) -> None:
-        """Write the base graph with slots and files for each adapter, then verify."""
+        """Write the base graph with slots and each adapter's files, then verify."""
         with self.open(self.model, self.names) as opened:
             for part in self.parts:
                 facts = self.facts | {"graphpeft.mode": "swappable"}
@@ -87,12 +87,12 @@ class Work:
                 if self.verify == "full" and acts:
                     part.check_effect(runner, step, before)
             if self.verify == "full" and not any(moved):
-                raise ExportError("The merged adapters move no graph's output. Train them, or activate others.")
+                raise ExportError("The merged adapters do not change any graph's output. Train them, or activate others.")
 
     def quantize(self, bits: onnx.Bits, accuracy_level: int, names: Sequence[str]) -> None:
-        """Replace the graphs by quantized ones, and hold those against the same rounded weights in float.
+        """Replace the graphs by quantized ones, and compare them with the same rounded weights in float.
 
-        In the session that users get: without prepacking ONNX Runtime takes other kernels, which round nothing.
+        The comparison uses prepacking, as users' sessions do: without it ONNX Runtime picks kernels that do not round.
         """
         limits = {"int4": self.parts[0].limit if accuracy_level == 0 else parity.IN_8_BITS, "int8": None}
         with tempfile.TemporaryDirectory(prefix="graphpeft-") as name:
@@ -108,7 +108,7 @@ class Work:
                     part.check_quantized(runner, Runner(float_session, part.name), (None, *names), limits[bits])
 
     def _finish(self) -> None:
-        """What stands beside the graphs."""
+        """Write the files beside the graphs."""
         genai.write(self.folder, self.model, self.parts[-1].flat)
 
     def _write_adapter(self, name: str, opened: TraceableModel) -> None:
@@ -128,7 +128,7 @@ class Work:
                     steps.append(ReferenceRun(name, f"adapter {name!r}", part.outputs()))
             part.check_numbers(runner, [base, *steps])
             if self.verify == "full":
-                # Of two graphs, one may have no site of an adapter.
+                # One of two graphs may have no site of an adapter.
                 moving = [step for step in steps if len(self.parts) == 1 or _moves(step.want, base.want)]
                 for step in moving:
                     part.check_effect(runner, step, base.want)
@@ -138,11 +138,11 @@ class Work:
                     part.check_rows(runner, [*steps, base])
         if self.verify == "full" and (still := [name for name in self.names if name not in moved]):
             raise ExportError(
-                f"adapter {still[0]!r}: it moves no graph's output. Train it, or leave it out (adapters=)."
+                f"adapter {still[0]!r}: it does not change any graph's output. Train it, or leave it out (adapters=)."
             )
 
     def _runners(self, prepacked: bool = False) -> list[tuple[GraphExport, Runner]]:
-        """Each graph in ONNX Runtime; float ones without prepacking, which is a second copy of the weights, for speed."""
+        """Each graph in ONNX Runtime. Float graphs skip prepacking, a second copy of the weights that only adds speed."""
         options = ort.SessionOptions()
         options.log_severity_level = 3
         if not prepacked:
@@ -162,7 +162,7 @@ def _moves(want: Sequence[Outputs], base: Sequence[Outputs]) -> bool:
 
 @contextmanager
 def _running(model: nn.Module, active: tuple[str, ...]) -> Iterator[None]:
-    """Run exactly these adapters for a while."""
+    """Within this context exactly these adapters run."""
     before = get_state(model).active
     set_active(model, active)
     try:

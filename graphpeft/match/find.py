@@ -40,7 +40,7 @@ class SearchResult:
     """What was captured and searched, by the path of the module: the root, and parts that it did not run."""
 
 
-@as_pass("find", "what each weight is for, by dataflow")
+@as_pass("find", "find each weight's role by dataflow")
 def find(program: Program) -> SearchResult:
     """All sites of a program. Seconds grow linearly with the graph."""
     flow = Dataflow(program)

@@ -1,4 +1,4 @@
-"""Activate, disable and remove adapters. Owners are lowered anew from their base graphs; nothing is edited twice."""
+"""Activate and disable adapters. Each owner's graph is rebuilt from its base graph, so no edit is applied twice."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from graphpeft.rewrite.state import (
 from graphpeft.tracing import as_pass
 
 
-@as_pass("activate", "rewrite the owners' graphs with the branches")
+@as_pass("activate", "rewrite owners so that the chosen adapters run")
 def activate(model: nn.Module, name: str | Sequence[str] | Mapping[str, float] | None) -> None:
-    """Make one adapter, several (their updates add up), or, with `None`, none run and train.
+    """Choose the adapters that run and train: one, several (their updates add up), or none (`None`).
 
-    A mapping gives each a strength, which its update ΔW is multiplied by while it is active, merged or exported, and which
-    its file does not hold; of DoRA it multiplies B A, as PEFT's scale does. Without one it is 1. Raises `AdapterError` for
-    an unknown name, a strength that is not finite, or a merged model.
+    A mapping gives each adapter a strength, a factor on its update ΔW while it is active, merged or exported; for DoRA
+    it multiplies B A, as PEFT's scale does. The default is 1, and `save` does not store it. Raises `AdapterError` for an
+    unknown name, a strength that is not finite, or a merged model.
     """
     refuse_merged(model, "activate")
     get_state(model)
@@ -36,13 +36,13 @@ def activate(model: nn.Module, name: str | Sequence[str] | Mapping[str, float] |
     if wrong := [each for each, strength in strengths.items() if not math.isfinite(strength)]:
         raise AdapterError(f"The strength of {wrong[0]!r} is {strengths[wrong[0]]}; it has to be a finite number.")
     changed = [each for each in chosen if _strengthen(model, each, strengths[each])]
-    if changed:  # the graphs of owners hold strengths as numbers
+    if changed:  # owners' graphs hold strengths as constants, so switch these adapters off to rebuild the graphs
         set_active(model, tuple(each for each in get_state(model).active if each not in changed))
     set_active(model, chosen)
 
 
 def _strengthen(model: nn.Module, name: str, strength: float) -> bool:
-    """Give the branches of an adapter a strength; whether that changes any."""
+    """Set the strength of an adapter's branches; returns whether any of them changed."""
     branches = chains(model, name).values()
     changed = any(chain.strength != strength for chain in branches)
     for chain in branches:
@@ -52,8 +52,8 @@ def _strengthen(model: nn.Module, name: str, strength: float) -> bool:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Within this context the model is its base, to the bit. Raises `AdapterError` if it is merged or not adapted."""
-    if not get_state(model).inside:  # contexts may stand in each other
+    """Within this context the model is its base, bit for bit. Raises `AdapterError` if it is merged or not adapted."""
+    if not get_state(model).inside:  # contexts may be nested
         refuse_merged(model, "disable adapters")
     with inside(model, "gp.disabled"), inactive(model):
         yield

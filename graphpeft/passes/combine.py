@@ -1,4 +1,4 @@
-"""Combine: make one adapter of several, each with a weight, as plain LoRA."""
+"""Combine: build one plain LoRA adapter from several weighted ones."""
 
 from __future__ import annotations
 
@@ -31,25 +31,25 @@ How = Literal["cat", "linear", "svd", "ties", "dare"]
 
 @dataclass(frozen=True)
 class WeightedUpdate:
-    """One adapter's update of a site, and the weight that it gets."""
+    """One adapter's update of a site, and its weight in the sum."""
 
     weight: float
     chain: Chain
     base: Tensor
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """A `(r, inputs)` and B `(outputs, r)` with B A = ΔW. Raises `AdapterError` where there is none."""
+        """A `(r, inputs)` and B `(outputs, r)` with B A = ΔW. Raises `AdapterError` if no such pair exists."""
         with self.chain.as_trained():
             a, b = self.chain.to_lora()
         return a.float(), b.float()
 
     def delta(self, site: Site) -> Tensor:
-        """ΔW, `(outputs, inputs)`, of which every site has one."""
+        """ΔW, `(outputs, inputs)`. Unlike a pair, it exists for every method."""
         with self.chain.as_trained():
             return update(self.chain, self.base, site).float()
 
 
-@as_pass("combine", "several adapters as one")
+@as_pass("combine", "build one adapter from several")
 @plain()
 @torch.no_grad()
 def combine(
@@ -62,21 +62,21 @@ def combine(
     density: float = 0.5,
     seed: int = 0,
 ) -> nn.Module:
-    """Add an adapter that does what several do together, and activate it; returns the model.
+    """Add an adapter that combines several others, and activate it; returns the model.
 
     Args:
-        weights: names of adapters, and what their updates are multiplied by.
-        name: of the new adapter, which is plain LoRA at every site that any of them has.
-        how: `cat` is exact, with the ranks added up. `svd` is the nearest of rank `rank` to the exact sum. `linear` adds A and
-            adds B, each times √(weight · scale) as in PEFT, which needs equal ranks and is no sum of updates. `ties` keeps the
-            largest `density` of each update's entries, elects a sign for every entry, and averages what agrees (Yadav et al.,
-            2023); `dare` drops entries at random and rescales the others by 1 / density (Yu et al., 2024); both end with the
-            nearest of rank `rank`.
-        rank: for `svd`, `ties` and `dare`; by default the largest of the adapters' ranks at the site.
-        seed: what `dare` draws from.
+        weights: adapters by name, with the factor on each update.
+        name: the new adapter's name. It is plain LoRA at every site of the others.
+        how: `cat` is exact: the ranks add up. `svd` is the best approximation of the exact sum with rank `rank`. `linear`
+            adds the As and the Bs separately, each times √(weight · scale), as PEFT does; it needs equal ranks and is not
+            the sum of the updates. `ties` keeps the largest `density` of each update's entries, elects a sign for every
+            entry, and averages the entries with that sign (Yadav et al., 2023). `dare` drops entries at random and
+            rescales the rest by 1 / density (Yu et al., 2024). Both end with the best approximation of rank `rank`.
+        rank: for `svd`, `ties` and `dare`; default: the largest rank among the adapters at the site.
+        seed: seed of the random draws of `dare`.
 
-    Raises: `AdapterError`, and changes nothing, for an unknown name, a merged model, tensors on the meta device, ranks that
-        differ (`linear`), or an update that is no LoRA pair (`cat`, `linear`).
+    Raises: `AdapterError`, and changes nothing, for an unknown name, a merged model, tensors on the meta device, unequal
+        ranks (`linear`), or an update that is not a LoRA pair (`cat`, `linear`).
     """
     refuse_merged(model, "combine adapters")
     chosen = names(model, tuple(weights))
@@ -105,19 +105,19 @@ def combine(
 
 def _check(weights: Mapping[str, float], how: str, density: float, rank: int | None) -> None:
     if not weights:
-        raise AdapterError("No adapters are named. Pass weights such as {'a': 0.5, 'b': 0.5}.")
+        raise AdapterError("No adapters are named. Pass weights, such as {'a': 0.5, 'b': 0.5}.")
     if how not in get_args(How):
-        raise AdapterError(f"There is no way {how!r} to combine adapters. There are: {', '.join(get_args(How))}.")
+        raise AdapterError(f"how = {how!r} is not a way to combine adapters. Choose one of {', '.join(get_args(How))}.")
     if wrong := [name for name, weight in weights.items() if not math.isfinite(weight)]:
-        raise AdapterError(f"The weight of {wrong[0]!r} is {weights[wrong[0]]}; it has to be a finite number.")
+        raise AdapterError(f"The weight of {wrong[0]!r} is {weights[wrong[0]]}; it must be a finite number.")
     if rank is not None and rank < 1:
-        raise AdapterError(f"rank = {rank} is no rank. Give 1 or more.")
+        raise AdapterError(f"rank = {rank} is not a rank. Give 1 or more.")
     if not 0 < density <= 1:
-        raise AdapterError(f"density = {density} is no share of entries. Give a number above 0 and at most 1.")
+        raise AdapterError(f"density = {density} is not a share of entries. Give a number above 0 and at most 1.")
 
 
 def _parts(model: nn.Module, weights: Mapping[str, float]) -> dict[Site, list[WeightedUpdate]]:
-    """What each site is made of, in the order of the names."""
+    """The updates of each site, in the order of the names."""
     found: dict[Site, list[WeightedUpdate]] = {}
     sites: dict[str, Site] = {}
     for name, weight in weights.items():
@@ -127,8 +127,8 @@ def _parts(model: nn.Module, weights: Mapping[str, float]) -> dict[Site, list[We
             known = sites.setdefault(site.key, site)
             if {place.weight for place in places(known)} != {place.weight for place in places(site)}:
                 raise AdapterError(
-                    f"{site.weight} ({site.role}) is tied for one of the adapters and not for {name!r}, so no one update does "
-                    f"what both do. Activate them together instead: gp.activate(model, weights)."
+                    f"{site.weight} ({site.role}) is tied for one of the adapters and not for {name!r}, so no single update "
+                    f"can replace both. Activate them together instead: gp.activate(model, weights)."
                 )
             found.setdefault(known, []).append(WeightedUpdate(float(weight), chain, float_weight(model, site.weight)))
     return found
@@ -137,7 +137,7 @@ def _parts(model: nn.Module, weights: Mapping[str, float]) -> dict[Site, list[We
 def _pair(
     site: Site, parts: Sequence[WeightedUpdate], how: How, rank: int | None, density: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """A and B of the combined update, of the whole weight."""
+    """A and B of the combined update."""
     if how in {"cat", "linear"}:
         try:
             pairs = [part.pair() for part in parts]
@@ -168,7 +168,7 @@ def _added(
         raise AdapterError(
             f"{site.weight} ({site.role}): ranks {ranks} cannot be added. Combine with how='cat' or 'svd'."
         )
-    # B has the scale in it already; as in PEFT, A and B get the root of it each.
+    # B already contains the scale. As in PEFT, A and B each get the square root of weight · scale.
     scales = [abs(part.chain.scale) or 1.0 for part in parts]
     ups = [(abs(part.weight) * scale) ** 0.5 for part, scale in zip(parts, scales, strict=True)]
     downs = [math.copysign(up / scale, part.weight) for part, up, scale in zip(parts, ups, scales, strict=True)]
@@ -180,7 +180,7 @@ def _added(
 
 
 def _largest(deltas: Tensor, density: float) -> Tensor:
-    """Of each update the `density` of its entries that are largest, zero elsewhere."""
+    """Each update with only the fraction `density` of its entries that is largest in magnitude; the rest is zero."""
     flat = deltas.flatten(1).abs()
     count = max(int(density * flat.shape[1]), 1)
     kept = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, flat.topk(count, 1).indices, True)
@@ -188,21 +188,21 @@ def _largest(deltas: Tensor, density: float) -> Tensor:
 
 
 def _elected(deltas: Tensor, scales: Tensor) -> Tensor:
-    """The mean, entry by entry and each times its weight, of what has the sign of the sum."""
+    """The weighted mean, entry by entry, of the updates whose sign agrees with the sign of the sum."""
     agree = torch.sign(deltas) == torch.sign(deltas.sum(0))
     agree &= deltas != 0
     return (deltas * scales * agree).sum(0) / agree.sum(0).clamp_min(1)
 
 
 def _nearest(total: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The pair of that rank whose product is nearest (Eckart and Young); its halves share the singular values."""
+    """The pair of this rank whose product is nearest (Eckart and Young); each side gets √s of the singular values."""
     u, s, v = torch.linalg.svd(total, full_matrices=False)
     root = s[..., :rank].sqrt()
     return root.unsqueeze(-1) * v[..., :rank, :], u[..., :rank] * root.unsqueeze(-2)
 
 
 def _rules(model: nn.Module, chosen: Sequence[str], rank: int) -> str:
-    """The rules of all, with plain LoRA as the method: what the new adapter's sites were chosen by."""
+    """The rules of all the adapters, with plain LoRA as the method: they select the new adapter's sites."""
     rules = [rule for name in chosen for rule in parse(get_state(model).adapters[name].rules)]
     made = {str(rule): rule for rule in (replace(rule, method=LoRA(r=rank), options=("r",)) for rule in rules)}
     return to_text(made.values())

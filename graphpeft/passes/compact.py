@@ -1,4 +1,4 @@
-"""Compact: after training, make adapters as small as their gates say, with the same outputs."""
+"""Compact: after training, drop what the gates closed and store the precisions they chose, with the same outputs."""
 
 from __future__ import annotations
 
@@ -27,15 +27,16 @@ from graphpeft.tracing import as_pass
 Made = tuple[Entry, Chain]
 
 
-@as_pass("compact", "adapters as small as their gates say")
+@as_pass("compact", "shrink adapters to the ranks and precisions their gates learned")
 @plain()
 def compact(model: nn.Module, name: str | None = None) -> nn.Module:
-    """Replace learned ranks and precisions by smaller tensors (of all adapters without a name); returns the model.
+    """Replace learned ranks and precisions by smaller tensors; without `name`, in all adapters. Returns the model.
 
-    Directions whose gates are closed go, tensors below 32 bits become integers with a step, which no longer train, and
-    sites of which nothing is left lose their adapter. Outputs in evaluation stay as they were, to the rounding of shorter
-    sums. Raises `AdapterError`, and changes nothing, if no adapter has gates, all of its sites would go, it adapts
-    stacked experts, the model is merged, tensors are on the meta device, or activations are rounded that it never saw.
+    Directions with closed gates are removed. Tensors below 32 bits become integers with a step size and no longer train.
+    A site with nothing left loses its adapter. Outputs in evaluation mode stay the same, up to the rounding of shorter
+    sums. Raises `AdapterError`, and changes nothing, if no adapter has gates, an adapter would lose all its sites, it
+    adapts stacked experts, the model is merged, tensors are on the meta device, or an activation quantizer has seen no
+    data.
     """
     refuse_merged(model, "compact")
     refuse_sharded(model, "compact", ELSEWHERE)
@@ -46,13 +47,13 @@ def compact(model: nn.Module, name: str | None = None) -> nn.Module:
             made[adapter].get(e.site, True) for e in get_state(model).adapters[adapter].entries
         ):
             raise AdapterError(
-                f"Nothing is left of adapter {adapter!r}: at every site its gates are closed. Usually the penalty was too "
+                f"Nothing is left of adapter {adapter!r}: its gates are closed at every site. Usually the penalty was too "
                 f"large. Train with a smaller one, or call gp.remove(model, {adapter!r})."
             )
     if not any(made.values()):
         raise AdapterError(
             f"No adapter of {type(model).__name__} has gates that decide a rank or a precision, so there is nothing to "
-            f"compact. Train one that has: `blora`."
+            f"compact. Train one that has them: `blora`."
         )
     for adapter, branches in made.items():
         replace_branches(model, adapter, branches)
@@ -60,7 +61,7 @@ def compact(model: nn.Module, name: str | None = None) -> nn.Module:
 
 
 def _smaller(model: nn.Module, adapter: str) -> dict[Site, Made | None]:
-    """The sites whose method has a smaller form, with that form; `None` where nothing is left."""
+    """The smaller form of each site's branch, where there is one; `None` where nothing is left."""
     made: dict[Site, Made | None] = {}
     found = chains(model, adapter)
     for entry in get_state(model).adapters[adapter].entries:
@@ -89,19 +90,19 @@ def _check(site: Site, chain: Chain, adapter: str) -> None:
         )
     if isinstance(chain.before, ActivationQuantizer) and not chain.before.seen():
         raise AdapterError(
-            f"Adapter {adapter!r} at {site.weight} ({site.role}) rounds its input, and has seen no data that would tell the "
-            f"range. Train it, or run a batch in training mode, before compacting."
+            f"Adapter {adapter!r} at {site.weight} ({site.role}) rounds its input, and has seen no data to set the range "
+            f"from. Train it, or run a batch in training mode, before compacting."
         )
     if gated and isinstance(chain, Stack):
         raise AdapterError(
-            f"Adapter {adapter!r} has a rank and a precision for each of {site.stack} matrices of {site.weight}, which one stack "
-            f"of tensors cannot keep apart. Merge it, or leave such sites to a method without gates."
+            f"Adapter {adapter!r} has its own rank and precision for each of the {site.stack} matrices of {site.weight}, and one "
+            f"stacked tensor can hold only one. Merge it, or adapt such sites with a method that has no gates."
         )
 
 
 @torch.no_grad()
 def _fill(old: Chain, new: Chain) -> None:
-    """Give the new chain the values of the old one: what is kept of an axis is its beginning."""
+    """Copy the old chain's values into the new one, which keeps the leading entries of each axis."""
     with old.settled():
         for source, target in zip(old.factors, new.factors, strict=True):
             if not isinstance(source, Weighted) or not isinstance(target, Weighted):
@@ -113,7 +114,7 @@ def _fill(old: Chain, new: Chain) -> None:
 
 
 def _roundings(chain: Chain) -> list[LearnedQuantizer | FakeQuantizer]:
-    """Those of the base weight and of the input."""
+    """The quantizers of the base weight and of the input."""
     parts = (part for part in (chain.reweight, chain.before) if part is not None)
     return [
         module for part in parts for module in part.modules() if isinstance(module, (LearnedQuantizer, FakeQuantizer))

@@ -1,7 +1,6 @@
-"""Ship a model to ONNX Runtime: one base graph with swappable adapters, or the active adapters folded in.
+"""Export a model to ONNX Runtime: one base graph with swappable adapters, or a graph with the active adapters folded in.
 
-The effect: files in a folder of their own, nothing else. The model is rewritten or merged while the export runs
-and handed back bit for bit as it was.
+The only effect is a folder of files. The export rewrites or merges the model while it runs, and restores it bit for bit.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from graphpeft.runtime.folder import ExportReport, sizes, staged
 from graphpeft.tracing import as_pass
 
 
-@as_pass("export", "reference to write, as below, and all checks")
+@as_pass("export", "write ONNX graphs and adapter files, and check them")
 @plain()
 def export(
     model: nn.Module,
@@ -50,35 +49,37 @@ def export(
 ) -> ExportReport:
     """Write `path/model.onnx` and, unless merged, one `NAME.onnx_adapter` per adapter; check them against PyTorch.
 
-    A model that generates from an encoder's states becomes two graphs, `encoder.onnx` and `decoder.onnx`.
+    An encoder-decoder model that generates becomes two graphs, `encoder.onnx` and `decoder.onnx`.
 
     Args:
-        model: a model with adapters. It is exported as in evaluation mode.
-        path: a folder: new, empty, or of an earlier export, which is then replaced as a whole.
-        merged: fold the active adapters into the weights; the graph is then the base model's with other numbers.
-            Otherwise it is the base model's with a slot at every adapted weight, for adapters of any rank.
-        adapters: names of those to write; default: all. `merged` folds what is active and takes no names.
+        model: a model with adapters. It is exported in evaluation mode.
+        path: a folder that is new, empty, or an earlier export; an earlier export is replaced as a whole.
+        merged: fold the active adapters into the weights; the graph is then the base model's graph with other values.
+            Otherwise the base model's graph gets a slot at every adapted weight, for adapters of any rank.
+        adapters: names of the adapters to write; default: all. `merged` folds the active adapters and takes no names.
         inputs: a sample call; default: made from the model's config. Batch size (axis 0) and lengths (axis 1 of 2-D
             integer inputs) become dynamic; in the sample they must be unequal and at least 2.
-        cache: where the model generates text, take its past (`past_key_values.0.key`) and give it back (`present.0.key`), so
-            that one graph serves the prompt and every later token.
+        cache: for a model that generates text, make the KV cache an input (`past_key_values.0.key`) and an output
+            (`present.0.key`), so that one graph serves the prompt and every later token.
         rows: gate every slot, so that each row of a batch can have its own adapter or blend (`Session.use`).
-        share: one product with A for all slots that read the same activation, instead of a slot for each weight, whose names
-            and shapes are those of `olive convert-adapters`. Fewer launches, but each B has zeros in the others' rows.
-        compact: hold open what the method trains, in its own shapes, instead of a pair: kilobytes for VeRA, RLoRA, MELoRA
-            or a compacted B-LoRA, whose integers stay integers. All adapters then have to be of one method and seed.
-        quantize: "int4" (weights in blocks of 32) or "int8" for the base's matrices; adapters stay float and read activations
-            that nobody rounded. The float graph is verified first, then the quantized one, as users run it, against its weights.
-        accuracy_level: ONNX Runtime's, of int4 products: 4 rounds their activations to 8 bits, in blocks, and decodes about twice
-            as fast; 0 leaves them as they are. int8 rounds activations as they come, in either case.
-        tokenizer: of transformers; its files are saved beside the graph, for `graphpeft run` and onnxruntime-genai.
-        opset: 18 or later; default: 23, with which decoders run faster. A lower one is for older runtimes; the report says with
-            which ones it was tried.
-        verify: `off`: the graph's structure only. `fast`: also ONNX Runtime against PyTorch, at sizes that were not
-            traced. `full`: also every slot by itself, swaps on one session, and that each adapter moves the output.
+        share: compute one product with A for all slots that read the same activation. The default is one slot per weight,
+            with the names and shapes of `olive convert-adapters`. Sharing saves launches, but each B has zeros in the
+            rows of the other sites.
+        compact: make the method's own tensors graph inputs instead of a LoRA A/B pair: kilobytes for VeRA, RLoRA, MELoRA
+            or a compacted B-LoRA, whose integers stay integers. All adapters must then share one method and seed.
+        quantize: "int4" (weights in blocks of 32) or "int8" for the base's matrices. Adapters stay in float and read
+            activations that were not rounded. The float graph is verified first; then the quantized graph, as users run
+            it, is compared with the same rounded weights in float.
+        accuracy_level: ONNX Runtime's setting for int4 products: 4 rounds activations to 8 bits per block and decodes about
+            twice as fast; 0 does not round them. int8 always rounds activations dynamically.
+        tokenizer: a transformers tokenizer, saved beside the graph for `graphpeft run` and onnxruntime-genai.
+        opset: 18 or later; default: 23, which makes decoders faster. Use a lower one for older runtimes; the report
+            names the oldest ONNX Runtime it was tried with.
+        verify: `off` checks the graph's structure only. `fast` also compares ONNX Runtime with PyTorch at sizes that were
+            not traced. `full` also checks each slot alone, swaps on one session, and that each adapter changes the output.
 
     Returns:
-        A report with the figure of every check; it is saved as `path/graphpeft.json`.
+        A report with the figure of every check; it is also saved as `path/graphpeft.json`.
 
     Raises:
         ExportError: the model cannot be exported, or a check failed.
@@ -96,7 +97,7 @@ def export(
         pieces = [GraphExport(name, flat, folder, limit) for name, flat in parts(model, inputs, cached=cache)]
         if cache and getattr(model, "can_generate", lambda: False)() and not pieces[-1].flat.cache:
             pieces[-1].notes.append(
-                "no past among the inputs: the model keeps something else, or the sample has other inputs"
+                "the KV cache is not among the inputs: the model keeps another kind of cache, or the sample has other inputs"
             )
         work = Work(model, pieces, folder, opset, verify, chosen, share and not compact, rows,
                        as_trained if compact else as_pairs, _folded)  # fmt: skip
@@ -138,7 +139,7 @@ def _folded(model: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
 
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
-    """Take a merge back for a while; afterwards merge again, and let what was trained be trained."""
+    """Undo a merge within this context; afterwards merge again and restore every `requires_grad`."""
     merged = get_state(model).merged
     if merged:
         unmerge(model)

@@ -1,4 +1,4 @@
-"""Initialize: fill an inserted adapter's tensors. A tensor depends on (seed, site, place) and on nothing else."""
+"""Initialize: fill an inserted adapter's tensors. A random tensor depends on (seed, site, place in the chain) alone."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from graphpeft.rewrite.state import chains, get_state
 from graphpeft.tracing import as_pass
 
 
-@as_pass("initialize", "values for the branches")
+@as_pass("initialize", "fill the adapters' tensors")
 def initialize(model: nn.Module, name: str) -> None:
-    """Give every branch of the adapter its initial values; on the meta device there are none to give."""
+    """Give every branch of the adapter its initial values. Tensors on the meta device stay without values."""
     seed = get_state(model).adapters[name].seed
     for site, chain in chains(model, name).items():
         reads = chain.start is not None or chain.needs_base_weight

@@ -1,4 +1,4 @@
-"""Insert: the only pass that adds parameters. Puts a planned adapter on its owners; all of it or none."""
+"""Insert: the only pass that adds parameters. Attaches a planned adapter to its owners, completely or not at all."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from graphpeft.rewrite.state import Adapter, State, find_state
 from graphpeft.tracing import as_pass
 
 
-@as_pass("insert", "empty branches onto their owners")
+@as_pass("insert", "attach empty branches to the owners")
 def insert(model: nn.Module, name: str, rules: str, seed: int, entries: tuple[Entry, ...], inputs: Any = None) -> State:
     """Attach empty branches, freeze the base, and record the adapter. The adapter is not yet active.
 
-    `inputs` is an example call to remember, for views that capture the model again.
+    `inputs` is an example call; views that capture the model again reuse it.
     """
     check_name(model, name)
     shared: dict[str, Any] = {}

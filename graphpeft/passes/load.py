@@ -1,4 +1,4 @@
-"""Load: the adapter of a folder onto a model, in our own format or PEFT's."""
+"""Load an adapter from a folder, in graphpeft's or PEFT's format, onto a model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from graphpeft.store.read import read
 from graphpeft.tracing import as_pass
 
 
-@as_pass("load", "the adapter of a folder")
+@as_pass("load", "load an adapter from a folder")
 @plain()
 def load(
     model: nn.Module,
@@ -35,17 +35,17 @@ def load(
     hub: bool = False,
     revision: str | None = None,
 ) -> nn.Module:
-    """Add the adapter of a folder to a model and activate it; returns the model.
+    """Add a saved adapter to a model and activate it; returns the model.
 
     Args:
-        folder: one that `save` wrote, or PEFT (LoRA, rsLoRA, DoRA and VeRA in safetensors); or `hub:owner/name`, a repository
-            of the Hugging Face Hub.
-        name: renames it; an adapter of PEFT's has no name of its own, and is called `default`.
-        any_base: other base weights than the adapter was trained on are a warning rather than an error. PEFT's format says
-            nothing of them, but for those that it saved too (`modules_to_save`), which are never loaded.
-        strict: tensors of PEFT's that are missing, unexpected, or of another shape are an error rather than a warning.
-        hub: whether `folder` is `owner/name` of a repository on the Hub. Nothing else asks the Hub.
-        revision: of the repository.
+        folder: a folder that `save` or PEFT wrote (LoRA, rsLoRA, DoRA and VeRA in safetensors), or `hub:owner/name`, a
+            repository on the Hugging Face Hub.
+        name: a new name for the adapter. PEFT's files hold no name; their adapter is called `default`.
+        any_base: warn, instead of raising, if the adapter was trained on other base weights. PEFT's format does not record
+            them, except those it saved too (`modules_to_save`), which are compared and never loaded.
+        strict: raise, instead of warning, if tensors of a PEFT file are missing, unexpected, or of another shape.
+        hub: `folder` is the `owner/name` of a repository on the Hub. Without this or `hub:`, the Hub is never contacted.
+        revision: revision of the repository.
 
     Raises `FileError`, and leaves the model as it was, if the folder is not an intact adapter, does not fit the model, or
     was trained on other base weights.
@@ -57,13 +57,13 @@ def load(
         insert_content(model, chosen, content)
         try:
             activate(model, chosen)
-        except AdapterError as error:  # what the file says of the model's code is not so
+        except AdapterError as error:  # the file's sites do not match the model's code
             raise FileError(f"{place} does not fit {type(model).__name__}: {error}") from error
     return model
 
 
 def insert_content(model: nn.Module, name: str, content: AdapterFile) -> None:
-    """Put an adapter onto the model without activating it; if that fails the model is as it was."""
+    """Attach an adapter without activating it; on an error the model is as it was."""
     with undone_on_error(model, name):
         insert(model, name, content.rules, content.seed, content.entries)
         initialize(model, name)

@@ -1,4 +1,4 @@
-"""Lower: turn an adapter of any method into the plain LoRA that it equals, where there is one."""
+"""Lower: convert an adapter of any method to the plain LoRA that equals it, where one exists."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from graphpeft.rewrite.state import chains, get_state, names, refuse_merged
 from graphpeft.tracing import as_pass
 
 
-@as_pass("lower", "adapters as plain LoRA")
+@as_pass("lower", "convert adapters to plain LoRA")
 @plain()
 def lower(model: nn.Module, name: str | None = None) -> nn.Module:
-    """Make an adapter (all of them without a name) plain LoRA with the same update ΔW; returns the model.
+    """Convert an adapter (without `name`, all of them) to plain LoRA with the same update ΔW; returns the model.
 
-    Its rank is that of the chain: n · r for MELoRA, 2r for OLoRA and PiSSA, whose updates are measured from the
-    untouched base weight, otherwise r. Of a fused projection the pair makes only the adapted rows. Noise and gates are
-    decided as in evaluation, and dropout is gone. Raises `AdapterError`, and changes nothing, for an update that has
-    no bottleneck, a merged model, or tensors on the meta device.
+    The rank is the chain's: n · r for MELoRA, 2r for OLoRA and PiSSA (their ΔW is relative to the original base
+    weight), and r otherwise. In a fused projection the pair covers only the adapted rows. Noise and gates take their
+    evaluation values, and dropout is removed. Raises `AdapterError`, and changes nothing, for an update without a
+    low-rank factorization, a merged model, or tensors on the meta device.
     """
     refuse_merged(model, "lower")
     refuse_sharded(model, "lower", ELSEWHERE)

@@ -1,4 +1,4 @@
-"""Merge and un-merge. Un-merging puts the original tensors back: nothing is subtracted, so nothing is rounded."""
+"""Merge and un-merge. Un-merging restores copies of the original weights; it subtracts nothing, so it rounds nothing."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from graphpeft.rewrite.weight_form import add_delta, update
 from graphpeft.tracing import as_pass
 
 
-@as_pass("merge", "branches into the weights")
+@as_pass("merge", "fold adapters into the weights")
 @plain()
 def merge(model: nn.Module, name: str | Sequence[str] | None = None, *, requantize: Any = None) -> Requantized | None:
-    """Fold adapters (the active ones without a name) into the weights, in place.
+    """Fold adapters (by default the active ones) into the weights, in place.
 
     W + ΔW is summed in float32 or wider and cast to the weight's dtype last. Afterwards the model is plain: its own
-    classes, no extra parameters. The original weights are kept, so that `unmerge` gives them back to the bit.
+    classes, no extra parameters. The original weights are kept, so that `unmerge` restores them bit for bit.
 
-    A quantized weight would be rounded again, so it is refused, unless `requantize` is the torchao config that the weights
-    were quantized by; then what the rounding cost is returned, which prints as a table.
+    Merging into a quantized weight rounds it again, so that is refused unless `requantize` is the torchao config that
+    the weights were quantized with. The rounding error is then returned; it prints as a table.
 
-    Raises `AdapterError`, and changes nothing, if the model is merged already, an adapter is unknown, a delta is
-    not finite, a weight is tied to one that the adapter does not touch, or is quantized and cannot be requantized.
+    Raises `AdapterError`, and changes nothing, if the model is already merged, an adapter is unknown, ΔW is not finite,
+    a weight is tied to one that the adapter does not adapt, or a weight is quantized and cannot be requantized.
     """
     state = get_state(model)
     refuse_merged(model, "merge")
@@ -72,8 +72,9 @@ def _write(
 ) -> None:
     """Make the model plain and write the new values, or leave it as it was.
 
-    All that `unmerge` needs is noted before anything changes. So whatever interrupts this, Ctrl-C too, is undone; and if that
-    is interrupted as well, the model counts as merged, and `unmerge` or `remove` undoes the rest.
+    Roll-back works like a write-ahead log: `state.originals`, `state.parked` and `state.merged`, all that `unmerge`
+    needs, are recorded before the first change. Any interruption, including Ctrl-C, then runs `_put_back`. If that is
+    interrupted too, the record is still there, the model counts as merged, and `unmerge` or `remove` finishes the job.
     """
     state = get_state(model)
     before = {parameter: parameter.detach().clone() for parameter in updated}
@@ -93,7 +94,7 @@ def _write(
 
 @torch.no_grad()
 def _updated(model: nn.Module, folded: Sequence[str]) -> dict[nn.Parameter, torch.Tensor]:
-    """The new values of every weight, in float32 or wider, where the weight is sharded like it."""
+    """The new value of every weight, in float32 or wider, sharded as the weight is."""
     updated: dict[nn.Parameter, torch.Tensor] = {}
     for adapter in folded:
         for site, chain in chains(model, adapter).items():
@@ -107,10 +108,10 @@ def _updated(model: nn.Module, folded: Sequence[str]) -> dict[nn.Parameter, torc
     return updated
 
 
-@as_pass("unmerge", "the weights as they were")
+@as_pass("unmerge", "restore the weights from before the merge")
 @plain()
 def unmerge(model: nn.Module) -> None:
-    """Give every weight back as it was before `merge`, bit for bit, and the adapters that were active then."""
+    """Restore every weight from before `merge`, bit for bit, and reactivate the adapters that were active then."""
     state = get_state(model)
     if not state.merged:
         raise AdapterError(f"Nothing is merged into {type(model).__name__}. gp.merge(model) folds the active adapters.")
@@ -119,9 +120,9 @@ def unmerge(model: nn.Module) -> None:
 
 
 def _put_back(model: nn.Module) -> None:
-    """The weights and adapters that are noted. The note itself goes last, so that this can be begun anew at any point."""
+    """Restore the recorded weights and adapters. The record is cleared last, so an interrupted call can be repeated."""
     state = get_state(model)
-    weights = {path: get_parameter(model, path) for path in state.originals}  # all there, or nothing is changed
+    weights = {path: get_parameter(model, path) for path in state.originals}  # raises before anything is changed
     for path, original in state.originals.items():
         weights[path].data.copy_(original)
     for path, adapters in state.parked.items():
@@ -131,12 +132,12 @@ def _put_back(model: nn.Module) -> None:
 
 
 def _refuse_overflow(weights: Mapping[str, nn.Parameter], updated: Mapping[nn.Parameter, torch.Tensor]) -> None:
-    """What is finite in float32 may be more than half precision holds."""
+    """Raise if a sum that is finite in float32 overflows in the weight's own dtype."""
     for path, parameter in weights.items():
         total = updated.get(parameter)
         if total is not None and not library(parameter) and not torch.isfinite(total.to(parameter.dtype)).all():
             raise AdapterError(
-                f"{path} with the update added has NaN or infinite values in {str(parameter.dtype).removeprefix('torch.')}; the "
+                f"{path} plus the update has NaN or infinite values in {str(parameter.dtype).removeprefix('torch.')}; the "
                 f"model is unchanged. Usually the update is too large for half precision. Merge in float32, or train it again."
             )
 
@@ -163,6 +164,6 @@ def _finite(delta: torch.Tensor, adapter: str, site: Site) -> torch.Tensor:
 def _refuse_offloaded(model: nn.Module, site: Site) -> None:
     if offloaded(model.get_submodule(site.weight.rpartition(".")[0])):
         raise AdapterError(
-            f"{site.weight} is offloaded: accelerate keeps its values elsewhere and would not see them change. Save the adapter "
+            f"{site.weight} is offloaded: accelerate keeps its values elsewhere and would not see the change. Save the adapter "
             f"and merge it on disk, with gp.merge_files or `graphpeft merge`, or load the model without offloading."
         )

@@ -22,21 +22,21 @@ from graphpeft.rewrite.state import chains, example, get_state, inside, names, o
 def per_row(
     model: nn.Module, adapters: Sequence[str | None], *, beams: int = 1, inputs: Inputs = None
 ) -> Iterator[Callable[[Sequence[str | None]], None]]:
-    """Within this context each row of a batch has an adapter of its own, or with `None` the base alone.
+    """Within this context each row of a batch runs its own adapter, or the base alone (`None`).
 
-    An adapter computes on its own rows only, so that a mixed batch takes little more than one of a single adapter. Gradients
-    flow as ever. What the context gives takes other lists of the same adapters, for the next batch.
+    An adapter computes on its own rows only, so a mixed batch costs little more than a batch with one adapter. Gradients
+    flow as usual. The context yields a function that assigns these adapters to the rows of the next batch.
 
-    Rows are found by experiment: the model runs twice on an example call, of which the second differs in the last row, and
-    what each site reads has to differ there alone.
+    An experiment finds which axis holds the rows: the model runs on an example call, then on a copy whose last row
+    differs. The input of each site must differ in that row and nowhere else.
 
     Args:
         adapters: a name for each row of the batch.
-        beams: of beam search, which repeats every row so many times.
+        beams: the number of beams in beam search, which repeats every row that many times.
         inputs: the example call, with a batch of at least 2; by default the one that `gp.apply` used.
 
-    Raises `AdapterError` for an unknown name, a merged model, a site that has no rows to tell apart or takes the weight form,
-    and, when the model runs, a batch of another size.
+    Raises `AdapterError` for an unknown name, a merged model, or a site whose rows cannot be told apart or that is adapted
+    in weight form; and, when the model runs, for a batch of another size.
     """
     refuse_merged(model, "give rows adapters of their own")
     get_state(model)
@@ -52,7 +52,7 @@ def per_row(
 
 @contextmanager
 def _lowered(model: nn.Module, chosen: tuple[str, ...], assignment: Assignment) -> Iterator[dict[str, Rows]]:
-    """The graphs of owners ask for rows for a while; by path, what they ask."""
+    """Within this context the owners' graphs select rows; yields each owner's row selector by path."""
     active, rows = get_state(model).active, {}
     set_active(model, ())
     try:
@@ -67,7 +67,7 @@ def _lowered(model: nn.Module, chosen: tuple[str, ...], assignment: Assignment) 
         for path in rows:
             found = home(model.get_submodule(path))
             if found is not None and found.by_row is not None:
-                del found.by_row  # a module: set to None, its name would stay among the modules'
+                del found.by_row  # a submodule: assigning None would leave its name among the submodules
                 found.by_row = None
         set_active(model, active)
 
@@ -79,13 +79,13 @@ def _refuse_weights(model: nn.Module, chosen: tuple[str, ...]) -> None:
                 if place.form == "weight" or chain.before is not None:
                     why = "takes the weight form" if place.form == "weight" else "rounds its input"
                     raise AdapterError(
-                        f"Adapter {name!r} {why} at {place.weight} ({place.role}), which is one for the whole batch. Run the "
-                        f"rows of each adapter apart, or leave that site out of its rules."
+                        f"Adapter {name!r} {why} at {place.weight} ({place.role}), which applies to the whole batch. Run the "
+                        f"rows of each adapter separately, or leave that site out of its rules."
                     )
 
 
 def _find_rows(model: nn.Module, chosen: tuple[str, ...], rows: dict[str, Rows], call: Any) -> None:
-    """See along the first axis of what each site reads where the last row of an example is."""
+    """Check that each site's input has the batch rows along its first axis, and record the sites that flatten them."""
     batch = next((len(leaf) for leaf in tree_leaves(call) if isinstance(leaf, Tensor) and leaf.dim()), 0)
     if batch < 2:
         raise AdapterError(
@@ -99,7 +99,7 @@ def _find_rows(model: nn.Module, chosen: tuple[str, ...], rows: dict[str, Rows],
                 one, other = (run.get((path, key)) for run in runs)
                 if one is None or other is None or not _apart(one, other, batch):
                     raise AdapterError(
-                        f"What {site.weight} ({site.role}) reads has no rows of the batch along its first axis, or the example "
+                        f"The input of {site.weight} ({site.role}) has no rows of the batch along its first axis, or the example "
                         f"does not reach it: {None if one is None else tuple(one.shape)} for a batch of {batch}. Pass other "
                         f"`inputs`, or leave that site out of the adapter's rules."
                     )
@@ -107,7 +107,7 @@ def _find_rows(model: nn.Module, chosen: tuple[str, ...], rows: dict[str, Rows],
 
 
 def _apart(one: Tensor, other: Tensor, batch: int) -> bool:
-    """Whether two readings differ in the last of `batch` equal parts alone."""
+    """Whether two tensors differ only in the last of `batch` equal parts of their first axis."""
     if one.dim() == 0 or one.shape != other.shape or len(one) % batch:
         return False
     kept = len(one) - len(one) // batch
@@ -127,7 +127,7 @@ def _seen(model: nn.Module, rows: dict[str, Rows], call: Any) -> dict[tuple[str,
 
 
 def _other_row(leaf: Any, batch: int) -> Any:
-    """The tensor with another last row; masks stay as they are, for a row may be nothing without them."""
+    """The tensor with a changed last row. Masks are kept: changing one could hide the row altogether."""
     if not isinstance(leaf, Tensor) or leaf.dim() == 0 or len(leaf) != batch:
         return leaf
     changed = leaf.clone()

@@ -1,4 +1,4 @@
-"""Remove: take adapters off for good."""
+"""Remove: take adapters off the model for good."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from graphpeft.tracing import as_pass
 
 @contextmanager
 def undone_on_error(model: nn.Module, name: str) -> Iterator[None]:
-    """If anything inside fails, take the adapter `name` off that came meanwhile, and activate what was active before."""
+    """On an error inside, remove the adapter `name` if it was added there, and reactivate the previous adapters."""
     state = find_state(model)
     before, known = (state.active, name in state.adapters) if state is not None else ((), False)
     try:
@@ -38,11 +38,11 @@ def undone_on_error(model: nn.Module, name: str) -> Iterator[None]:
         raise
 
 
-@as_pass("remove", "branches off")
+@as_pass("remove", "remove adapters")
 def remove(model: nn.Module, name: str | None = None) -> None:
-    """Take an adapter off for good (all of them without a name), after un-merging if it is merged.
+    """Remove an adapter (without `name`, all of them) for good; a merged model is un-merged first.
 
-    With the last one the model is the base to the bit: classes, weights, parameter names and `requires_grad`.
+    Removing the last one restores the base bit for bit: classes, weights, parameter names and `requires_grad`.
     """
     state = get_state(model)
     refuse_inside(model, "remove an adapter")

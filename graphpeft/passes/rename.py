@@ -1,4 +1,4 @@
-"""Rename: another name for an adapter, on the model and in every owner."""
+"""Rename an adapter, on the model and in every owner."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from graphpeft.rewrite.state import get_state, names, owners, refuse_merged
 from graphpeft.tracing import as_pass
 
 
-@as_pass("rename", "another name for an adapter")
+@as_pass("rename", "rename an adapter")
 def rename(model: nn.Module, old: str, new: str) -> nn.Module:
-    """Call an adapter by another name; returns the model. Its tensors stay the same objects, so an optimizer keeps them.
+    """Rename an adapter; returns the model. Its tensors stay the same objects, so an optimizer remains valid.
 
-    Raises `AdapterError`, and changes nothing, for an unknown name, one that is taken or cannot be a name, or a merged model.
+    Raises `AdapterError`, and changes nothing, for an unknown name, a new name that is taken or invalid, or a merged model.
     """
     refuse_merged(model, "rename an adapter")
     names(model, old)

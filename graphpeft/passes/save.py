@@ -1,4 +1,4 @@
-"""Save an adapter: from a model to a folder, in our own format or PEFT's."""
+"""Save an adapter of a model to a folder, in graphpeft's or PEFT's format."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ from graphpeft.tracing import as_pass
 Format = Literal["graphpeft", "peft"]
 
 
-@as_pass("save", "an adapter into a folder")
+@as_pass("save", "write an adapter to a folder")
 @plain()
 def save(model: nn.Module, folder: str | Path, name: str | None = None, format: Format = "graphpeft") -> Path:
     """Write one adapter (the only one, or the one called `name`) to a folder; returns the folder.
 
-    Only what was trained is stored, in the adapter's own dtype. Warns about base parameters that train too, for they
+    Only trained tensors are stored, in the adapter's own dtype. Warns about base parameters that train too, because they
     belong to no adapter.
 
-    With `format="peft"` the folder is one that `peft.PeftModel.from_pretrained(base, folder)` loads to the same outputs. LoRA
-    (with rsLoRA) and DoRA go as they are; of a fused projection the whole weight is adapted there, with zeros in the rows
-    that no site has, and of its several sites one LoRA of the summed rank. VeRA goes as VeRA. Every other method goes as
-    the plain LoRA that it equals, as `gp.lower` makes it, so that it does not load as that method again.
+    With `format="peft"`, `peft.PeftModel.from_pretrained(base, folder)` loads the folder and gives the same outputs. LoRA
+    (with rsLoRA), DoRA and VeRA are written as such. Every other method is written as the plain LoRA that equals it, as
+    `gp.lower` computes it, and loads as LoRA. PEFT adapts a fused weight as a whole: its sites are written as one LoRA
+    whose rank is their sum, zero in all other rows.
 
-    Of a model sharded by FSDP2 every process has to call it: the tensors are gathered, and the first process writes them.
+    On a model sharded by FSDP2 every process must call it: the tensors are gathered, and rank 0 writes them.
 
-    Raises `AdapterError`, and writes nothing, if the model has several adapters and none is named, or for a site whose
-    update PEFT cannot hold; `FileError` if the folder holds an adapter in the other format.
+    Raises `AdapterError`, and writes nothing, if the model has several adapters and none is named, or if PEFT's format
+    cannot hold a site's update; `FileError` if the folder holds an adapter in the other format.
     """
     if format not in get_args(Format):
         raise AdapterError(f"There is no format {format!r}. Formats: {', '.join(get_args(Format))}.")
@@ -61,7 +61,7 @@ def save(model: nn.Module, folder: str | Path, name: str | None = None, format: 
     if loose:
         warnings.warn(
             f"{', '.join(loose[:3])} {'and others train' if len(loose) > 3 else 'train'} too but belong to no adapter, so they "
-            f"are not saved with it. Save them yourself: torch.save or safetensors on model.state_dict().",
+            f"are not saved with it. Save them yourself, from model.state_dict() with torch.save or safetensors.",
             stacklevel=2,
         )
     with gathered(model, branches(model, chosen)):
@@ -73,7 +73,7 @@ def _write(model: nn.Module, name: str, format: Format, folder: Path) -> None:
     other = folder / (DESCRIPTION if format == "peft" else CONFIG)
     if other.exists():
         raise FileError(
-            f"{other} is an adapter in another format, which would stay beside this one. Name another folder."
+            f"{other} belongs to an adapter in another format, which would stay beside this one. Name another folder."
         )
     if format == "peft":
         write_peft(model, name, folder)
@@ -84,7 +84,7 @@ def _write(model: nn.Module, name: str, format: Format, folder: Path) -> None:
     if absent is not None:
         raise AdapterError(
             f"{absent} has no values to save: it is on the meta device. Usually accelerate offloaded the adapter with its "
-            f"model. Call dispatch_model before gp.apply, which then leaves the adapter where it trains."
+            f"model. Call dispatch_model before gp.apply; the adapter then stays on the device where it trains."
         )
     base = base_fingerprint(model, adapter.entries)
     write_adapter(folder, AdapterFile(name, adapter.rules, adapter.seed, adapter.entries, tensors, base))
@@ -93,10 +93,10 @@ def _write(model: nn.Module, name: str, format: Format, folder: Path) -> None:
 def push_to_hub(
     model: nn.Module, repo_id: str, name: str | None = None, format: Format = "graphpeft", **options: Any
 ) -> str:
-    """Save an adapter as `save` does, and put it into a repository of the Hugging Face Hub; returns the commit's URL.
+    """Save an adapter as `save` does, and upload it to a repository on the Hugging Face Hub; returns the commit's URL.
 
-    The repository is made if it is not there. `options` are those of `huggingface_hub.upload_folder`, such as `token` and
-    `commit_message`, and `private`. Raises as `save` and huggingface_hub do.
+    The repository is created if it does not exist. `options` are `private` and the options of
+    `huggingface_hub.upload_folder`, such as `token` and `commit_message`. Raises the errors of `save` and huggingface_hub.
     """
     with tempfile.TemporaryDirectory() as folder:
         return upload(save(model, folder, name, format), repo_id, **options)

@@ -1,4 +1,4 @@
-"""Swap: another adapter's numbers into the tensors of one that is there."""
+"""Swap: copy a saved adapter's values into the tensors of an adapter that is on the model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from graphpeft.store.read import read
 from graphpeft.tracing import as_pass
 
 
-@as_pass("swap", "another adapter's numbers into the tensors of one")
+@as_pass("swap", "replace an adapter's values in place")
 @plain()
 @torch.no_grad()
 def swap(
@@ -37,19 +37,19 @@ def swap(
     hub: bool = False,
     revision: str | None = None,
 ) -> nn.Module:
-    """Replace the numbers of the adapter `name` by those of a folder, in place; returns the model.
+    """Replace the values of the adapter `name` by those in a folder, in place; returns the model.
 
-    No tensor and no code is another afterwards, so that compiled models run on without compiling again. An adapter of the same
-    method and options at the same sites fits. One of plain LoRA takes whatever equals plain LoRA of no larger rank at some of
-    its sites, with another scale too: make it once with the largest rank that will come, and swap. Where the folder has no
-    update it then makes none. Numbers that were there are lost; save them first.
+    Tensors and code stay the same objects, so compiled models do not compile again. The folder's adapter fits if it has
+    the same method and options at the same sites. A plain LoRA adapter accepts more: any adapter that equals plain LoRA
+    of no larger rank, at some or all of its sites, with any scale. So create it once with the largest rank you will
+    swap in. Sites that the folder does not adapt get a zero update. The previous values are lost; save them first.
 
     Args:
-        folder: as for `load`; adapters of PEFT as well.
+        folder: as for `load`, including PEFT's format.
         any_base, hub, revision: as for `load`.
 
-    Raises `AdapterError` for an unknown name, a merged model, or what does not fit; `FileError` as `load` does. The model is
-    then as it was.
+    Raises `AdapterError` for an unknown name, a merged model, or an adapter that does not fit; `FileError` as `load` does.
+    The model is then as it was.
     """
     refuse_merged(model, "swap an adapter")
     names(model, name)
@@ -57,7 +57,7 @@ def swap(
     held = state.adapters[name]
     if held.objective is not None:
         raise AdapterError(
-            f"Adapter {name!r} has a PAC-Bayes objective, whose noise belongs to the numbers that would go. Detach it first."
+            f"Adapter {name!r} has a PAC-Bayes objective, whose noise belongs to the old values. Detach the objective first."
         )
     visitor = next(n for i in range(len(state.adapters) + 1) if (n := f"swapped_in_{i}") not in state.adapters)
     sites = tuple(entry.site for entry in held.entries)
@@ -79,7 +79,7 @@ def _swap(model: nn.Module, name: str, held: Adapter, visitor: str) -> None:
     if other := sorted(key for key in ours.keys() & theirs.keys() if ours[key] != theirs[key]):
         raise AdapterError(
             f"At {other[0]} adapter {name!r} acts on {', '.join(sorted(ours[other[0]]))}, and the folder on "
-            f"{', '.join(sorted(theirs[other[0]]))}: one of the two knows the weight as tied. Load it beside with gp.load."
+            f"{', '.join(sorted(theirs[other[0]]))}: only one of the two treats the weight as tied. Use gp.load instead."
         )
     if methods == {entry.site.key: entry.method for entry in coming.entries}:
         for site, chain in here.items():
@@ -89,13 +89,13 @@ def _swap(model: nn.Module, name: str, held: Adapter, visitor: str) -> None:
         return
     if strange := sorted(there.keys() - methods.keys()):
         raise AdapterError(
-            f"The folder adapts {strange[0]}, where adapter {name!r} has no site. Make an adapter for all of the sites that will "
-            f"be swapped in, or load this one beside it with gp.load."
+            f"The folder adapts {strange[0]}, where adapter {name!r} has no site. Create an adapter with all sites that will be "
+            f"swapped in, or load this one as a second adapter with gp.load."
         )
     if not_lora := [key for key, method in methods.items() if not isinstance(method, LoRA)]:
         raise AdapterError(
             f"At {not_lora[0]} adapter {name!r} is {methods[not_lora[0]]}, and the folder has another method or other options. "
-            f"Such an adapter takes its own kind alone; one of plain LoRA, such as `lora(r=64)`, takes all that equal LoRA."
+            f"It accepts only its own method and options; plain LoRA, such as `lora(r=64)`, accepts any method that equals LoRA."
         )
     pairs = {site: _pair(site, chain, there.get(site.key)) for site, chain in here.items()}
     for site, chain in here.items():
@@ -103,18 +103,18 @@ def _swap(model: nn.Module, name: str, held: Adapter, visitor: str) -> None:
 
 
 def _places(adapter: Adapter) -> dict[str, set[str]]:
-    """The weights that each site stands for, under all names of a tied one."""
+    """The weights of each site, including all names of a tied one."""
     return {entry.site.key: {place.weight for place in places(entry.site)} for entry in adapter.entries}
 
 
 def _tensors(chain: Chain) -> Iterator[torch.Tensor]:
-    """All of them: those that come from a seed are in no state dict."""
+    """All tensors of the chain, including those drawn from a seed, which no state dict holds."""
     yield from chain.parameters()
     yield from chain.buffers()
 
 
 def _pair(site: Site, chain: Chain, coming: Chain | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B that come in at a site; zeros where nothing does."""
+    """The A and B to copy into a site; zeros if the folder does not adapt it."""
     b, a = (cast(Dense, factor).weight for factor in list(chain.factors)[-2:])
     if coming is None:
         return torch.zeros_like(a), torch.zeros_like(b)
@@ -125,7 +125,7 @@ def _pair(site: Site, chain: Chain, coming: Chain | None) -> tuple[torch.Tensor,
         raise AdapterError(f"{site.weight} ({site.role}): {error}") from error
     if pair[0].shape[-2] > a.shape[-2]:
         raise AdapterError(
-            f"{site.weight} ({site.role}) has rank {a.shape[-2]}, and what comes in has {pair[0].shape[-2]}. Make the "
-            f"adapter with the largest rank that will be swapped in; ranks below are filled up with zeros."
+            f"{site.weight} ({site.role}) has rank {a.shape[-2]}, and the folder's update has {pair[0].shape[-2]}. Create the "
+            f"adapter with the largest rank that will be swapped in; smaller ranks are padded with zeros."
         )
     return pair

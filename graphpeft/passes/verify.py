@@ -1,4 +1,4 @@
-"""Verify: check what a pass promised, cheap checks first, and say what was checked."""
+"""Verify: check what the passes promised, cheap checks first, and report every check."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ class Report:
         return "\n".join(f"{'ok  ' if passed else 'FAIL'} {name}: {detail}" for name, passed, detail in self.checks)
 
 
-@as_pass("verify", "what the passes promised")
+@as_pass("verify", "check what the passes promised")
 @plain()
 def verify(model: nn.Module, inputs: Inputs = None, level: Level = "full", identity: bool = False) -> Report:
     """Check an adapted model; raises `VerifyError` with the whole report if a check fails.
 
     `fast` checks names, trainable parameters and rewritten graphs, without running the model. `full` also runs it on
-    `inputs` (made from the config if there are none): disabling gives the base, gradients reach exactly the planned
-    parameters, the merged model agrees with the adapted one, and un-merging restores every weight to the bit.
-    `identity` asks in addition that the adapters, as they are, leave the output unchanged to the bit.
+    `inputs` (by default made from the config) and checks that disabling gives the base, gradients reach exactly the
+    planned parameters, the merged model agrees with the adapted one, and un-merging restores every weight bit for bit.
+    `identity` also requires that the adapters leave the output unchanged bit for bit, as at initialization.
     """
     report = Report()
     if level == "off":
@@ -91,7 +91,7 @@ def _accounting(model: nn.Module, report: Report) -> None:
 
 
 def _graphs(model: nn.Module, report: Report) -> None:
-    """Every active branch stands in its owner's graph, or its owner shows the adapted weight."""
+    """Check that every active branch is in its owner's graph, or that its owner exposes the adapted weight."""
     state = get_state(model)
     absent = []
     for path, owner in owners(model, state.active).items():
@@ -99,7 +99,7 @@ def _graphs(model: nn.Module, report: Report) -> None:
         graph = getattr(owner, "graph", None)
         tags = {n.meta.get("graphpeft") for n in graph.nodes} if graph is not None else set()
         for site, chain, branch in adapters.running() if adapters else []:
-            # Two places of a tied weight in one owner are served by one branch.
+            # One branch serves two places of a tied weight in one owner.
             names = {b for _, c, b in adapters.running() if c is chain} if adapters else {branch}
             shown = site.form == "weight" and not isinstance(owner, fx.GraphModule)
             if not isinstance(owner, Adapted) if shown else not names & tags:
@@ -142,7 +142,7 @@ def _outputs(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], rep
             finally:
                 unmerge(model)
             error, scale = difference(merged, adapted), max(float(t.abs().max()) for t in adapted)
-            # Rounding of one sum per weight, amplified by depth; half precision leaves room for far less of it.
+            # Each weight's sum is rounded once, and depth amplifies that. Half precision allows far less amplification.
             bound = max(min(1e3 * torch.finfo(t.dtype).eps, 16 * 2**-7) for t in adapted) * max(scale, 1.0)
             report.add("merge", error <= bound, f"merged differs from adapted by {error:.1e} (bound {bound:.1e})")
             exact = all(torch.equal(get_parameter(model, n), w) for n, w in before.items())
@@ -150,7 +150,7 @@ def _outputs(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], rep
 
 
 def _gradients(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], report: Report) -> None:
-    """One backward pass reaches every tensor that is planned to train; a frozen one cannot be reached."""
+    """Check that one backward pass reaches every tensor that should train, at each place of a tied weight."""
     state = get_state(model)
     wanted = [p for a in state.active for c in chains(model, a).values() for p in _reachable(c)]
     if not wanted:
@@ -171,13 +171,13 @@ def _gradients(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], r
 
 
 def _reachable(chain: Chain) -> list[torch.Tensor]:
-    """What trains in a chain, but for gates and noise, which act in training mode alone."""
+    """The chain's trained tensors, except gates and noise, which act only in training mode."""
     gates = {p for m in chain.modules() if isinstance(m, Transform) for p in m.parameters()}
     return [p for p in chain.parameters() if p.requires_grad and p not in gates]
 
 
 def _unreached(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], wanted: Sequence[torch.Tensor]) -> int:
-    """How many of the tensors no gradient of the model's output reaches."""
+    """The number of tensors that the gradient of the model's output does not reach."""
     args, kwargs = call
     with inference_view(model), as_called(), torch.enable_grad():
         loss = sum(t.float().pow(2).sum() for t in floats(model(*args, **kwargs)))
@@ -188,7 +188,7 @@ def _unreached(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], w
 
 @contextmanager
 def _alone(model: nn.Module, site: Site, place: Site) -> Iterator[None]:
-    """The adapters at one place of a tied weight without those at its other places, for a while."""
+    """Within this context, adapters run at only one place of a tied weight."""
     others = [model.get_submodule(path) for path in {p.owner for p in places(site)} - {place.owner}]
     active = {owner: adapters.active for owner in others if (adapters := home(owner)) is not None}
     try:

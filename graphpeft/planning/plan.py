@@ -151,7 +151,7 @@ def _factors(chain: Chain) -> list[Scatter]:
     return list(chain.factors)  # type: ignore[arg-type]
 
 
-@as_pass("plan", "rules onto sites")
+@as_pass("plan", "match rules to sites")
 def make_plan(
     model: nn.Module, found: SearchResult, rules: Sequence[Rule], expect: int | None = None, fold: bool = True
 ) -> Plan:

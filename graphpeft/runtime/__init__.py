@@ -1,1 +1,1 @@
-"""Exported folders, and ONNX Runtime on them: what is in a folder, sessions, their adapters, and text."""
+"""Exported folders and ONNX Runtime: the folder's files, sessions with adapters, and text generation, without torch."""

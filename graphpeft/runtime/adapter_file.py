@@ -1,4 +1,4 @@
-"""ONNX Runtime's `.onnx_adapter` files: tensors by name, and two numbers of which ONNX Runtime checks neither."""
+"""ONNX Runtime's `.onnx_adapter` files: named tensors and two version numbers, which ONNX Runtime does not check."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SUFFIX = ".onnx_adapter"
 
 
 def write(path: Path, tensors: Arrays, base: str) -> None:
-    """Write tensors for the base model with this fingerprint, in hex; its first 31 bits go into the file.
+    """Write tensors for the base model with the hex fingerprint `base`, whose first 31 bits go into the file.
 
     Raises `FileError` if the file cannot be written.
     """
@@ -30,12 +30,12 @@ def write(path: Path, tensors: Arrays, base: str) -> None:
 
 
 def read(path: Path) -> Arrays:
-    """The tensors of a file. Raises `FileError` if it is none, or is cut off."""
+    """Read a file's tensors. Raises `FileError` if it is missing, truncated, or not an adapter."""
     if not path.is_file():
         raise FileError(f"{path}: there is no such file. Copy all files of the adapter, one for each graph.")
     try:
         file = ort.AdapterFormat.read_adapter(str(path))
-        # Copies: the values point into the file's own memory, which goes with it.
+        # Copy the values: they point into memory that is freed with the file object.
         return {name: value.numpy().copy() for name, value in file.get_parameters().items()}
     except (RuntimeError, ValueError) as error:
         raise FileError(f"{path}: not an adapter of ONNX Runtime ({error}). Export the adapter again.") from error

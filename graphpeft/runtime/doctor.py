@@ -1,4 +1,4 @@
-"""What is wrong with an exported folder or an adapter for it, and what to do: the checks of a session, each by itself."""
+"""Diagnose an exported folder and its adapters: run each check of a session separately, and report every outcome."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from graphpeft.runtime.session import Session
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """The outcome of one check."""
 
     about: str
     good: bool
@@ -27,13 +27,13 @@ class Finding:
 
 
 def doctor(folder: str | Path, adapter: str | Path | None = None) -> list[Finding]:
-    """Look at a folder that `export` wrote, and at its adapters, or at one `adapter` file for it.
+    """Check a folder that `export` wrote, and its adapters or the one file `adapter`.
 
-    Raises `FileError` if there is no folder.
+    Raises `FileError` if the folder does not exist.
     """
     folder = recover(Path(folder))
     if not folder.is_dir():
-        raise FileError(f"{folder}: there is no such folder. Pass what export() wrote.")
+        raise FileError(f"{folder}: there is no such folder. Pass a folder that export() wrote.")
     try:
         session = Session(folder, adapters=False)
     except FileError as error:
@@ -68,13 +68,13 @@ def _tried(folder: Path) -> str:
 def _adapter(session: Session, file: Path) -> Iterator[Finding]:
     about = file.name
     if (file / "adapter_config.json").is_file():
-        yield Finding(about, False, "a folder of PEFT. Load it onto the model and export, or convert it with olive.")
+        yield Finding(about, False, "a PEFT folder. Load it onto the model and export, or convert it with olive.")
         return
     try:
         name = session.add(file)
     except (FileError, AdapterError) as error:
         yield Finding(about, False, str(error))
-        try:  # whether the file itself would fit
+        try:  # does the file fit apart from its base model?
             name = session.add(file, any_base=True)
         except (FileError, AdapterError) as second:
             if str(second) != str(error):
@@ -94,7 +94,7 @@ def _adapter(session: Session, file: Path) -> Iterator[Finding]:
 
 
 def _near(session: Session, file: Path) -> str:
-    """Names that the graph has, close to those that it lacks: a `.default` too many, another prefix."""
+    """A hint about the graph name closest to an unknown tensor name, such as one with an extra `.default`."""
     try:
         names = list(read(file))
     except FileError:

@@ -1,4 +1,4 @@
-"""What an exported graph says of itself in its metadata, and a sidecar of its adapter: read as if a stranger had written it."""
+"""The metadata of an exported graph, and an adapter's sidecar. Both are read as untrusted input and validated."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ TEXTS = {
     "tolerance": r"\d[\d.e+-]{0,19}",
     "onnxruntime": VERSION,
 }
-"""How the texts of the metadata look, where they are there."""
+"""Patterns of the metadata's text fields, where present."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a session has to know of a graph."""
+    """The metadata of a graph that a session needs."""
 
     base: str
     """Fingerprint of the base model, in hex."""
@@ -40,16 +40,16 @@ class Facts:
     generation: Mapping[str, Any]
     """Special tokens of a model that generates."""
     onnxruntime: str | None
-    """The oldest ONNX Runtime that ran such graphs when they were tried; `None` in exports of earlier versions."""
+    """The oldest ONNX Runtime that ran such graphs in tests; `None` in exports of earlier versions."""
 
 
 def read_facts(path: Path, inference: ort.InferenceSession) -> Facts:
-    """The facts of a graph. Raises `FileError` where they are missing, are no such facts, or are not those of the graph."""
+    """Read a graph's metadata. Raises `FileError` if it is missing, invalid, or does not match the graph."""
     given = inference.get_modelmeta().custom_metadata_map
     ours = {key.removeprefix("graphpeft."): str(text) for key, text in given.items() if key.startswith("graphpeft.")}
     if ours.get("schema") != str(SCHEMA):
         raise FileError(
-            f"{path}: graphpeft.schema is {shortened(str(ours.get('schema')))!r} in the model's metadata, this version reads "
+            f"{path}: graphpeft.schema is {shortened(str(ours.get('schema')))!r} in the model's metadata, but this version reads "
             f"{SCHEMA}. Export the model again with this version of graphpeft."
         )
     for key, shape in TEXTS.items():
@@ -64,11 +64,11 @@ def read_facts(path: Path, inference: ort.InferenceSession) -> Facts:
 
 
 def read_sidecar(sidecar: Path) -> str:
-    """The base model's fingerprint that a sidecar states. Raises `FileError` for a file that is no sidecar."""
+    """The base model's fingerprint from a sidecar. Raises `FileError` if the file is not a valid sidecar."""
     adapter = sidecar.name.removesuffix(".json") + SUFFIX
     missing = (
-        f"missing or unreadable. It states which base model {adapter} was trained on, and the adapter's file cannot; copy both "
-        f"files together."
+        f"missing or unreadable. It states which base model {adapter} was trained on, which the adapter's own file cannot; copy "
+        f"both files together."
     )
     if not sidecar.is_file():
         raise FileError(f"{sidecar}: {missing}")
@@ -86,7 +86,7 @@ def read_sidecar(sidecar: Path) -> str:
         "ranks": _are_sizes(about.get("ranks", {})),
     }
     if wrong := [name for name, good in looks.items() if not good]:
-        raise FileError(f"{sidecar}: {missing} (Its {wrong[0]} is nothing that an export writes.)")
+        raise FileError(f"{sidecar}: {missing} (No export writes this value of {wrong[0]}.)")
     return cast(str, about["base"])
 
 
@@ -136,7 +136,7 @@ def _are_sizes(value: Any) -> bool:
 
 
 def _check_open(path: Path, slots: tuple[AdapterInput, ...], inference: ort.InferenceSession) -> None:
-    """The slots are optional inputs of the graph, in these shapes: their names are those of the graph, and no others."""
+    """Check that every input of the slots is an optional input of the graph, with the same shape."""
     held = {node.name: tuple(node.shape) for node in inference.get_overridable_initializers()}
     for one in slots:
         for name, shape in one.shapes.items():
@@ -147,5 +147,5 @@ def _check_open(path: Path, slots: tuple[AdapterInput, ...], inference: ort.Infe
 def _wrong(path: Path, key: str, text: str) -> FileError:
     return FileError(
         f"{path}: graphpeft.{key} in the model's metadata is {shortened(text)!r}, which no export writes for this graph. Usually "
-        f"the file was edited or damaged. Copy it again, from where you trust it, or export the model again."
+        f"the file was edited or damaged. Copy it again from a source that you trust, or export the model again."
     )

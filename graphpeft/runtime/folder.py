@@ -1,4 +1,9 @@
-"""The folder that an export writes: it appears whole or not at all, and says what was checked."""
+"""The folder that an export writes: it appears complete or not at all, with a report of the checks.
+
+An export is written into a hidden staging folder beside the target and flushed to disk. Then the two folders swap names,
+in one atomic system call where there is one (`swap_dirs`). Elsewhere two renames stand in for it: target to `.NAME.old`,
+staging to target. A kill between them leaves no target, so `recover` renames `.NAME.old` back before anything is read.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +31,11 @@ REPORT = "graphpeft.json"
 
 @dataclass(frozen=True)
 class Check:
-    """One figure of the verification and the limit that it kept."""
+    """One figure of the verification, and its limit."""
 
     test: str
-    """`numbers`, `swap`, `slots`, `rows` (differences from PyTorch), `effect` (distance from the base model), or `quantized`
-    (difference of a quantized graph, as users run it, from the same weights in float)."""
+    """`numbers`, `swap`, `slots`, `rows` (differences from PyTorch), `effect` (distance from the base model), or
+    `quantized` (difference of a quantized graph, as users run it, from the same rounded weights in float)."""
     subject: str
     value: float
     limit: float
@@ -40,7 +45,7 @@ class Check:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was exported and what the checks measured; prints as a table and is saved as `graphpeft.json`."""
+    """The files of an export and the figures of its checks; prints as a table and is saved as `graphpeft.json`."""
 
     path: str
     mode: str
@@ -50,18 +55,18 @@ class ExportReport:
     opset: int
     verify: str
     files: Mapping[str, int]
-    """Bytes of each file, this report aside."""
+    """Bytes of each file, except this report."""
     checks: tuple[Check, ...]
     notes: tuple[str, ...]
     versions: Mapping[str, str]
     seconds: float
     onnxruntime: str = ""
-    """The oldest ONNX Runtime that ran exports of this opset when it was tried."""
+    """The oldest ONNX Runtime that ran exports of this opset in tests."""
     passes: tuple[str, ...] = ()
-    """The passes that the translated graph went through, in order; after each every slot was still alive."""
+    """The passes over the translated graph, in order; every slot was checked after each."""
 
     def save(self, folder: Path) -> None:
-        """Write the report into the folder, without the path it happened to have here."""
+        """Write the report into the folder, without this machine's path."""
         fields = {name: value for name, value in asdict(self).items() if name != "path"}
         (folder / REPORT).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
 
@@ -87,12 +92,12 @@ class ExportReport:
 
 
 def oldest_runtime(folder: Path) -> str:
-    """The `onnxruntime` of a folder's report, "" if it has none. Raises `FileError` for a report that is none."""
+    """The `onnxruntime` field of a folder's report, "" if it has none. Raises `FileError` for an invalid report."""
     path = folder / REPORT
     told = read_json(path, free={"checks", "notes"}) if path.is_file() else {}
     found = told.get("onnxruntime", "") if isinstance(told, dict) else None
     if not isinstance(found, str) or not re.fullmatch(r"(\d[\w.+!-]{0,99})?", found):
-        raise FileError(f"{path} is no report of an export. Usually it was edited or damaged. Copy the folder again.")
+        raise FileError(f"{path} is not an export's report. Usually it was edited or damaged. Copy the folder again.")
     return found
 
 
@@ -103,20 +108,20 @@ def sizes(folder: Path) -> dict[str, int]:
 
 @contextmanager
 def staged(target: Path) -> Iterator[Path]:
-    """Yield a new folder beside `target` that takes its place at the end, or vanishes if an error is raised.
+    """Yield a new folder beside `target` that replaces it at the end, or is deleted on an error.
 
-    It is flushed to the disk before; a kill at any moment leaves the old folder or the new one, and the other one beside it,
-    under a hidden name, which the next export to this place deletes.
+    The folder is flushed to disk before it replaces the target. A kill at any moment leaves either the old or the new
+    folder; the other one may stay beside it under a hidden name, and the next export to this target deletes it.
 
-    A target that exists is replaced as a whole if it is empty or an earlier export with nothing else in it.
+    An existing target is replaced as a whole, if it is empty or an earlier export with no other files.
 
     Raises:
         ExportError: the target holds something that no export wrote.
     """
-    target = recover(target.resolve())  # where a link points to, or it would be the link that is replaced
+    target = recover(target.resolve())  # resolve symbolic links, so that the folder is replaced and not the link
     if target in (here := Path.cwd(), *here.parents):
         raise ExportError(
-            f"{target} is where this process works, and an export replaces its folder. Name a folder inside of it."
+            f"{target} contains this process's working directory, and an export replaces its folder. Name a folder inside of it."
         )
     _refuse_foreign(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -138,7 +143,7 @@ def _replace(target: Path, fresh: Path) -> None:
         fresh.rename(target)
     elif not swap_dirs(target, fresh):
         old = _old(target)
-        shutil.rmtree(old, ignore_errors=True)  # of an export that was killed when it had all but this to do
+        shutil.rmtree(old, ignore_errors=True)  # left by an export that was killed just before deleting it
         target.rename(old)
         try:
             fresh.rename(target)
@@ -150,7 +155,7 @@ def _replace(target: Path, fresh: Path) -> None:
 
 
 def recover(target: Path) -> Path:
-    """The folder, put back where a kill took it from its place, between the two renames that stand in for `swap_dirs`."""
+    """If a kill between the two renames of `_replace` left no target, rename the old folder back; returns `target`."""
     if target.name and not target.exists() and _old(target).is_dir():
         _old(target).rename(target)
     return target
@@ -174,6 +179,6 @@ def _refuse_foreign(target: Path) -> None:
         if not all(Path(name).name == name and type(size) is int for name, size in listed.items()):
             raise TypeError(listed)
     except (FileError, KeyError, TypeError, AttributeError):
-        raise ExportError(f"{target}: the folder exists and no export of graphpeft wrote it. {remedy}") from None
+        raise ExportError(f"{target}: the folder exists, and graphpeft's export did not write it. {remedy}") from None
     if foreign := sorted(present - {REPORT, *listed}):
-        raise ExportError(f"{target}: an earlier export, but {foreign[0]!r} is not of it and would be lost. {remedy}")
+        raise ExportError(f"{target}: an earlier export, but {foreign[0]!r} is not part of it and would be lost. {remedy}")

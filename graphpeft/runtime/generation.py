@@ -1,4 +1,4 @@
-"""Text, token by token, with a graph that takes the past and gives it back."""
+"""Generate text token by token, with a graph that has the KV cache as inputs and outputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from graphpeft.runtime.serving import Graph
 
 
 class Generator:
-    """The tokens of one batch. The cache is bound where ONNX Runtime left it, so nothing is copied from token to token."""
+    """Generates the tokens of one batch. IO binding passes the cache on in place, so it is not copied between tokens."""
 
     def __init__(
         self,
@@ -30,38 +30,38 @@ class Generator:
         self.graph, self.temperature, self.top_k, self.top_p = graph, temperature, top_k, top_p
         if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
             raise AdapterError(
-                f"top_k={top_k}, top_p={top_p}: at least one token, and a share in (0, 1], must be left."
+                f"top_k={top_k}, top_p={top_p}: top_k must be at least 1, and top_p in (0, 1]."
             )
         if not (temperature >= 0 and np.isfinite(temperature)) or (seed is not None and seed < 0):
-            raise AdapterError(f"temperature={temperature}, seed={seed}: a number from 0 on, and an integer from 0 on.")
+            raise AdapterError(f"temperature={temperature}, seed={seed}: both must be finite and at least 0.")
         self.past = [name for name in graph.inputs if name.startswith("past_key_values.")]
         if not self.past:
-            raise AdapterError(f"{graph.path}: this graph takes no past; export the model with cache=True to generate.")
+            raise AdapterError(f"{graph.path}: this graph has no KV cache; export the model with cache=True to generate.")
         if "logits" not in graph.outputs:
             raise AdapterError(
-                f"{graph.path}: this graph gives {graph.outputs[0]!r} and no logits to choose tokens from."
+                f"{graph.path}: this graph outputs {graph.outputs[0]!r}, and no logits to choose tokens from."
             )
         if strange := [name for name in inputs if name not in graph.inputs]:
-            raise AdapterError(f"{strange[0]!r} is no input of this model. Inputs: {', '.join(graph.inputs)}.")
+            raise AdapterError(f"{strange[0]!r} is not an input of this model. Inputs: {', '.join(graph.inputs)}.")
         self.ids = np.asarray(inputs["input_ids"], np.int64)
         if self.ids.ndim != 2 or not self.ids.size:
             raise AdapterError(
-                f"input_ids has shape {self.ids.shape}; (rows, length) of at least one token each go on."
+                f"input_ids has shape {self.ids.shape}; it must be (rows, length), with at least one token per row."
             )
         self.mask = np.asarray(inputs.get("attention_mask", np.ones_like(self.ids)), np.int64)
         if (self.mask[:, -1] == 0).any():
-            raise AdapterError("The prompt is padded on the right, so its last token is none. Pad it on the left.")
+            raise AdapterError("The prompt is padded on the right, so it ends in padding. Pad it on the left.")
         self.random = np.random.default_rng(seed)
         self.stop = set(graph.facts.get("eos_token_id", []) if stop is None else stop)
         self.pad = graph.facts.get("pad_token_id", 0)
         self.binding = graph.inference.io_binding()
-        # ONNX Runtime ignores an active adapter under IO binding, so its tensors are bound like any other input.
+        # Under IO binding ONNX Runtime ignores the active adapter, so bind its tensors like other inputs.
         self._bind(graph.loaded.tensors if graph.loaded else {})
         self._bind(graph.extra(len(self.ids)))
         self._bind({name: value for name, value in (constant or {}).items() if name in graph.inputs})
 
     def tokens(self, count: int) -> np.ndarray:
-        """Prompt and answer (rows, length)."""
+        """Prompt and generated tokens (rows, length)."""
         done = np.zeros(len(self.ids), bool)
         first = self.graph.completed({"input_ids": self.ids, "attention_mask": self.mask})
         step = {name: value for name, value in first.items() if name in self.graph.inputs}
@@ -79,7 +79,7 @@ class Generator:
         return self.ids
 
     def _forward(self, step: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Logits (rows, vocabulary) of the last position; the cache goes from outputs to inputs."""
+        """Logits (rows, vocabulary) of the last position; rebinds the output cache as the next input."""
         self._bind(step)
         for name in self.graph.outputs:
             self.binding.bind_output(name, "cpu")
@@ -96,14 +96,14 @@ class Generator:
     def _chosen(self, logits: np.ndarray) -> np.ndarray:
         if self.temperature <= 0:
             return logits.argmax(-1)
-        # Gumbel: the largest of logits plus this noise is drawn as from their softmax.
+        # Gumbel-max trick: the argmax of logits plus Gumbel noise is a sample from their softmax.
         return (
             _kept(logits / self.temperature, self.top_k, self.top_p) + self.random.gumbel(size=logits.shape)
         ).argmax(-1)
 
 
 def _kept(logits: np.ndarray, top_k: int | None, top_p: float | None) -> np.ndarray:
-    """Logits with the unlikely ones at minus infinity."""
+    """Logits with all tokens outside of top-k and top-p set to minus infinity."""
     order = np.argsort(-logits, -1)
     ranked = np.take_along_axis(logits, order, -1)
     drop = np.zeros(logits.shape, bool)

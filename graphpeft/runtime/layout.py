@@ -1,7 +1,7 @@
-"""Where a graph is open for adapters, and how an adapter fills those places: the contract of graph, file and session.
+"""The layout shared by graphs, adapter files and sessions: the slots of a graph, and the tensors that fill them.
 
-An adapter is a pair of matrices for each site, A (in, rank) and B (rank, out) with the scale in B. A slot takes the pairs
-of one site, or of several sites that read the same activation.
+An adapter is a pair of matrices for each site, A (in, rank) and B (rank, out) with the scale in B. A slot holds the pair
+of one site, or the pairs of several sites that read the same activation.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 Pair = tuple[np.ndarray, np.ndarray]
 Pairs = Mapping[str, Pair]
-"""By site."""
+"""Pairs by site."""
 Dim = int | str
 Arrays = dict[str, np.ndarray]
 
@@ -30,7 +30,7 @@ class Slot:
     members: tuple[tuple[str, int], ...]
     """Sites and their numbers of outputs. A site is a weight's qualified name, without a final `.weight`."""
     rank: str
-    """Symbol of the rank; no two slots share one, or ONNX Runtime would take their buffers for equally large."""
+    """Symbol of the rank. Every slot has its own; with a shared one ONNX Runtime would assume equal buffer sizes."""
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -38,7 +38,7 @@ class Slot:
 
     @property
     def label(self) -> str:
-        """The site, or what several have in common, then their own names: `layers.0.q_proj+k_proj`."""
+        """The site, or the common prefix of several sites and their own names: `layers.0.q_proj+k_proj`."""
         if len(self.members) == 1:
             return self.sites[0]
         parts = [site.split(".") for site in self.sites]
@@ -51,7 +51,7 @@ class Slot:
 
     @property
     def segments(self) -> str:
-        """In graphs for rows: which adapter of a bank each unit of rank belongs to."""
+        """In graphs with per-row gates: the input that says which adapter each unit of rank belongs to."""
         return f"{self.label}.lora_segments"
 
     @property
@@ -60,7 +60,7 @@ class Slot:
         return {self.a: (self.inputs, self.rank)} | {b_of(site): (self.rank, n) for site, n in self.members}
 
     def filled(self, pairs: Pairs) -> Arrays:
-        """The inputs for an adapter's pairs; none if it has no pair here. Several pairs stand side by side."""
+        """The slot's inputs for an adapter's pairs, concatenated along the rank; empty if it has no pair here."""
         present = [(site, *pairs[site]) for site in self.sites if site in pairs]
         if not present:
             return {}
@@ -81,7 +81,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class NativeSlot:
-    """Inputs for the tensors that a method trains at one site, in their own shapes. All zero, they change nothing."""
+    """Inputs for the tensors that a method trains at one site, in their own shapes. Zeros give a zero update."""
 
     site: str
     tensors: tuple[tuple[str, tuple[int, ...]], ...]
@@ -107,7 +107,7 @@ AdapterInput = Slot | NativeSlot
 
 
 def place(fields: Mapping[str, Any]) -> AdapterInput:
-    """From what `as_dict` gave."""
+    """The inverse of `as_dict`."""
     if "tensors" in fields:
         return NativeSlot(fields["site"], tuple((name, tuple(shape)) for name, shape in fields["tensors"].items()))
     return Slot(fields["inputs"], tuple(fields["sites"].items()), fields["rank"])
@@ -122,17 +122,17 @@ def b_of(site: str) -> str:
 
 
 def filled(slots: Iterable[AdapterInput], pairs: Pairs) -> Arrays:
-    """All inputs for an adapter's pairs."""
+    """The inputs of all slots for an adapter's pairs."""
     return {name: value for slot in pair_slots(slots) for name, value in slot.filled(pairs).items()}
 
 
 def pair_slots(places: Iterable[AdapterInput]) -> list[Slot]:
-    """Those that take pairs."""
+    """The slots that take LoRA pairs."""
     return [place for place in places if isinstance(place, Slot)]
 
 
 def unfilled(slots: Iterable[AdapterInput], tensors: Arrays) -> dict[str, Pair]:
-    """The pairs that tensors hold, whether they fill these slots or one slot for each site."""
+    """The pairs in `tensors`, which are laid out for these slots or for one slot per site."""
     pairs: dict[str, Pair] = {}
     for slot in pair_slots(slots):
         for site in slot.sites:
@@ -144,7 +144,7 @@ def unfilled(slots: Iterable[AdapterInput], tensors: Arrays) -> dict[str, Pair]:
 
 
 def blended(parts: Sequence[tuple[Pairs, float]]) -> dict[str, Pair]:
-    """One adapter that adds up several, each with its strength."""
+    """One adapter that is the sum of several, each times its strength."""
     sites = dict.fromkeys(site for pairs, _ in parts for site in pairs)
     made: dict[str, Pair] = {}
     for site in sites:
@@ -156,7 +156,7 @@ def blended(parts: Sequence[tuple[Pairs, float]]) -> dict[str, Pair]:
 
 
 def concat_adapters(slots: Iterable[AdapterInput], adapters: Sequence[Pairs]) -> Arrays:
-    """Several adapters side by side in every slot, and whose each unit of rank is."""
+    """Several adapters concatenated along the rank in every slot, with the segments that map rank units to adapters."""
     tensors: Arrays = {}
     for slot in pair_slots(slots):
         parts = [(number, slot.filled(pairs)) for number, pairs in enumerate(adapters)]

@@ -1,4 +1,4 @@
-"""One graph in ONNX Runtime with the adapter that it runs."""
+"""One graph in ONNX Runtime and the adapter that it runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(dou
 
 @dataclass(frozen=True)
 class Loaded:
-    """An adapter in a graph's own layout. ONNX Runtime keeps bare pointers to it: whoever runs it must hold it."""
+    """An adapter in a graph's layout. ONNX Runtime keeps raw pointers to it, so keep this object alive while it runs."""
 
     adapter: ort.LoraAdapter
     tensors: Arrays
@@ -30,7 +30,7 @@ class Loaded:
 
 
 class Graph:
-    """A graph, its slots, and what it runs with."""
+    """A graph, its slots, and the adapter in use."""
 
     def __init__(
         self, path: Path, providers: Sequence[str], options: ort.SessionOptions | None, temporary: str
@@ -41,7 +41,7 @@ class Graph:
             options.log_severity_level = 3
         try:
             self.inference = ort.InferenceSession(str(path), options, providers=list(providers))
-        except Exception as error:  # ONNX Runtime's errors have no class of their own in common
+        except Exception as error:  # ONNX Runtime's errors have no common base class
             raise FileError(
                 f"{path}: ONNX Runtime {ort.__version__} cannot load it: {error} Usual causes: {path.name}.data was "
                 "not copied along, or the graph's opset is too new. Copy the whole folder, or update ONNX Runtime."
@@ -54,11 +54,11 @@ class Graph:
         self.use(None)
 
     def load(self, tensors: Arrays, source: Path) -> Loaded:
-        """Check an adapter and load it. Raises `FileError` with the site at which it does not fit."""
+        """Check an adapter and load it. Raises `FileError` naming the first site where it does not fit."""
         self._check(tensors, source)
         pairs = unfilled(self.slots, tensors)
         path = source if source.is_file() else None
-        if not set(tensors) <= set(self.open):  # one slot for each site, where this graph shares them
+        if not set(tensors) <= set(self.open):  # the file has one slot per site, and this graph shares slots
             tensors, path = filled(self.slots, pairs), None
         adapter = ort.LoraAdapter()
         if path is None:
@@ -75,28 +75,28 @@ class Graph:
             self.run_options.add_active_adapter(loaded.adapter)
 
     def use_rows(self, loaded: Loaded | None, weights: np.ndarray) -> None:
-        """An adapter with segments, and how much of each every row gets."""
+        """Use concatenated adapters with segments; `weights` (rows, adapters) are each row's strengths."""
         self.use(loaded)
         if loaded is not None and self.slots:
             self.row_weights = weights.astype(NUMPY[self.open[ROW_WEIGHTS].type])
 
     def require_gates(self) -> None:
-        """Raises `AdapterError` if the graph has no gates for rows."""
+        """Raise `AdapterError` if the graph has no per-row gates."""
         if self.slots and ROW_WEIGHTS not in self.open:
             raise AdapterError(
-                f"{self.path}: this graph runs one adapter for all rows. Export it with rows=True, or run the rows apart."
+                f"{self.path}: this graph runs one adapter for all rows. Export with rows=True, or run the rows separately."
             )
 
     def extra(self, rows: int) -> Arrays:
-        """What to feed besides inputs and adapter, for a batch of this many rows."""
+        """Inputs to feed besides the model's inputs and the adapter, for a batch of this many rows."""
         if self.row_weights is None:
             return {}
         if len(self.row_weights) != rows:
-            raise AdapterError(f"use() was given {len(self.row_weights)} rows, the batch has {rows}.")
+            raise AdapterError(f"use() was given {len(self.row_weights)} rows, but the batch has {rows}.")
         return {ROW_WEIGHTS: self.row_weights}
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Outputs by name, with an empty past and what follows from it where they are not given."""
+        """Outputs by name. Adds an empty KV cache, mask and positions if they are not given."""
         if fed := [name for name in inputs if name in self.open]:
             raise AdapterError(f"{fed[0]} is a slot: with an adapter in use ONNX Runtime would ignore it. Call use().")
         given = self.completed(inputs)
@@ -105,7 +105,7 @@ class Graph:
         return dict(zip(self.outputs, found, strict=True))
 
     def completed(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """A decoder's inputs with an empty past, a mask of ones and positions that count what is not masked."""
+        """A decoder's inputs, completed with an empty KV cache, a mask of ones, and positions counted from the mask."""
         given = dict(inputs)
         past = [node for name, node in self.inputs.items() if name.startswith("past_key_values.")]
         if "input_ids" not in given:
@@ -143,18 +143,18 @@ class Graph:
                 )
             kind = self.open[name].type if name in self.open else self._kind()
             if tensor.dtype != NUMPY[kind]:
-                raise FileError(f"{where} is {tensor.dtype}, its slot {kind}. {MISMATCH_HINT}")
+                raise FileError(f"{where} is {tensor.dtype}, but its slot is {kind}. {MISMATCH_HINT}")
             want = shapes[name]
             if len(tensor.shape) != len(want) or any(
                 isinstance(size, int) and size != got for size, got in zip(want, tensor.shape, strict=True)
             ):
-                raise FileError(f"{where} has shape {list(tensor.shape)}, its slot {list(want)}. {MISMATCH_HINT}")
+                raise FileError(f"{where} has shape {list(tensor.shape)}, but its slot has {list(want)}. {MISMATCH_HINT}")
             if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
                 raise FileError(f"{where} has values that are not finite. Train the adapter again, or export it anew.")
         self._check_ranks(tensors, source)
 
     def _check_ranks(self, tensors: Arrays, source: Path) -> None:
-        """Every A with all of its Bs, in one rank."""
+        """Check that every A comes with all of its Bs, with equal ranks."""
         for slot in self.slots:
             if isinstance(slot, NativeSlot):
                 missing = [name for name in slot.shapes if name not in tensors]
@@ -168,7 +168,7 @@ class Graph:
                     if len(present) == 1:
                         side = "A" if present[0] == a else "B"
                         raise FileError(
-                            f"{source}: at {site!r} it has lora_{side} only; a slot takes two. {MISMATCH_HINT}"
+                            f"{source}: at {site!r} it has lora_{side} only; a slot takes A and B. {MISMATCH_HINT}"
                         )
                     if len(present) == 2 and tensors[a].shape[1] != tensors[b_of(site)].shape[0]:
                         ranks = f"{tensors[a].shape[1]} and {tensors[b_of(site)].shape[0]}"
@@ -179,11 +179,11 @@ class Graph:
 
 
 def checked_base(sidecar: Path, base: str) -> None:
-    """Refuse an adapter whose sidecar names another base model, or none."""
+    """Raise `FileError` if an adapter's sidecar is missing or names another base model."""
     name = sidecar.name.removesuffix(".json") + SUFFIX
     said = read_sidecar(sidecar)
     if said != base:
         raise FileError(
             f"{sidecar.with_name(name)}: made for base model {said[:12]}, but the graph holds {base[:12]}. The "
-            "shapes may fit, the answers would not: export the adapter from this base model."
+            "shapes may fit, but the outputs would be wrong: export the adapter from this base model."
         )

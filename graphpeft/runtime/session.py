@@ -1,7 +1,7 @@
-"""Run an exported folder on ONNX Runtime, swap its adapters, blend them, give every row its own, and generate text.
+"""Run an exported folder on ONNX Runtime: swap adapters, blend them, choose one for each row, and generate text.
 
-ONNX Runtime checks next to nothing about adapters, and most mistakes silently give the base model's output; `Session`
-exists to refuse those mistakes. The same in plain onnxruntime:
+ONNX Runtime checks almost nothing about adapters, and most mistakes silently give the base model's output. `Session`
+raises an error instead. The same in plain onnxruntime:
 
     import onnxruntime as ort
 
@@ -34,7 +34,7 @@ Mix = Mapping[str, float]
 """Strengths by adapter."""
 Use = str | Mix | Sequence["str | Mix | None"] | None
 KEPT = 16
-"""Blends and banks that a session keeps for the next time."""
+"""How many blends and concatenated adapters a session caches."""
 PARTS = ("model", "encoder", "decoder")
 
 
@@ -42,13 +42,13 @@ class Session:
     """An exported model in ONNX Runtime, with its adapters.
 
     Args:
-        folder: what `graphpeft.export` wrote.
+        folder: a folder that `graphpeft.export` wrote.
         providers: execution providers of ONNX Runtime, in order of preference; default: the CPU.
-        options: session options; default: those of ONNX Runtime, without its warning about every slot.
-        adapters: whether to load those of the folder.
+        options: session options; default: ONNX Runtime's, without its warning about every slot.
+        adapters: whether to load the adapters in the folder.
 
     Raises:
-        FileError: the folder is no export, or an adapter in it does not fit the graph.
+        FileError: the folder is not an export, or an adapter in it does not fit the graph.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Session:
         paths = {part: path for part in PARTS if (path := self.folder / f"{part}.onnx").is_file()}
         if not paths:
             raise FileError(f"{self.folder}: there is no model.onnx. A session opens a folder written by export().")
-        self._temporary = tempfile.TemporaryDirectory(prefix="graphpeft-")  # of adapters that are no file of the folder
+        self._temporary = tempfile.TemporaryDirectory(prefix="graphpeft-")  # for adapters without a file in the folder
         self.graphs = {part: Graph(path, providers, options, self._temporary.name) for part, path in paths.items()}
         self._adapters: dict[str, dict[str, Loaded]] = {}
         self._made: dict[tuple[Any, ...], Loaded] = {}
@@ -73,7 +73,7 @@ class Session:
 
     @property
     def inference(self) -> ort.InferenceSession:
-        """ONNX Runtime's session, of the decoder if there are two."""
+        """ONNX Runtime's session; the decoder's if there are two graphs."""
         return self._last.inference
 
     @property
@@ -87,30 +87,30 @@ class Session:
         return list({_stem(path, self.graphs): path for path in sorted(self.folder.glob("*" + SUFFIX))}.values())
 
     def loaded(self, name: str) -> Mapping[str, Loaded]:
-        """An adapter as it was loaded, by graph."""
+        """A loaded adapter, by graph."""
         return self._adapters[name]
 
     @property
     def active(self) -> Use:
-        """What is in use."""
+        """The last argument of `use`."""
         return self._active
 
     def add(self, path: str | Path, name: str | None = None, *, any_base: bool = False) -> str:
         """Load an adapter from `NAME.onnx_adapter` and its sidecar `NAME.json`; returns its name, `NAME` by default.
 
-        For an encoder and a decoder there are two files, `NAME.encoder.onnx_adapter` and `NAME.decoder.onnx_adapter`; either
-        path loads both, and both have to be there. Files that `olive convert-adapters` wrote fit too; they have no sidecar
-        that names their base model, so pass `any_base=True`, which skips that check, and make sure of it yourself.
+        An encoder-decoder model has two files, `NAME.encoder.onnx_adapter` and `NAME.decoder.onnx_adapter`; either path loads
+        both, and both must exist. Files from `olive convert-adapters` fit too. They have no sidecar that names their base
+        model, so pass `any_base=True` to skip that check, and make sure of the base yourself.
 
         Raises:
-            FileError: it does not fit the graph, was made for another base model, or is no adapter.
-            AdapterError: there is an adapter of this name.
+            FileError: it does not fit the graph, was made for another base model, or is not an adapter.
+            AdapterError: the session already has an adapter with this name.
         """
         path = Path(path)
         stem = _stem(path, self.graphs)
         name = stem if name is None else name
         if name in self._adapters:
-            raise AdapterError(f"{path}: this session has an adapter {name!r}. Give this one another name, with name=.")
+            raise AdapterError(f"{path}: this session already has an adapter {name!r}. Choose another name, with name=.")
         if not any_base:
             checked_base(path.with_name(f"{stem}.json"), self._last.base)
         loaded = {}
@@ -121,14 +121,14 @@ class Session:
         return name
 
     def use(self, adapters: Use) -> None:
-        """Run with these from now on.
+        """Choose the adapters for the following runs.
 
         Args:
-            adapters: a name; strengths by name, as in `{"polite": 0.7, "short": 0.3}`, to blend; a list of those with one
-                entry for each row of the batch, for a folder that was exported with `rows=True`; None for the base.
+            adapters: a name; a blend as strengths by name, such as `{"polite": 0.7, "short": 0.3}`; a list with one of these
+                for each row of the batch, if the folder was exported with `rows=True`; or None for the base.
 
         Raises:
-            AdapterError: there is no such adapter, or the graph has no gates for rows.
+            AdapterError: there is no such adapter, or the graph has no per-row gates.
         """
         if adapters is None or isinstance(adapters, (str, Mapping)):
             mix = _mix(adapters)
@@ -139,17 +139,18 @@ class Session:
         elif isinstance(adapters, Sequence):
             self._use_rows([_mix(row) for row in adapters])
         else:
-            raise AdapterError(f"use({adapters!r}): a name, strengths by name, a list of those, or None.")
+            raise AdapterError(f"use({adapters!r}): pass a name, strengths by name, a list of these, or None.")
         self._active = adapters
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name, for inputs by name (`session.inference.get_inputs()` lists them).
 
-        Of a decoder, an empty past, a mask of ones and the positions that follow from the mask need not be given. A model
-        of an encoder and a decoder takes the inputs of both, the decoder's tokens as `decoder_input_ids`.
+        For a decoder, the KV cache, mask and positions are optional; the defaults are an empty cache, a mask of ones, and
+        positions counted from the mask. An encoder-decoder model takes the inputs of both graphs, with the decoder's
+        tokens as `decoder_input_ids`.
 
         Raises:
-            AdapterError: an input is a slot, or the batch has not as many rows as `use` was told of.
+            AdapterError: an input is a slot, or the batch size differs from the list passed to `use`.
         """
         if len(self.graphs) == 1:
             return self._last.run(inputs)
@@ -165,12 +166,12 @@ class Session:
     def generate(self, inputs: Mapping[str, np.ndarray], max_new_tokens: int = 20, **options: Any) -> np.ndarray:
         """Token ids (rows, length): the prompt, padded on the left, and up to `max_new_tokens` more.
 
-        Greedy, unless `temperature` is positive: then tokens are drawn, by `seed`, from the `top_k` likeliest or those
-        that make up `top_p` of the probability. A row ends at a token of `stop` (default: the model's end of text) and is
-        padded. The cache stays in ONNX Runtime's memory from token to token.
+        Decoding is greedy unless `temperature` is positive; then tokens are sampled, with `seed`, from the `top_k` likeliest
+        tokens or those that make up `top_p` of the probability. A row ends at a token in `stop` (default: the model's
+        end-of-text tokens) and is then padded. The KV cache stays in ONNX Runtime's memory between tokens.
 
         Raises:
-            AdapterError: the graph takes no past.
+            AdapterError: the graph has no KV cache.
         """
         given, states = dict(inputs), {}
         if len(self.graphs) > 1:
@@ -181,10 +182,11 @@ class Session:
         return Generator(self._last, given, states, **options).tokens(max_new_tokens)
 
     def write_bank(self, path: str | Path, names: Sequence[str]) -> None:
-        """Write adapters side by side into one `.onnx_adapter` file, for rows in plain onnxruntime; for an encoder and a
-        decoder into two, as those of an adapter are named. Raises `AdapterError` if the graph has no gates for rows.
+        """Concatenate adapters into one `.onnx_adapter` file, to choose an adapter per row in plain onnxruntime.
 
-        Row weights, input `graphpeft.row_weights` (rows, adapters), count adapters in the order of `names`.
+        An encoder-decoder model gets two files, named like an adapter's. The columns of the input
+        `graphpeft.row_weights` (rows, adapters) are in the order of `names`. Raises `AdapterError` if the graph has no
+        per-row gates.
         """
         self._known(dict.fromkeys(names, 1.0))
         path = Path(path)
@@ -225,7 +227,7 @@ class Session:
         return self._once((part, *names), lambda: concat_adapters(self.graphs[part].slots, pairs))
 
     def _once(self, key: tuple[Any, ...], made: Callable[[], Arrays]) -> Loaded:
-        """An adapter that was put together, which takes some 50 times as long as to use it again; the last few are kept."""
+        """A cached blend or concatenation: building one takes about 50 times as long as using it again."""
         if key not in self._made:
             while len(self._made) >= KEPT:
                 del self._made[next(iter(self._made))]
@@ -235,8 +237,8 @@ class Session:
     def _require_pairs(self) -> None:
         if any(isinstance(slot, NativeSlot) for graph in self.graphs.values() for slot in graph.slots):
             raise AdapterError(
-                f"{self.folder}: a compact export holds what one method trains, which neither adds up nor stands side by "
-                "side. Export without compact, as pairs, to blend adapters or to mix them in a batch."
+                f"{self.folder}: a compact export holds one method's own tensors, which cannot be added or concatenated. "
+                "Export without compact, as LoRA pairs, to blend adapters or to mix them in a batch."
             )
 
     def _use_rows(self, rows: Sequence[Mix]) -> None:
@@ -257,7 +259,7 @@ def _stem(path: Path, parts: Mapping[str, Graph]) -> str:
 def _mix(row: str | Mix | None) -> Mix:
     mix = {row: 1.0} if isinstance(row, str) else {} if row is None else row
     if wrong := [name for name, strength in mix.items() if not np.isfinite(strength)]:
-        raise AdapterError(f"The strength of {wrong[0]!r} is {mix[wrong[0]]}; it has to be a finite number.")
+        raise AdapterError(f"The strength of {wrong[0]!r} is {mix[wrong[0]]}; it must be a finite number.")
     return mix
 
 

@@ -1,1 +1,1 @@
-"""Adapter files: our own, those of PEFT, and checkpoints on disk."""
+"""Files on disk: graphpeft's adapter format, PEFT's, and safetensors checkpoints."""

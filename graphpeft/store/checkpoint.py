@@ -1,6 +1,6 @@
-"""A checkpoint in safetensors as bytes on a disk: which file holds a tensor, and where in it. Opening it reads headers alone.
+"""A safetensors checkpoint on disk: which file holds each tensor, and at which bytes. Opening it reads only the headers.
 
-A file is 8 bytes, the length of its header; the header, JSON; then the tensors, one after the other without gaps.
+A file has 8 bytes with the length of the header, the header in JSON, and the tensors, one after another without gaps.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from graphpeft.files.foreign import read_json
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""What a weight can be stored as to have an update added to it."""
+"""Stored dtypes to which an update can be added."""
 LONGEST = 100_000_000
-"""Bytes of a header that safetensors itself still reads."""
+"""The longest header, in bytes, that safetensors itself accepts."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor's dtype as safetensors names it, its shape, and its bytes in the file, from `begin` to `end`."""
+    """A stored tensor: safetensors' name of its dtype, its shape, and its byte range `begin` to `end` in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -41,7 +41,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Shard:
-    """One file; `tensors` are in the order of their bytes."""
+    """One file; `tensors` are sorted by their position in it."""
 
     path: Path
     size: int
@@ -50,17 +50,17 @@ class Shard:
     tensors: Mapping[str, Stored]
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A tensor of floating-point numbers, mapped: its pages are read when they are looked at, and never written."""
+        """A floating-point tensor, memory-mapped copy-on-write: pages are read on access, and the file is never written."""
         place = self.tensors[name]
         size = place.end - place.begin
         data = np.memmap(self.path, np.uint8, "c", place.begin, (size,)) if size else np.empty(0, np.uint8)
         return torch.from_numpy(data).view(FLOATS[place.dtype]).view(place.shape)
 
     def glimpse(self, name: str) -> torch.Tensor:
-        """A tensor that has the numbers that `fingerprint` looks at, and is zero elsewhere, which takes no memory.
+        """A tensor with only the values that `fingerprint` reads; all others are zero and take no memory.
 
-        They are read one by one, the system told of all of them before: looked at in a mapped tensor, each would wait for
-        the disk, and bring its neighborhood along.
+        The values are read one by one, after `posix_fadvise` announced all of them, so the reads overlap. In a mapped
+        tensor each access would wait for the disk in turn and read whole pages around the value.
         """
         place = self.tensors[name]
         dtype, count = FLOATS[place.dtype], prod(place.shape)
@@ -78,14 +78,14 @@ class Shard:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All files of a checkpoint, and for every tensor the one that holds it."""
+    """All files of a checkpoint, and the file that holds each tensor."""
 
     folder: Path
     shards: tuple[Shard, ...]
     where: Mapping[str, Shard]
 
     def digest(self) -> str:
-        """Of names, sizes, times and headers of the files: the same for the same files, told without reading them."""
+        """A hash of the files' names, sizes, modification times and headers; it does not read the weights."""
         digest = hashlib.sha256()
         for shard in self.shards:
             digest.update(f"{shard.path.name} {shard.size} {shard.path.stat().st_mtime_ns}\n".encode() + shard.header)
@@ -93,9 +93,9 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Find the tensors of a folder that `save_pretrained` wrote, in one file or in shards.
+    """Open a folder that `save_pretrained` wrote, with one file or shards.
 
-    Raises `FileError` for a folder without safetensors, a missing or truncated file, and an index that does not fit.
+    Raises `FileError` for a folder without safetensors, a missing or truncated file, or an index that does not match.
     """
     index = {} if (folder / WHOLE).is_file() else _index(folder)
     shards = tuple(_shard(folder / name) for name in sorted({*index.values()} or {WHOLE}))
@@ -103,25 +103,25 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     astray = sorted(key for key, name in index.items() if key not in where or where[key].path.name != name)
     if astray:
         raise FileError(
-            f"{folder / INDEX} says that {index[astray[0]]} holds {astray[0]}, and it does not. Usually files of two "
+            f"{folder / INDEX} says that {index[astray[0]]} holds {astray[0]}, but it does not. Usually files of two "
             f"checkpoints were mixed; copy the whole folder again."
         )
     return Checkpoint(folder, shards, where)
 
 
 def _index(folder: Path) -> dict[str, str]:
-    """From every tensor to the name of its file."""
+    """Each tensor's file name, from the index."""
     path = folder / INDEX
     if not path.is_file():
         raise FileError(
-            f"{folder} holds neither {WHOLE} nor {INDEX}. Pass a folder that save_pretrained wrote; weights in another format "
-            f"are rewritten by from_pretrained(...).save_pretrained(...)."
+            f"{folder} holds neither {WHOLE} nor {INDEX}. Pass a folder that save_pretrained wrote; to convert weights in "
+            f"another format, call from_pretrained(...).save_pretrained(...)."
         )
     try:
         found = read_json(path, free={"weight_map"})["weight_map"]
         index = {str(key): str(name) for key, name in found.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FileError(f"{path} is no index of a checkpoint: {error!r}. Copy the folder again.") from error
+        raise FileError(f"{path} is not a checkpoint's index: {error!r}. Copy the folder again.") from error
     outside = [name for name in index.values() if Path(name).name != name or "\0" in name]
     if outside or not index:
         raise FileError(f"{path} names {outside[:1] or 'no file'}, where files of the folder itself are expected.")
@@ -140,12 +140,12 @@ def _shard(path: Path) -> Shard:
     try:
         tensors = _places(json.loads(text), 8 + len(text))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-        raise _broken(path, "its header is not one of safetensors") from error
+        raise _broken(path, "its header is not a safetensors header") from error
     ends = [8 + len(text), *(place.end for place in tensors.values())]
     if any(place.begin != end for place, end in zip(tensors.values(), ends, strict=False)):
         raise _broken(path, "its tensors overlap or leave gaps")
     if ends[-1] != size:
-        raise _broken(path, f"it has {size:,} bytes, and its header tells of {ends[-1]:,}")
+        raise _broken(path, f"it has {size:,} bytes, but its header describes {ends[-1]:,}")
     return Shard(path, size, prefix + text, tensors)
 
 

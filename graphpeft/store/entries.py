@@ -1,4 +1,4 @@
-"""What an adapter's file says of its sites, read as from a stranger: each field by its own rule, before anything is made."""
+"""The sites in an adapter file, read as untrusted input: every field is validated before anything is built from it."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ KINDS: dict[str, tuple[type, ...]] = {
     "full": (int,), "transposed": (bool,), "stack": (int, type(None)), "calls": (int,), "source": (str,),
     "rows": (list, type(None)), "shape": (list,), "tied": (list,),
 }  # fmt: skip
-"""Of a site's fields, as JSON gives them."""
+"""The types of a site's fields after JSON parsing."""
 
 
 def described(entry: Entry) -> dict[str, Any]:
-    """An entry as a file has it. The file that a model's code is in may have any name; what no text may have is left out."""
+    """An entry as it is written to a file. Characters of `source` that the reader would refuse are replaced by `_`."""
     about = asdict(entry.site)
     for each in (about, *about["tied"]):
         each["source"] = re.sub(r"[^\w.:<> -]", "_", each["source"])[-LONGEST:]
@@ -34,8 +34,8 @@ def described(entry: Entry) -> dict[str, Any]:
 
 
 def read_entry(saved: Any) -> Entry:
-    """An entry of a file. Raises `RuleError`, `ValueError`, `TypeError` or `KeyError` for what cannot be one."""
-    # A method is only ever written in a rule, so a rule is what reads it.
+    """Read an entry from a file. Raises `RuleError`, `ValueError`, `TypeError` or `KeyError` if it is invalid."""
+    # The rule grammar parses methods only inside a rule, so wrap the method in one.
     site = _site(saved)
     parsed(saved["rule"])
     (rule,) = parsed(f"linear:{saved['method']}")
@@ -44,13 +44,13 @@ def read_entry(saved: Any) -> Entry:
 
 @lru_cache(1000)
 def parsed(text: str) -> tuple[Rule, ...]:
-    """The rules of a text, which may name roles that this process does not know. Raises `RuleError`."""
+    """Parse rules, which may name roles that this process does not know. Raises `RuleError`."""
     roles = {word for word in re.findall(r"[A-Za-z_][\w.]*", text, re.ASCII) if _is_role(word)}
     return parse(text, sorted(roles))
 
 
 def _is_role(text: str) -> bool:
-    """Whether a text is a role, or may be one that another package declares."""
+    """Whether a text is a valid role name, known or not; another package may declare it."""
     try:
         check_name(text)
     except RuleError:
@@ -59,9 +59,9 @@ def _is_role(text: str) -> bool:
 
 
 def _site(saved: Any) -> Site:
-    """A site of a file. Raises `ValueError`, `TypeError` or `KeyError` for what cannot be one."""
+    """Read a site from a file. Raises `ValueError`, `TypeError` or `KeyError` if it is invalid."""
     if not isinstance(saved, dict):
-        raise TypeError(f"{str(saved)[:40]!r} is no site")
+        raise TypeError(f"{str(saved)[:40]!r} is not a site")
     values = {k: v for k, v in saved.items() if k in {f.name for f in fields(Site)}}
     for name, value in values.items():
         if type(value) not in KINDS[name]:
@@ -87,5 +87,5 @@ def _site(saved: Any) -> Site:
 
 def _size(value: Any, least: int = 1) -> int:
     if type(value) is not int or value < least:
-        raise ValueError(f"{str(value)[:40]!r} is no size")
+        raise ValueError(f"{str(value)[:40]!r} is not a size")
     return value

@@ -23,12 +23,12 @@ from graphpeft.store.native import AdapterFile
 
 
 def check_sites(model: nn.Module, content: AdapterFile, folder: Path) -> None:
-    """Every weight that the file names is there with the shape it had, before anything is allocated."""
+    """Check that the model has every weight that the file names, in the same shape, before anything is allocated."""
     shapes = {n: float_shape(p, m) for m_path, m in model.named_modules() for n, p in _own(m_path, m)}
     for site in (place for entry in content.entries for place in places(entry.site)):
         shape, wanted = shapes.get(site.weight), _shape(site)
         if shape is None or not _fits(shape, wanted):
-            there = f"it is {shape} here" if shape is not None else "it is not there"
+            there = f"this model has {shape}" if shape is not None else "this model has no such weight"
             raise FileError(
                 f"{folder} does not fit {type(model).__name__}: it adapts {site.weight} of shape {wanted}, and {there}. "
                 f"Usually the adapter was trained on another model. Load it on the base it was made for."
@@ -38,15 +38,15 @@ def check_sites(model: nn.Module, content: AdapterFile, folder: Path) -> None:
         held_by = site.weight.rpartition(".")[0]
         if site.form == "weight" and site.owner != held_by and not isinstance(model, fx.GraphModule):
             raise FileError(
-                f"{folder}: {site.weight} is to be read as weight + ΔW in {site.owner or 'the model'}, which does not hold it "
-                f"itself. The file was changed by hand, or damaged."
+                f"{folder}: it adapts {site.weight} as weight + ΔW in {site.owner or 'the model'}, which does not hold this "
+                f"weight itself. The file was edited by hand, or damaged."
             )
     for site in (entry.site for entry in content.entries):
         loose = [p.weight for p in site.tied if get_parameter(model, p.weight) is not get_parameter(model, site.weight)]
         if loose:
             raise FileError(
                 f"{folder} does not fit {type(model).__name__}: one adapter serves {site.weight} and {', '.join(loose)}, "
-                f"which were one tied tensor and are two here. Tie them as the base model did (tie_word_embeddings)."
+                f"which were one tied tensor and are separate here. Tie them as the base model did (tie_word_embeddings)."
             )
 
 
@@ -57,7 +57,7 @@ def _shape(site: Site) -> tuple[int, ...]:
 
 
 def _fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    """Whether a weight is that matrix with inputs or outputs spread over several axes, as a convolution's are."""
+    """Whether a weight is this matrix with inputs or outputs spread over several axes, as in a convolution."""
     *stack, rows, columns = wanted
     rest = shape[len(stack) :]
     cuts = range(1, len(rest))
@@ -75,17 +75,17 @@ def _has(model: nn.Module, path: str) -> bool:
 
 
 def check_tensors(content: AdapterFile, folder: Path) -> None:
-    """The file has the tensors that its sites' methods make, and no others: seen on the meta device, where none is made."""
+    """Check that the file has exactly the tensors of its sites' methods. They are built on the meta device, without data."""
     wanted: dict[str, tuple[int, ...]] = {}
     try:
         with torch.device("meta"):
             made = [(entry.site, entry.build()) for entry in content.entries]
-            _share([chain for _, chain in made])  # what sites share is as wide as the widest needs it
+            _share([chain for _, chain in made])  # a shared tensor is as wide as its widest site needs
             for site, chain in made:
                 wanted |= {key: tuple(tensor.shape) for key, tensor in saved(site, chain)}
     except (AdapterError, RuntimeError, ValueError, OverflowError, TypeError) as error:
         raise FileError(
-            f"{folder}: its methods do not fit its sites: {error}. It was changed by hand, or damaged."
+            f"{folder}: its methods do not fit its sites: {error}. The file was edited by hand, or damaged."
         ) from error
     missing, extra = sorted(wanted.keys() - content.tensors.keys()), sorted(content.tensors.keys() - wanted.keys())
     if missing or extra:
@@ -96,7 +96,7 @@ def check_tensors(content: AdapterFile, folder: Path) -> None:
     for key, shape in wanted.items():
         if tuple(content.tensors[key].shape) != shape:
             found = tuple(content.tensors[key].shape)
-            raise FileError(f"{folder}: {key} has shape {found}, the method makes {shape}.")
+            raise FileError(f"{folder}: {key} has shape {found}, but the method makes {shape}.")
 
 
 def _share(chains: Iterable[Chain]) -> None:

@@ -1,4 +1,4 @@
-"""Updates of adapters onto stored weights, when nothing but the weight at hand is in memory."""
+"""Add adapters' updates to stored weights, one weight in memory at a time."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from graphpeft.rewrite.state import saved
 from graphpeft.rewrite.weight_form import added, update
 
 BLOCK = 1 << 19
-"""Numbers that are summed at a time: few enough to stay in a cache."""
+"""Values summed at a time: few enough to stay in the CPU cache."""
 
 
 @dataclass
 class Scratch:
-    """Memory for large matrices that is kept from one weight to the next: fresh pages cost more than what is computed in
-    them. By place, for several updates of one weight are there at a time."""
+    """Buffers for large matrices, reused from weight to weight: allocating fresh pages costs more than computing in them.
+    They are numbered by `place`, because several updates of one weight exist at the same time."""
 
     kept: dict[int, torch.Tensor] = field(default_factory=dict)
 
@@ -38,19 +38,19 @@ class Scratch:
 
 @dataclass(frozen=True)
 class Update:
-    """What one adapter adds at one site. The chain is on the meta device until it is used."""
+    """One adapter's update at one site. The chain is on the meta device until it is used."""
 
     adapter: str
     site: Site
     chain: Chain
     tensors: Mapping[str, torch.Tensor]
-    """Of the whole adapter, as its file names them."""
+    """The whole adapter's tensors, by their names in its file."""
     seed: int
 
     def delta(self, weight: torch.Tensor, scratch: Scratch, place: int) -> torch.Tensor:
-        """ΔW laid out as the weight is stored; `weight` is the base's."""
+        """ΔW in the layout of the stored weight; `weight` is the base weight."""
         chain, site = self.chain, self.site
-        # What sites share is made once, and is no longer on the meta device when the next site comes.
+        # Tensors that sites share leave the meta device at the first site; later sites find them allocated.
         chain._apply(lambda tensor: torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor)
         chain.reset(self.seed, site.key)
         for key, tensor in saved(site, chain):
@@ -61,7 +61,7 @@ class Update:
 
 
 def _is_product(chain: Chain) -> bool:
-    """Whether ΔW is one large product, such as LoRA's, that can be made in memory that is there."""
+    """Whether ΔW is one large matrix product, as in LoRA, which can be written into an existing buffer."""
     first = chain.factors[0]
     return (
         type(first) is Dense and len(chain.factors) > 1 and not chain.needs_base_weight and not isinstance(chain, Stack)
@@ -69,7 +69,7 @@ def _is_product(chain: Chain) -> bool:
 
 
 def _product(chain: Chain, scratch: Scratch, place: int) -> torch.Tensor:
-    """`chain.delta()`, by the same operations in the same order, without making more than one matrix of its size."""
+    """`chain.delta()`, by the same operations in the same order, with a single matrix of that size."""
     first, *others, last = cast(list[Factor], list(chain.factors))
     left, right = first.matrix(), reduce(lambda product, factor: factor.times(product), reversed(others), last.matrix())
     whole = scratch.matrix(place, first.outputs, last.inputs, torch.promote_types(left.dtype, right.dtype))
@@ -78,9 +78,9 @@ def _product(chain: Chain, scratch: Scratch, place: int) -> torch.Tensor:
 
 
 def folded(name: str, weight: torch.Tensor, updates: Sequence[Update], scratch: Scratch) -> Iterator[torch.Tensor]:
-    """The weight with all updates added in turn, block by block along its first axis; the same numbers as `gp.merge` makes.
+    """The weight plus all updates in turn, block by block along its first axis; bit-identical to `gp.merge`.
 
-    Sums are in float32 or wider, and cast last. Raises `AdapterError` if a number of the result is not finite.
+    Sums are in float32 or wider, and are cast last. Raises `AdapterError` if a value of the result is not finite.
     """
     with torch.no_grad():
         deltas = [each.delta(weight, scratch, place) for place, each in enumerate(updates)]
@@ -99,8 +99,8 @@ def folded(name: str, weight: torch.Tensor, updates: Sequence[Update], scratch: 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Threads would wait for each other after every small step, which takes longer than the steps on a machine that has
-    other work to do."""
+    """Use one torch thread: the blocks are so small that, on a busy machine, synchronizing threads costs more than the
+    sums themselves."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -114,9 +114,9 @@ def _endless(
 ) -> AdapterError:
     bad = [each.adapter for each, delta in zip(updates, deltas, strict=True) if not torch.isfinite(delta).all()]
     if bad:
-        cause = f"the update of {bad[0]} has. Usually training diverged: take an earlier checkpoint of the adapter."
+        cause = f"the update of {bad[0]} has them. Usually training diverged: take an earlier checkpoint of the adapter."
     elif not torch.isfinite(weight).all():
-        cause = "the base weight itself has. Copy the base again, or leave this weight out of the rules."
+        cause = "the base weight itself has them. Copy the base again, or leave this weight out of the rules."
     else:
         cause = f"the sum is too large for {weight.dtype}. Store the base in a wider dtype first."
     return AdapterError(f"{name} would have NaN or infinite values when merged: {cause} Nothing was written.")

@@ -1,4 +1,4 @@
-"""Adapters on the Hugging Face Hub, through huggingface_hub alone. It is asked only where somebody says so."""
+"""Adapters on the Hugging Face Hub, through huggingface_hub. The Hub is contacted only on explicit request."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from typing import Any
 from graphpeft.errors import FileError
 
 FILES = ["adapter*.json", "adapter*.safetensors"]
-"""All that is fetched: neither pickles nor code."""
+"""The only files that are downloaded: neither pickles nor code."""
 PREFIX = "hub:"
 REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def local(folder: str | Path, revision: str | None = None, hub: bool = False) -> Path:
-    """The folder, or for `hub:owner/name` (with `hub`, `owner/name`) a snapshot of that repository.
+    """The folder itself, or for `hub:owner/name` (with `hub`, `owner/name`) a downloaded snapshot of that repository.
 
-    A mistyped path asks nobody: raises `FileError` if there is no such folder, no such repository, or no way to it.
+    A mistyped path never contacts the Hub. Raises `FileError` if the folder or repository does not exist, or the Hub
+    cannot be reached.
     """
     text = str(folder)
     if hub or text.startswith(PREFIX):
         return _snapshot(text.removeprefix(PREFIX), revision)
     if revision is not None:
-        raise FileError(f"{folder} is a folder here, which has no revision {revision!r}. Write {PREFIX}owner/name.")
-    if not os.path.exists(folder):  # False for what no path can be, too
+        raise FileError(f"{folder} is a local folder and has no revision {revision!r}. Write {PREFIX}owner/name.")
+    if not os.path.exists(folder):  # also False for text that cannot be a path
         meant = (
             f" For the repository of that name on the Hugging Face Hub, write {PREFIX}{text!s}."
             if _is_name(text)
@@ -41,19 +42,19 @@ def _is_name(text: str) -> bool:
 
 def _snapshot(name: str, revision: str | None) -> Path:
     if not _is_name(name):
-        raise FileError(f"{name[:80]!r} is no name of a repository on the Hugging Face Hub. Write {PREFIX}owner/name.")
+        raise FileError(f"{name[:80]!r} is not the name of a Hugging Face Hub repository. Write {PREFIX}owner/name.")
     import huggingface_hub
 
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=FILES))
     except (OSError, ValueError) as error:
         raise FileError(
-            f"The Hub gave no repository {name}: {error} Check the name, the revision, and the connection."
+            f"Cannot download repository {name} from the Hub: {error} Check the name, the revision, and the connection."
         ) from error
 
 
 def upload(folder: Path, repo_id: str, **options: Any) -> str:
-    """Make the repository if it is not there, and put the files of a folder into it; returns the commit's URL."""
+    """Upload a folder's files to a repository, which is created if it does not exist; returns the commit's URL."""
     import huggingface_hub
 
     private = options.pop("private", None)

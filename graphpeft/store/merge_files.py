@@ -1,4 +1,10 @@
-"""Merge on disk: a checkpoint and adapters in, a checkpoint out, one weight in memory at a time."""
+"""Merge on disk: a checkpoint and adapters in, a checkpoint out, one weight in memory at a time.
+
+The result is built in the staging folder `out.part`, and renamed to `out` when it is complete. Each file there is written
+under a temporary name, flushed and renamed, so a shard under its final name is finished: a run after a kill keeps it and
+continues with the next. A note beside the folder records the sources; a run with other sources is refused. The merged
+shards have the base's headers byte for byte, since no name, shape or dtype changes.
+"""
 
 from __future__ import annotations
 
@@ -20,32 +26,32 @@ from graphpeft.store.peft import config as peft_config
 from graphpeft.tracing import as_pass, counted, step
 
 CHUNK = 1 << 22
-"""Bytes that are copied at a time."""
+"""Bytes copied at a time."""
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".onnx", ".onnx_data", ".gguf"}
-"""Endings of files that hold weights: beside merged ones they would be those of another model."""
+"""Suffixes of weight files. They are not copied: beside the merged weights they would hold another model."""
 
 
 @dataclass(frozen=True)
 class MergedFiles:
-    """What `merge_files` did."""
+    """The result of `merge_files`."""
 
     out: Path
     tensors: int
-    """Stored tensors that have updates in them."""
+    """Stored tensors that were changed."""
     shards: int
     kept: int
-    """Shards that an earlier run had finished."""
+    """Shards that an interrupted earlier run had finished."""
     left_out: tuple[str, ...]
-    """Files of the base folder that hold weights in another form or an adapter, and were not copied."""
+    """Files of the base folder that were not copied, because they hold weights in another format or an adapter."""
 
     def __str__(self) -> str:
-        kept = f", of which {self.kept} finished before" if self.kept else ""
-        why = "not copied, for they hold weights of the base or are an adapter"
+        kept = f", {self.kept} of them finished by an earlier run" if self.kept else ""
+        why = "not copied, because they hold weights of the base or an adapter"
         left = f"\n{why}: {', '.join(self.left_out)}" if self.left_out else ""
         return f"{self.out}: {self.tensors} tensors merged in {self.shards} files{kept}{left}"
 
 
-@as_pass("merge-files", "branches into the weights of a checkpoint on disk")
+@as_pass("merge-files", "fold adapters into a checkpoint on disk")
 def merge_files(
     base: str | Path, adapter: str | Path | Sequence[str | Path], out: str | Path, *, any_base: bool = False
 ) -> MergedFiles:
@@ -54,24 +60,24 @@ def merge_files(
     Args:
         base: a folder of a transformers model in safetensors, one file or shards.
         adapter: a folder that `gp.save` or PEFT wrote, or several, folded in this order.
-        out: a new folder. It appears when it is whole; until then the work stands in `out.part`, and the same call after a
-            kill goes on from there. Shards, names, dtypes and metadata are the base's, and its tokenizer and configs are
+        out: a new folder. It appears when it is complete; until then the work is in `out.part`, and the same call after a
+            kill continues from there. Shards, names, dtypes and metadata are the base's; its tokenizer and configs are
             copied.
         any_base: only warn if an adapter was trained on other base weights.
 
-    The bytes of every weight are those that `gp.merge` would make in a model of the checkpoint's dtype.
+    Every weight is bit-identical to what `gp.merge` computes in a model of the checkpoint's dtype.
 
     Raises:
         FileError: a file is missing or damaged, an adapter does not fit, `out` exists, an earlier run had other sources, the
-            disk is full (finished shards stay), or transformers makes an adapted weight from several stored ones.
+            disk is full (finished shards are kept), or transformers builds an adapted weight from several stored tensors.
         AdapterError: a merged weight is not finite, or an adapter cannot be folded.
     """
     base, out = Path(base).resolve(), Path(out).resolve()
     folders = [Path(each) for each in ([adapter] if isinstance(adapter, str | Path) else adapter)]
     if not out.name:
-        raise FileError(f"{out} is no folder to write. Name a new one.")
+        raise FileError(f"{out} cannot be an output folder. Name a new one.")
     if base in out.parents:
-        raise FileError(f"{out} lies inside of {base}, whose files are copied. Name a folder elsewhere.")
+        raise FileError(f"{out} is inside {base}, whose files are copied. Name a folder elsewhere.")
     checkpoint = open_checkpoint(base)
     updates = plan_updates(checkpoint, folders, any_base)
     sources = {"base": checkpoint.digest(), "adapter": "+".join(map(digest, folders))}
@@ -89,12 +95,12 @@ def merge_files(
                     shutil.copyfileobj(source, file, CHUNK)
             unfinished.finish(out)
     except AdapterError:
-        unfinished.discard(out)  # it would not come out otherwise another time
+        unfinished.discard(out)  # running again would fail the same way
         raise
     except OSError as error:
         raise FileError(
-            f"{out} could not be finished: {error}. What is done stays in {out.name}.part: make room, or mend what is named, "
-            f"and give the same command again."
+            f"{out} could not be finished: {error}. Finished files stay in {out.name}.part: free disk space, or fix the named "
+            f"problem, and run the same command again."
         ) from error
     return MergedFiles(out, count, len(checkpoint.shards), len(checkpoint.shards) if folder is None else kept, left_out)
 
@@ -122,7 +128,7 @@ def _write(shard: Shard, folder: Path, updates: Updates, scratch: Scratch) -> No
 
 
 def _bytes(source: BinaryIO, place: Stored) -> Iterator[bytes]:
-    """A stored tensor, piece by piece."""
+    """A stored tensor's bytes, chunk by chunk."""
     source.seek(place.begin)
     for begin in range(place.begin, place.end, CHUNK):
         data = source.read(min(CHUNK, place.end - begin))
@@ -132,7 +138,7 @@ def _bytes(source: BinaryIO, place: Stored) -> Iterator[bytes]:
 
 
 def _others(checkpoint: Checkpoint) -> tuple[list[Path], tuple[str, ...]]:
-    """Further files of the folder, to copy and to leave out; the index is among the former, for no name or size changes."""
+    """Other files of the folder: to copy and to leave out. The index is copied, because no name or size changes."""
     shards = {shard.path.name for shard in checkpoint.shards}
     files = [path.relative_to(checkpoint.folder) for path in sorted(_visible(checkpoint.folder))]
     rest = [path for path in files if str(path) not in shards]
@@ -147,7 +153,7 @@ def _visible(folder: Path) -> Iterator[Path]:
 
 
 def _holds_weights(path: Path) -> bool:
-    """Of the base, in another format, or of an adapter, which would otherwise be put onto the merged weights once more."""
+    """Whether a file holds base weights in another format, or an adapter, which a loader would apply a second time."""
     if str(path) in (peft_config.CONFIG, DESCRIPTION):
         return True
     return path.suffix in WEIGHTS or (path.name.endswith(".index.json") and path.name != INDEX)

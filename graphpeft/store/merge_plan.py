@@ -1,4 +1,6 @@
-"""Which update goes into which stored tensor: adapters checked against a checkpoint, of whose weights next to nothing is read."""
+"""Plan a merge on disk: check adapters against a checkpoint, almost without reading its weights, and assign each update
+to the stored tensors that it changes.
+"""
 
 from __future__ import annotations
 
@@ -27,13 +29,13 @@ from graphpeft.store.peft import read as peft_read
 from graphpeft.store.read import found_sites
 
 Updates = dict[str, list[Update]]
-"""By the name of a stored tensor, what is added to it, in turn."""
+"""The updates of each stored tensor, by name, in the order in which they are added."""
 Held = dict[nn.Parameter, list[tuple[str, bool]]]
 """What `origins` returns."""
 
 
 def plan_updates(checkpoint: Checkpoint, folders: Sequence[Path], any_base: bool) -> Updates:
-    """The updates of all adapters. Their chains are on the meta device: the model is one of shapes.
+    """The updates of all adapters. The model and the chains are on the meta device: they have shapes and no values.
 
     Raises `FileError` for an adapter that does not fit the checkpoint, and `AdapterError` for one that cannot be folded.
     """
@@ -58,9 +60,9 @@ def plan_updates(checkpoint: Checkpoint, folders: Sequence[Path], any_base: bool
 
 
 def digest(folder: Path) -> str:
-    """Of what an adapter's folder holds."""
+    """A hash of an adapter folder's content."""
     if not _is_peft(folder):
-        return hashlib.sha256((folder / DESCRIPTION).read_bytes()).hexdigest()  # it has the digest of the tensors
+        return hashlib.sha256((folder / DESCRIPTION).read_bytes()).hexdigest()  # it includes the tensors' digest
     return hashlib.sha256(
         b"".join((folder / n).read_bytes() for n in (peft_config.CONFIG, peft_config.TENSORS))
     ).hexdigest()
@@ -77,7 +79,7 @@ def _read(model: nn.Module, folder: Path, any_base: bool, base: peft_read.Base) 
 
 
 def _values(model: nn.Module, checkpoint: Checkpoint, held: Held) -> peft_read.Base:
-    """What the checkpoint has for a tensor of the model. One that transformers makes from others counts as another: NaN."""
+    """A function from a model tensor's name to its stored values; NaN if transformers builds the tensor from others."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
 
     def value(name: str) -> torch.Tensor:
@@ -91,17 +93,17 @@ def _values(model: nn.Module, checkpoint: Checkpoint, held: Held) -> peft_read.B
 
 
 def _keys(model: nn.Module, site: Site, checkpoint: Checkpoint, held: Held) -> list[str]:
-    """The tensors of the checkpoint that are the weight of a site: one, or more where a tied one is stored repeatedly.
+    """The checkpoint's tensors for a site's weight: one, or several if a tied weight is stored more than once.
 
-    The model's weight takes the dtype that is stored, which decides the dtype of the chain.
+    Also casts the model's weight to the stored dtype, which determines the chain's dtype.
     """
     parameter = get_parameter(model, site.weight)
     found = held.get(parameter, [])
     made = [key for key, converted in found if converted]
     if made or not found:
-        what = f"makes it from {', '.join(made[:3])}" if made else "finds no tensor of it, or makes it from others,"
+        what = f"makes it from {', '.join(made[:3])}" if made else "finds no tensor for it, or makes it from others,"
         raise FileError(
-            f"{checkpoint.folder} does not store {site.weight} as it is: transformers {what} while it loads. Merge in memory: "
+            f"{checkpoint.folder} does not store {site.weight} as it is: transformers {what} during loading. Merge in memory: "
             f"from_pretrained, gp.load, gp.merge, save_pretrained."
         )
     for key, _ in found:
@@ -113,8 +115,8 @@ def _keys(model: nn.Module, site: Site, checkpoint: Checkpoint, held: Held) -> l
             )
         if place.shape != shape:
             raise FileError(
-                f"{checkpoint.folder} stores {key} as {place.shape}, where its config.json says {shape}. Usually one of the "
-                f"two files is of another model; copy the whole folder again."
+                f"{checkpoint.folder} stores {key} with shape {place.shape}, but its config.json says {shape}. Usually one of "
+                f"the two files belongs to another model; copy the whole folder again."
             )
         parameter.data = parameter.data.to(FLOATS[place.dtype])
     return [key for key, _ in found]
@@ -123,7 +125,7 @@ def _keys(model: nn.Module, site: Site, checkpoint: Checkpoint, held: Held) -> l
 def _check_base(
     checkpoint: Checkpoint, keys: dict[str, str], content: AdapterFile, folder: Path, any_base: bool
 ) -> None:
-    """As `gp.load` does it; adapters of PEFT's say nothing of their base."""
+    """Check the base weights as `gp.load` does. PEFT's files do not record theirs."""
     if not content.fingerprint:
         return
     if content.fingerprint == fingerprint(keys, lambda name: checkpoint.where[keys[name]].glimpse(keys[name])):
@@ -132,6 +134,6 @@ def _check_base(
     if not any_base:
         raise FileError(
             f"{problem} Usually that is another checkpoint, or one that was trained further. Name the base that the adapter "
-            f"was made for; if the difference is meant, pass any_base=True (--any-base) and check the outputs."
+            f"was made for; if the difference is intended, pass any_base=True (--any-base) and check the outputs."
         )
     warnings.warn(f"{problem} It is merged as any_base=True asks; check the outputs.", stacklevel=5)

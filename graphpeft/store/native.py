@@ -1,8 +1,8 @@
 """graphpeft's own adapter format: tensors in `adapter.safetensors`, everything else in `adapter.json`.
 
-The folder is self-contained: rules, seed, sites with their rows, methods with every option spelled out. Loading it
-needs no capture, and a later change of defaults does not change an old adapter. Tensors that a seed regenerates are
-not stored.
+The folder is self-contained: rules, seed, sites with their rows, and methods with every option spelled out. Loading it
+needs no capture, and later changes of defaults do not affect old adapters. Tensors that the seed regenerates are not
+stored.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ASIDE = f".{TENSORS}.new"
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """What an adapter folder holds."""
+    """The content of an adapter folder."""
 
     name: str
     rules: str
@@ -44,15 +44,16 @@ class AdapterFile:
     entries: tuple[Entry, ...]
     tensors: Mapping[str, torch.Tensor]
     fingerprint: str
-    """Of the base weights that the adapter was trained on."""
+    """Fingerprint of the base weights that the adapter was trained on."""
 
 
 def write_adapter(folder: Path, adapter: AdapterFile) -> None:
     """Write both files, so that a kill at any moment leaves the old adapter or the new one.
 
-    New tensors stand aside until their description, which holds their digest, has replaced the old one.
+    The new tensors go to a temporary name first. Replacing the description, which holds their digest, switches to the
+    new adapter; only then are the tensors renamed. The reader looks for the digest under both names.
     """
-    with contextlib.suppress(FileError):  # a kill may have left the tensors of what is there aside
+    with contextlib.suppress(FileError):  # a kill may have left the current tensors under the temporary name
         _tensors(folder, _describe(folder)["tensors_sha256"], settle=True)
     data = save_tensors({k: t.detach().cpu().contiguous() for k, t in adapter.tensors.items()}, {"format": "pt"})
     description = {
@@ -80,7 +81,7 @@ def read_adapter(folder: Path) -> AdapterFile:
         parsed(about["rules"])
         entries = tuple(map(read_entry, about["sites"]))
         if len({entry.site.key for entry in entries}) < len(entries):
-            raise ValueError("a site is there twice")
+            raise ValueError("a site is listed twice")
     except (safetensors.SafetensorError, RuleError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise FileError(
             f"{folder} cannot be understood: {shortened(str(error), 500)}. Usually it was written by another version of "
@@ -90,7 +91,7 @@ def read_adapter(folder: Path) -> AdapterFile:
 
 
 def _tensors(folder: Path, digest: str, settle: bool = False) -> bytes:
-    """The file of tensors that has this digest, which a kill may have left aside; with `settle` it gets its name."""
+    """The tensor file with this digest. A kill may have left it under the temporary name; `settle` renames it."""
     failed: OSError | None = None
     for path in (folder / TENSORS, folder / ASIDE):
         try:
@@ -115,9 +116,9 @@ def _describe(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         found = sorted(p.name for p in folder.iterdir())[:5] if folder.is_dir() else []
         inside = [p.parent.name for p in folder.glob("*/adapter_config.json")] if folder.is_dir() else []
-        foreign = f" PEFT's adapters are in its folders {', '.join(inside)}." if inside else ""
+        foreign = f" Its folders {', '.join(inside)} hold adapters of PEFT." if inside else ""
         raise FileError(
-            f"{folder} is no graphpeft adapter: there is no {DESCRIPTION}"
+            f"{folder} is not a graphpeft adapter: there is no {DESCRIPTION}"
             + (f" (it holds {', '.join(found)})." if found else ".")
             + f"{foreign} Pass a folder that gp.save or PEFT wrote."
         )
@@ -133,7 +134,7 @@ def _describe(folder: Path) -> dict[str, Any]:
         if not shape(about.get(field)):
             raise FileError(
                 f"{path}: its {field} is {shortened(str(about.get(field)))!r}, which gp.save never writes. Usually the file was "
-                f"edited or damaged. Copy the folder again, from where you trust it."
+                f"edited or damaged. Copy the folder again from a source that you trust."
             )
     if about["version"] > VERSION:
         raise FileError(
@@ -156,9 +157,9 @@ def _are_versions(value: Any) -> bool:
 
 
 FREE = {"rules", "rule", "method", "weight", "owner"}
-"""Fields with texts in quotes, or with names of modules. The former are parsed, the latter looked up in the model."""
+"""Fields with any characters: rules, which are parsed, and module names, which are looked up in the model."""
 SHAPES: dict[str, Callable[[Any], bool]] = {
-    # Earlier versions let keywords be names; whoever loads such a file has to give another.
+    # Earlier versions allowed keywords as names; loading such a file requires another name.
     "name": lambda value: isinstance(value, str) and re.fullmatch(r"[A-Za-z_]\w{0,199}", value) is not None,
     "base_fingerprint": _is_hex,
     "tensors_sha256": _is_hex,
@@ -167,10 +168,10 @@ SHAPES: dict[str, Callable[[Any], bool]] = {
 
 
 def fingerprint(names: Iterable[str], weight_of: Callable[[str], torch.Tensor]) -> str:
-    """A digest of base weights: names, shapes and 64 values of each, enough to tell one checkpoint from another.
+    """A hash of base weights: their names, shapes and 64 values each, enough to tell checkpoints apart.
 
-    Values count as rounded to bfloat16, so that a float32 checkpoint and its bfloat16 copy are one base. Weights are asked
-    for one after the other: floats of a quantized one are made for it.
+    Values are rounded to bfloat16, so that a float32 checkpoint and its bfloat16 copy count as the same base. Weights are
+    requested one at a time, because a quantized one is dequantized for it.
     """
     digest = hashlib.sha256()
     for name in sorted(set(names)):

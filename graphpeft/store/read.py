@@ -1,4 +1,4 @@
-"""Read the folder of an adapter, checked against the model that it is for."""
+"""Read an adapter's folder, and check it against the model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from graphpeft.store.peft.read import read_peft
 def read(
     model: nn.Module, folder: Path, name: str | None, sites: tuple[Site, ...] | None, *, any_base: bool, strict: bool
 ) -> AdapterFile:
-    """What a folder holds, checked against the model; PEFT's names are looked up among `sites`, or all that are found."""
+    """A folder's content, checked against the model. PEFT's names are matched with `sites`, by default all sites found."""
     if (folder / CONFIG).is_file() and not (folder / DESCRIPTION).is_file():
         check_name(model, name or "default")
         found = found_sites(model) if sites is None else sites
@@ -36,7 +36,7 @@ def read(
         content = read_adapter(folder)
     if name is None and not usable(content.name):
         raise FileError(
-            f"{folder} calls its adapter {content.name!r}, which is no name here. Give it another one, with name=."
+            f"{folder} calls its adapter {content.name!r}, which is not a valid name. Give it another one, with name=."
         )
     check_name(model, name or content.name)
     check_sites(model, content, folder)
@@ -46,7 +46,7 @@ def read(
 
 
 def found_sites(model: nn.Module) -> tuple[Site, ...]:
-    """What dataflow finds; of a model that cannot be captured, nothing, and weights are known by their paths."""
+    """The sites that dataflow finds. None if the model cannot be captured; weights are then located by their paths."""
     try:
         return find_base_sites(model).sites
     except CaptureError:
@@ -54,15 +54,15 @@ def found_sites(model: nn.Module) -> tuple[Site, ...]:
 
 
 def _check_base(model: nn.Module, content: AdapterFile, folder: Path, any_base: bool) -> None:
-    """Base weights are those that the adapter was trained on, but for a cast to bfloat16; PEFT's files do not say."""
+    """Check the base weights against those the adapter was trained on, up to a bfloat16 cast. PEFT's files record none."""
     if not content.fingerprint or content.fingerprint == base_fingerprint(model, content.entries):
         return
     found = f"{folder} was trained on other base weights than {type(model).__name__} has now."
     if not any_base:
         raise FileError(
             f"{found} Usually another checkpoint was loaded, or it was trained further, or one of the two is quantized or was "
-            f"cast to float16. Load the base that the adapter was made for; if the difference is meant, pass any_base=True and "
-            f"check the outputs."
+            f"cast to float16. Load the base that the adapter was made for; if the difference is intended, pass any_base=True "
+            f"and check the outputs."
         )
     warnings.warn(f"{found} The adapter is loaded as any_base=True asks; check its outputs.", stacklevel=4)
 

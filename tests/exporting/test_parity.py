@@ -79,16 +79,16 @@ class Deaf(parity.Runner):
 def test_an_adapter_that_cannot_be_told_from_none_is_refused() -> None:
     runner, sample = parity.Runner(Session(deployed().folder), "model"), [Case("batch 2", SAMPLE)]
     base, own = ([{"output": deployed().want[name]}] for name in (None, "a"))
-    check = parity.check_effect(runner, parity.Step("a", "adapter 'a'", own), base, sample)
+    check = parity.check_effect(runner, parity.ReferenceRun("a", "adapter 'a'", own), base, sample)
     assert check.least
     assert check.value > 0.1  # what random adapters move
     with pytest.raises(ExportError, match="'a': it moves PyTorch's output by 0,"):
-        parity.check_effect(runner, parity.Step("a", "adapter 'a'", base), base, sample)
+        parity.check_effect(runner, parity.ReferenceRun("a", "adapter 'a'", base), base, sample)
 
 
 def test_a_swap_that_leaves_the_adapter_before_is_found() -> None:
     sample = [Case("batch 2", SAMPLE)]
-    steps = [parity.Step(name, f"adapter {name!r}", [{"output": deployed().want[name]}]) for name in ("a", None, "b")]
+    steps = [parity.ReferenceRun(name, f"adapter {name!r}", [{"output": deployed().want[name]}]) for name in ("a", None, "b")]
     assert parity.check_swaps(parity.Runner(Session(deployed().folder), "model"), steps, sample, 1e-4).value < CLOSE
 
     class Sticky(parity.Runner):

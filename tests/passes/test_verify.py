@@ -63,16 +63,16 @@ def test_a_lost_branch_in_weight_form_is_noticed() -> None:
 
 def test_a_merge_with_the_wrong_sign_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted()
-    right = merging.fold
-    monkeypatch.setattr(merging, "fold", lambda weight, site, delta: right(weight, site, -delta))
+    right = merging.add_delta
+    monkeypatch.setattr(merging, "add_delta", lambda weight, site, delta: right(weight, site, -delta))
     with pytest.raises(VerifyError, match="FAIL merge: merged differs from adapted by"):
         gp.verify(model)
 
 
 def test_a_merge_of_one_role_too_few_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted("qv:lora", "gpt2")
-    right = merging.fold
-    monkeypatch.setattr(merging, "fold", lambda w, site, delta: w if site.role == "v" else right(w, site, delta))
+    right = merging.add_delta
+    monkeypatch.setattr(merging, "add_delta", lambda w, site, delta: w if site.role == "v" else right(w, site, delta))
     with pytest.raises(VerifyError, match="FAIL merge"):
         gp.verify(model)
 

@@ -66,7 +66,7 @@ def test_killed_at_random(
     kills: int, exchanged: bool, versions: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not exchanged:  # as on a system that cannot do it in one step
-        monkeypatch.setattr(exported_folder, "exchange", lambda one, other: False)
+        monkeypatch.setattr(exported_folder, "swap_dirs", lambda one, other: False)
     target = tmp_path / "deploy"
     shutil.copytree(versions[0], target)
     rng, found, away = random.Random(0), set(), 0

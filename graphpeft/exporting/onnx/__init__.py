@@ -1,4 +1,4 @@
-"""The ONNX side of an export: translation, passes over the graph, the census of its slots, files."""
+"""The ONNX side of an export: translation, graph passes, the slot census, and files."""
 
 from graphpeft.exporting.onnx.census import census, used
 from graphpeft.exporting.onnx.files import annotate, opset, save, write_adapter

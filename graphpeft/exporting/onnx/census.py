@@ -1,7 +1,6 @@
-"""Are the slots of a graph alive? Asked after every pass, for a slot that a pass ate would do nothing, in silence.
+"""Check that a graph's slots are alive, after every pass: a slot that a pass dropped would silently do nothing.
 
-Graph passes delete inputs that have a default, so a graph keeps its slots as required inputs until `attach_defaults`,
-the last step before it is saved.
+Graph passes delete inputs that have a default. So slots stay required inputs until `attach_defaults`, the last pass.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from graphpeft.runtime.layout import AdapterInput, NativeSlot, Slot, b_of
 from graphpeft.tracing import as_pass
 
 
-@as_pass("census", "slots still alive")
+@as_pass("census", "check that every slot is still a live input")
 def census(model: ir.Model, slots: Sequence[AdapterInput]) -> None:
     """Check that every slot is a live input: A, then each B, read by MatMuls, with the rank left open.
 
@@ -25,7 +24,7 @@ def census(model: ir.Model, slots: Sequence[AdapterInput]) -> None:
     """
     inputs = {value.name: value for value in model.graph.inputs}
     if len(inputs) != len(model.graph.inputs):
-        raise ExportError("The graph lists an input twice; some tool registered the adapter slots again.")
+        raise ExportError("The graph lists an input twice; some tool registered the adapter slots a second time.")
     for slot in slots:
         for name, shape in slot.shapes.items():
             if (value := inputs.get(name)) is None:
@@ -45,7 +44,7 @@ def census(model: ir.Model, slots: Sequence[AdapterInput]) -> None:
 
 
 def used(model: ir.Model, slots: Sequence[AdapterInput]) -> tuple[AdapterInput, ...]:
-    """The slots that this graph reads; the inputs of all others are taken out."""
+    """The slots that this graph reads; the inputs of all other slots are removed."""
     inputs = {value.name: value for value in model.graph.inputs}
     found = []
     for slot in slots:
@@ -59,7 +58,7 @@ def used(model: ir.Model, slots: Sequence[AdapterInput]) -> tuple[AdapterInput, 
 
 
 def products(slot: Slot, value: ir.Value) -> list[ir.Node]:
-    """The MatMuls that read a slot's input, or for B a Gemm; a weight with several call sites has several."""
+    """The MatMuls (for B, also Gemms) that read a slot's input; one per call site of the weight."""
     readers = [use.node for use in value.uses()]
     known = {"MatMul"} if value.name == slot.a else {"MatMul", "Gemm"}
     if strange := [node.op_type for node in readers if node.op_type not in known]:
@@ -69,9 +68,9 @@ def products(slot: Slot, value: ir.Value) -> list[ir.Node]:
     return readers
 
 
-@as_pass("defaults", "slots of rank 0")
+@as_pass("defaults", "give every slot a default of rank 0")
 def attach_defaults(model: ir.Model, slots: Sequence[AdapterInput]) -> None:
-    """Give every slot a default of rank 0, or zeros, which adds nothing: without an adapter the graph is the base model."""
+    """Give every slot a default of rank 0, or zeros, which adds nothing: without an adapter the graph is the base."""
     inputs = {value.name: value for value in model.graph.inputs}
     for slot in slots:
         for name, shape in slot.shapes.items():

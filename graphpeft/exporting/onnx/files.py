@@ -1,4 +1,4 @@
-"""Files of an export: the graph with its metadata, and adapters in ONNX Runtime's own format, each with a sidecar."""
+"""Files of an export: the graph with its metadata, and adapters in ONNX Runtime's format, each with a sidecar."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from graphpeft.runtime.layout import AdapterInput, Arrays
 from graphpeft.tracing import as_pass
 
 
-@as_pass("write", "a graph to its file")
+@as_pass("write", "write a graph to its file")
 def save(model: ir.Model, path: Path, slots: Sequence[AdapterInput], properties: Mapping[str, str]) -> None:
-    """Write the graph to `path`, and tensors of 1 KiB or more next to it: shape constants and slots must stay inline.
+    """Write the graph to `path`, and tensors of 1 KiB or more to a file beside it. Shape constants and slots stay inline.
 
     Raises:
-        ExportError: onnx.checker, which infers all shapes anew, refuses what was written.
+        ExportError: onnx.checker, which infers all shapes again, rejects the file, or the disk is full.
     """
     table = json.dumps([slot.as_dict() for slot in slots])
     model.metadata_props.update({"graphpeft.schema": str(SCHEMA), "graphpeft.slots": table, **properties})
@@ -34,7 +34,7 @@ def save(model: ir.Model, path: Path, slots: Sequence[AdapterInput], properties:
 
 
 def _require_whole(path: Path) -> None:
-    """A disk that fills up loses the end of the weights without an error."""
+    """Raise if the weights were cut off: writing to a full disk can lose their end without an error."""
     data = path.with_name(path.name + ".data")
     needed = 0
     for each in onnx.load(path, load_external_data=False).graph.initializer:

@@ -1,7 +1,9 @@
-"""y + h @ B as one Gemm: the sum costs no pass over y of its own, and no launch.
+"""y + h @ B as one Gemm, which saves the sum's pass over y and its kernel launch.
 
-ONNX Runtime fuses MatMul and Add for matrices only. So around a slot activations become matrices, (positions, features), and
-come back afterwards, unless what reads them is a reshape anyway.
+A Gemm takes matrices only, so activations around a slot are flattened to matrices (positions, features) and reshaped back
+afterwards, unless their only readers are reshapes anyway. `sink` then removes most of the reshapes: it moves each
+one below the element-wise operators that follow, until it meets the Flatten of the next slot, and the two cancel. In a
+gated MLP, all activations between the up and down projections stay matrices this way.
 """
 
 from __future__ import annotations
@@ -18,9 +20,9 @@ from graphpeft.tracing import as_pass
 ELEMENTWISE = {"Mul", "Add", "Sub", "Sigmoid", "Tanh", "Relu", "Gelu", "Erf", "Swish", "HardSwish", "Softplus"}
 
 
-@as_pass("gemm", "a slot's sum as one Gemm")
+@as_pass("gemm", "fuse each slot's product and sum into one Gemm")
 def fuse_sums(model: ir.Model, slots: Sequence[AdapterInput]) -> tuple[AdapterInput, ...]:
-    """Rewrite every sum with a slot's product that is not broadcast. The slots stay as they are."""
+    """Rewrite every sum with a slot's product, unless it broadcasts. The slots do not change."""
     work = _Flat(model.graph)
     inputs = {value.name: value for value in model.graph.inputs}
     place = {id(node): number for number, node in enumerate(model.graph)}
@@ -33,14 +35,14 @@ def fuse_sums(model: ir.Model, slots: Sequence[AdapterInput]) -> tuple[AdapterIn
 
 
 class _Flat:
-    """Activations as matrices, each made once."""
+    """The activations that were flattened to matrices, each once."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
         self.matrices: dict[ir.Value, ir.Value] = {}
         self.shapes: dict[tuple[object, ...], ir.Value] = {}
         self.backs: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
-        """What was made of a matrix again: the matrix, and the shape."""
+        """Outputs of the reshapes back: their matrix and shape."""
 
     def fuse(self, product: ir.Node) -> None:
         (h, b), result = product.inputs, product.outputs[0]
@@ -50,10 +52,12 @@ class _Flat:
         add = uses[0].node
         y, total = add.inputs[1 - uses[0].idx], add.outputs[0]
         if y is None or not dims(y) or None in dims(y) or dims(y) != dims(total) or dims(y) != dims(result):
-            return  # it broadcasts, or may
+            return  # it broadcasts or might
         matrix = self.matrix(y) if len(dims(y)) > 2 else y
         gemm = ir.node("Gemm", [self.matrix(h) if len(dims(h)) > 2 else h, b, matrix])
         gemm.outputs[0].type = total.type
+        if len(dims(y)) == 2:  # it may be the graph's output, which has to say its shape
+            gemm.outputs[0].shape = total.shape
         gemm.name = f"{add.name}_gemm"
         self.graph.insert_before(add, [gemm])
         fused = gemm.outputs[0]
@@ -68,7 +72,7 @@ class _Flat:
         fused.name = name
 
     def matrix(self, value: ir.Value) -> ir.Value:
-        """The value as (positions, features): by the same product of a matrix, where that is what makes it."""
+        """The value as (positions, features). If a MatMul produces it, flatten the MatMul's input instead."""
         if value not in self.matrices:
             node = value.producer()
             if node is not None and node.op_type == "MatMul" and _is_matrix(node.inputs[1]) and _only_added(value):
@@ -92,11 +96,11 @@ class _Flat:
         return self.matrices[value]
 
     def shape(self, value: ir.Value) -> ir.Value:
-        """Positions of a value, as it was, and whatever features."""
+        """The shape for a reshape back: the value's leading axes, and -1 for the features."""
         leading = dims(value)[:-1]
         node = value.producer()
         if node is not None and node.op_type == "MatMul" and node.inputs[0] is not None:
-            value = node.inputs[0]  # the product itself is going to be one of matrices
+            value = node.inputs[0]  # the MatMul's output is about to become a matrix
         if leading not in self.shapes:
             size = ir.node("Shape", [value], {"start": 0, "end": len(leading)})
             rest = self._rest()
@@ -107,7 +111,12 @@ class _Flat:
         return self.shapes[leading]
 
     def sink(self) -> None:
-        """Let element-wise work between two sites, as a gated MLP's, be done on matrices as well."""
+        """Move reshapes back below element-wise operators, so that these work on matrices too.
+
+        Going through the graph in order: a Flatten of a reshaped-back matrix is replaced by the matrix itself. An
+        element-wise operator whose inputs are all reshaped back, without broadcasting, reads the matrices instead, and
+        one reshape back follows it. That reshape may be moved again by the next operator. `clean` deletes unused ones.
+        """
         for node in list(self.graph):
             if node.op_type == "Flatten" and node.inputs[0] in self.backs:
                 node.outputs[0].replace_all_uses_with(self.backs[node.inputs[0]][0])
@@ -129,7 +138,7 @@ class _Flat:
             self.backs[back.outputs[0]] = result, shape
 
     def clean(self) -> None:
-        """Remove what nothing reads any more."""
+        """Remove nodes whose outputs nothing reads any more."""
         for node in reversed(list(self.graph)):
             if not any(value.uses() or value.is_graph_output() for value in node.outputs):
                 self.graph.remove(node, safe=True)
@@ -150,7 +159,7 @@ class _Flat:
 
 
 def _only_added(value: ir.Value) -> bool:
-    """Whether nothing but sums with slots, or products with a slot's B, reads a value: then a matrix serves all of them."""
+    """Whether a value has one reader, or only MatMuls as readers: then a matrix can serve all of them."""
     uses = list(value.uses())
     return not value.is_graph_output() and (len(uses) == 1 or all(use.node.op_type == "MatMul" for use in uses))
 
@@ -160,7 +169,7 @@ def _is_matrix(value: ir.Value | None) -> bool:
 
 
 def _only_reshaped(value: ir.Value) -> bool:
-    """Whether everything that reads a value reshapes it to sizes that refer to none of its own."""
+    """Whether all readers are reshapes to sizes that do not copy an axis of the value (no 0 in the shape)."""
     return not value.is_graph_output() and all(
         use.node.op_type == "Reshape" and use.idx == 0 and _absolute(use.node.inputs[1]) for use in value.uses()
     )

@@ -1,7 +1,7 @@
-"""The graph passes of an export, in order, on onnx_ir's own pass infrastructure: the census is what each of them has to ensure.
+"""The graph passes of an export, in order, on onnx_ir's pass infrastructure. The census is each pass's postcondition.
 
-A pass here is a function of a graph and its slots that changes the graph in place and returns the slots that it has then, or
-`None` if they are the same. To add one, write the function in a file of its own and name it in `pipeline`.
+A pass is a function of a graph and its slots that changes the graph in place and returns the new slots, or `None` if they
+are unchanged. To add one, write the function in its own file and list it in `pipeline`.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ Rewrite = Callable[[ir.Model, Sequence[AdapterInput]], "tuple[AdapterInput, ...]
 
 
 class Slots:
-    """The slots of the graph that passes work on; a pass that merges or changes some replaces them here."""
+    """The current slots of the graph; a pass that merges or changes slots updates them here."""
 
     def __init__(self, slots: Sequence[AdapterInput]) -> None:
         self.now = tuple(slots)
 
 
 class SlotPass(InPlacePass):
-    """A function over a graph with slots, as a pass of onnx_ir. Afterwards every slot has to be alive."""
+    """A function over a graph with slots, as an onnx_ir pass. Its postcondition is that every slot is alive."""
 
     def __init__(self, name: str, rewrite: Rewrite, slots: Slots) -> None:
         self.name, self.rewrite, self.slots = name, rewrite, slots
@@ -49,7 +49,7 @@ class SlotPass(InPlacePass):
 
 
 class Quantize(FunctionalPass):
-    """`quantize` as a pass of onnx_ir: a new graph, with every slot alive."""
+    """`quantize` as an onnx_ir pass that returns a new graph, with every slot alive."""
 
     def __init__(self, slots: Slots, bits: Bits, accuracy_level: int) -> None:
         self.slots, self.bits, self.accuracy_level = slots, bits, accuracy_level
@@ -65,7 +65,7 @@ class Quantize(FunctionalPass):
 
 
 def pipeline(slots: Slots, *, open: bool, shared: bool = False, rows: bool = False) -> Sequential:
-    """What a translated graph goes through before it is saved; `open` tells a model with slots from a merged one."""
+    """The passes over a translated graph before it is saved; `open` means that the graph has slots."""
     passes: Mapping[str, tuple[Rewrite, bool]] = {
         "share": (share, shared),
         "rows": (gate_rows, rows),
@@ -77,7 +77,7 @@ def pipeline(slots: Slots, *, open: bool, shared: bool = False, rows: bool = Fal
 
 
 def quantizing(slots: Slots, bits: Bits, accuracy_level: int) -> Sequential:
-    """What makes a saved graph a quantized one."""
+    """The passes that quantize a saved graph."""
     return Sequential(Quantize(slots, bits, accuracy_level), SlotPass("tags", tag, slots))
 
 
@@ -87,7 +87,7 @@ def listed(passes: PassBase) -> tuple[str, ...]:
 
 
 def run(passes: PassBase, model: ir.Model) -> ir.Model:
-    """Run passes over a graph. Raises the `ExportError` of a pass itself, which onnx_ir wraps in errors of its own."""
+    """Run passes over a graph. onnx_ir wraps a pass's errors; an `ExportError` inside is raised itself."""
     try:
         return passes(model).model
     except ir.passes.PassError as error:

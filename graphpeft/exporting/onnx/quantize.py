@@ -1,6 +1,6 @@
-"""Base weights in 4 or 8 bits, with the quantizers of onnxruntime. Adapters stay float, and read activations that nobody rounded.
+"""Quantize base weights to 4 or 8 bits with onnxruntime's quantizers. Adapters stay float and read unrounded activations.
 
-Both quantizers take an optional input for a weight and fold it, so slots are required inputs while they run.
+Both quantizers treat an optional input as a weight and fold it, so slots are required inputs while they run.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from graphpeft.tracing import as_pass
 
 Bits = Literal["int4", "int8"]
 BLOCK = 32
-"""Inputs that share a scale in 4 bits."""
+"""How many inputs share a scale in 4 bits."""
 ROUNDED = 4
-"""ONNX Runtime's name for products of 4-bit weights with activations in 8 bits; 0 leaves activations as they are."""
+"""ONNX Runtime's accuracy level for 4-bit weights times 8-bit activations; 0 does not round activations."""
 
 
-@as_pass("quantize", "base weights in 4 or 8 bits")
+@as_pass("quantize", "quantize base weights to 4 or 8 bits")
 def quantize(model: ir.Model, slots: Sequence[AdapterInput], bits: Bits, accuracy_level: int = ROUNDED) -> ir.Model:
-    """The graph with its constant matrices in `int4` (`MatMulNBits`) or `int8` (activations too, as they come).
+    """The graph with its constant matrices in `int4` (`MatMulNBits`) or `int8` (with dynamically quantized activations).
 
-    Of 4-bit products `accuracy_level` says what ONNX Runtime may make of activations: with 4, integers of 8 bits for each block.
+    For 4-bit products, `accuracy_level=4` lets ONNX Runtime round activations to 8-bit integers per block.
 
     Raises:
         ExportError: a slot did not survive, or there was nothing to quantize.
@@ -54,7 +54,7 @@ def quantize(model: ir.Model, slots: Sequence[AdapterInput], bits: Bits, accurac
 
 
 def rounded(model: ir.Model, quantized: ir.Model) -> ir.Model:
-    """`model` with its weights rounded as those of `quantized` are, in float: what the quantized graph is held against."""
+    """`model` in float with the rounded weights of `quantized`: the reference for checking the quantized graph."""
     made = ir.from_proto(ir.to_proto(model))
     products = {node.outputs[0].name: node for node in made.graph if node.op_type == "MatMul"}
     for output, weight in _weights(quantized):
@@ -71,7 +71,7 @@ def rounded(model: ir.Model, quantized: ir.Model) -> ir.Model:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide what the quantizers say about every node, and undo that their import has the root logger print everybody's remarks."""
+    """Hide the quantizers' message for every node, and undo the changes that importing them makes to the root logger."""
     root, before = logging.root, logging.root.manager.disable
     handlers, level = list(root.handlers), root.level
     logging.disable(logging.WARNING)
@@ -97,7 +97,7 @@ def _int8(proto: onnx.ModelProto, exclude: list[str], folder: Path) -> onnx.Mode
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     path = folder / "model.onnx"
-    # Unsigned: products of unsigned and signed bytes saturate on processors without VNNI, with answers 20 % off.
+    # Unsigned weights: on CPUs without VNNI, products of unsigned and signed bytes saturate, and outputs are 20 % off.
     quantize_dynamic(
         proto, path, op_types_to_quantize=["MatMul"], nodes_to_exclude=exclude, weight_type=QuantType.QUInt8,
         per_channel=True, extra_options={"MatMulConstBOnly": True},
@@ -106,7 +106,7 @@ def _int8(proto: onnx.ModelProto, exclude: list[str], folder: Path) -> onnx.Mode
 
 
 def _closed(model: ir.Model) -> dict[str, np.ndarray]:
-    """Take the defaults of all optional inputs off; returns them."""
+    """Make all optional inputs required; returns their defaults."""
     found = {}
     for value in model.graph.inputs:
         if value.const_value is not None:
@@ -123,7 +123,7 @@ def _reopened(model: ir.Model, defaults: dict[str, np.ndarray]) -> None:
 
 
 def _weights(model: ir.Model) -> Iterator[tuple[str, np.ndarray]]:
-    """Outputs of quantized products, and the float matrices (inputs, outputs) that their weights stand for."""
+    """Outputs of quantized products, and their dequantized weights (inputs, outputs)."""
     for node in model.graph:
         if node.op_type == "MatMulNBits":
             yield str(node.outputs[0].name), _unpacked(node)

@@ -1,9 +1,9 @@
-"""A different adapter, or blend, for every row of a batch: the rank axis holds several adapters side by side, and a gate
-says how much of each a row gets.
+"""A different adapter or blend for every row of a batch: several adapters are concatenated along the rank axis, and a
+per-row gate zeroes or scales the ranks of each.
 
     h = (x @ A) * gate,  gate = row_weights[:, segments]  (rows, rank),  y + h @ B
 
-Defaults are one weight of 1 and one segment 0, which broadcast over any rank: without them the graph does what it did.
+The defaults are one weight of 1 and one segment 0, which broadcast over any rank, so that the gate has no effect.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from graphpeft.runtime.layout import ROW_WEIGHTS, AdapterInput, pair_slots
 from graphpeft.tracing import as_pass
 
 
-@as_pass("rows", "a gate for every row of a batch")
+@as_pass("rows", "gate every slot by batch row")
 def gate_rows(model: ir.Model, slots: Sequence[AdapterInput], batch: str = "batch") -> tuple[AdapterInput, ...]:
-    """Gate the ranks of every slot by row. The batch is an activation's first axis, or the outer part of it."""
+    """Gate every slot's ranks by row. The batch is the first axis of the activations, or its outer part."""
     inputs = {value.name: value for value in model.graph.inputs}
-    if not (pairs := pair_slots(slots)):  # the other of two graphs has all the sites
+    if not (pairs := pair_slots(slots)):  # all sites are in the other graph
         return tuple(slots)
     dtype = inputs[pairs[0].a].dtype
     assert dtype is not None, "a graph input has a type"
@@ -49,7 +49,7 @@ def _gate(graph: ir.Graph, product: ir.Node, weights: ir.Value, segments: ir.Val
         for _ in shape[2:]:
             gate = add("Unsqueeze", gate, _ints(graph, 1))
         result = add("Mul", h, gate)
-    else:  # rows and positions in one axis: taken apart, gated, put together; the rank may be 0, which is no wildcard
+    else:  # rows and positions share an axis: split, gate, join; allowzero, because a rank of 0 is a real size here
         count, rank = add("Shape", weights, end=1), add("Shape", h, start=len(shape) - 1)
         apart = add("Concat", count, add("Div", add("Shape", h, end=1), count), rank, axis=0)
         rows = add("Mul", add("Reshape", h, apart, allowzero=1), add("Unsqueeze", gate, _ints(graph, 1)))
@@ -61,7 +61,7 @@ def _gate(graph: ir.Graph, product: ir.Node, weights: ir.Value, segments: ir.Val
 
 
 def _ints(graph: ir.Graph, value: int) -> ir.Value:
-    """A constant of one integer."""
+    """A constant with one integer."""
     name = f"graphpeft.int_{value}"
     if name not in graph.initializers:
         tensor = ir.tensor(np.array([value], np.int64), name=name)

@@ -1,7 +1,7 @@
 """One product with A for all sites that read the same activation: q, k and v, or gate and up.
 
-A product with a narrow matrix costs little arithmetic and one launch. Side by side, the As of several sites cost one
-launch for all. Each B then has zeros in the rows of the other sites.
+A product with a narrow matrix costs little arithmetic, but one kernel launch. Concatenated, the As of several sites take
+a single launch. Each B then has zeros in the rows of the other sites.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from graphpeft.runtime.layout import AdapterInput, Slot, b_of, pair_slots
 from graphpeft.tracing import as_pass
 
 
-@as_pass("share", "one product with A for slots that read the same")
+@as_pass("share", "merge the A products of slots that read the same activation")
 def share(model: ir.Model, slots: Sequence[AdapterInput]) -> tuple[AdapterInput, ...]:
-    """Rewrite the graph, and return the slots that it has then, in order. A slot with several call sites stays alone."""
+    """Rewrite the graph, and return its new slots in order. A slot with several call sites is not shared."""
     inputs = {value.name: value for value in model.graph.inputs}
     groups: dict[object, list[Slot]] = defaultdict(list)
     for slot in pair_slots(slots):
@@ -33,11 +33,11 @@ def _merged(
     model: ir.Model, group: Sequence[Slot], inputs: Mapping[str | None, ir.Value], place: Mapping[int, int]
 ) -> Slot:
     nodes = {slot: products(slot, inputs[slot.a])[0] for slot in group}
-    kept = min(group, key=lambda slot: place[id(nodes[slot])])  # the first in the graph comes before every use
+    kept = min(group, key=lambda slot: place[id(nodes[slot])])  # the first product in the graph precedes every use
     members = [member for slot in group for member in slot.members]
     members.sort(
         key=lambda member: place[id(products(kept, inputs[b_of(member[0])])[0])]
-    )  # whichever adapter came first
+    )  # in graph order, independent of the order of adapters
     merged = replace(kept, members=tuple(members))
     for slot in group:
         for site, outputs in slot.members:

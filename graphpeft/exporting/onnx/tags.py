@@ -1,4 +1,4 @@
-"""Where a node belongs, written into its metadata, which viewers such as netron show: its module, and its adapter's site."""
+"""Tag nodes with their module and their adapter's site, in metadata that viewers such as netron show."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from graphpeft.runtime.layout import AdapterInput
 from graphpeft.tracing import as_pass
 
 SCOPES = "pkg.torch.onnx.name_scopes"
-"""As torch's exporter writes them: the paths of the modules around a node, outermost first, and the node's own name."""
+"""The key that torch's exporter uses for the paths of a node's modules, outermost first, and the node's name."""
 SITE, ADAPTER = "graphpeft.site", "graphpeft.adapter"
 
 
-@as_pass("tags", "nodes of adapters marked as such")
+@as_pass("tags", "tag nodes with their module and adapter site")
 def tag(model: ir.Model, slots: Sequence[AdapterInput]) -> None:
-    """Tag what reads a slot with its site; a node that a pass made is where what it reads comes from."""
-    # Of a slot that several weights share, each B is for one of them.
+    """Tag nodes that read a slot with its site. Nodes made by passes inherit the scope of their inputs."""
+    # In a slot that several weights share, each B belongs to one of them.
     sites = {
         name: name.partition(".lora_")[0] if ".lora_" in name else slot.label for slot in slots for name in slot.shapes
     }

@@ -1,4 +1,4 @@
-"""From a PyTorch module to an ONNX graph, with the model's own names and none of this machine's paths."""
+"""Translate a PyTorch module to an ONNX graph, with the model's own names and without this machine's paths."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from graphpeft.errors import ExportError
 from graphpeft.tracing import as_pass
 
 LOWEST_OPSET, DEFAULT_OPSET = 18, 23
-"""From 23 on attention, rotary embeddings and RMS norms are one operator each, which makes decoding faster."""
+"""From opset 23 on, attention, rotary embeddings and RMS norms are single operators, which makes decoding faster."""
 PREFIX = "model."
-"""Name that the translated wrapper gives the model; taken off every initializer's name."""
+"""The wrapper's name for the model; it is removed from the initializers' names."""
 
 
-@as_pass("translate", "torch.onnx")
+@as_pass("translate", "translate the module with torch.onnx")
 def translate(
     module: nn.Module,
     inputs: Mapping[str, torch.Tensor],
@@ -30,12 +30,12 @@ def translate(
     opset: int = DEFAULT_OPSET,
     prefix: str = "",
 ) -> ir.Model:
-    """Translate a module whose forward takes `inputs` by position and returns a tuple; `axes` names dynamic ones.
+    """Translate a module whose forward takes `inputs` by position and returns a tuple; `axes` names the dynamic axes.
 
-    `prefix` stands before the names that the module's initializers are to have.
+    `prefix` is removed from the names of the initializers.
 
     Raises:
-        ExportError: the opset is too low, or torch.onnx refuses the module.
+        ExportError: the opset is too low, or torch.onnx fails on the module.
     """
     if opset < LOWEST_OPSET:
         raise ExportError(
@@ -65,13 +65,13 @@ def translate(
     assert program is not None
     model: ir.Model = program.model
     if model.opset_imports[""] != opset:
-        raise ExportError(f"opset={opset} was asked for, torch.onnx wrote {model.opset_imports['']}. Ask for that one.")
+        raise ExportError(f"opset={opset} was requested, but torch.onnx wrote {model.opset_imports['']}. Request that one.")
     _tidy(model, PREFIX + prefix)
     return model
 
 
 def _tidy(model: ir.Model, prefix: str) -> None:
-    """Name initializers as the model does, and drop the tracing notes: they quote this machine's paths."""
+    """Give initializers the model's names, and drop tracing metadata, which contains this machine's paths."""
     taken = {value.name for value in (*model.graph.inputs, *model.graph.initializers.values())}
     for value in list(model.graph.initializers.values()):
         origin = value.metadata_props.get("pkg.onnxscript.optimizer.folded_from", "")
@@ -92,7 +92,7 @@ def _tidy(model: ir.Model, prefix: str) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide torch.onnx's remarks on unused axis names and absent packages; its errors still come through."""
+    """Hide torch.onnx's warnings about unused axis names and missing packages; its errors are still raised."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,1 +1,1 @@
-"""Adapters in the files of Hugging Face PEFT."""
+"""Read and write adapters in Hugging Face PEFT's file format."""

@@ -1,4 +1,4 @@
-"""PEFT's `adapter_config.json`: what its fields mean to us, and which of its targets they select."""
+"""PEFT's `adapter_config.json`: checking its fields, and resolving the modules that it targets."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STRANGE = {
     "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "monteclora_config",
     "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
 }  # fmt: skip
-"""Fields of variants that are no plain LoRA; empty in a file that can be read."""
+"""Fields of variants beyond plain LoRA. Files that set one of them are refused."""
 KNOWN = {
     "LORA": COMMON | STRANGE | {
         "alpha_pattern", "corda_config", "ensure_weight_tying", "eva_config", "init_lora_weights", "loftq_config",
@@ -33,11 +33,11 @@ KNOWN = {
     },
     "VERA": COMMON | {"d_initial", "init_weights", "projection_prng_key", "save_projection", "vera_dropout"},
 }  # fmt: skip
-"""By type, the fields of PEFT 0.21.2."""
+"""The fields of PEFT 0.21.2, by `peft_type`."""
 
 
 LARGEST = 2**31
-"""Beyond any rank or scale, and within what torch and numpy count with."""
+"""Larger than any real rank or scale, and within torch's and numpy's integer range."""
 
 
 def _is_rank(value: Any) -> bool:
@@ -59,12 +59,12 @@ SHAPES: dict[str, Callable[[Any], bool]] = {
     "projection_prng_key": lambda key: type(key) is int and 0 <= key < 2**63,
     "modules_to_save": lambda names: isinstance(names, list) and all(isinstance(name, str) for name in names),
 }
-"""What the fields are that are reckoned with."""
+"""Checks of the fields that are computed with."""
 FREE = {
     "target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "rank_pattern", "alpha_pattern",
     "target_parameters", "base_model_name_or_path",
 }  # fmt: skip
-"""Fields with patterns or paths, which have any characters."""
+"""Fields with patterns or paths, which may contain any characters."""
 TEXTS = {
     "init_lora_weights": r"(?i)true|false|gaussian|eva|orthogonal|mica",
     "bias": "none|all|lora_only|vera_only",
@@ -74,9 +74,9 @@ TEXTS = {
     "megatron_core": r"[\w.-]{0,100}",
     "base_model_name_or_path": r".{0,4096}",
 }
-"""How other texts look, those too that nothing depends on."""
+"""Patterns of the other text fields, including fields that nothing uses."""
 MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Beginnings of `init_lora_weights` with which PEFT subtracts something from the base weights."""
+"""Prefixes of `init_lora_weights` values with which PEFT subtracts the initial update from the base weights."""
 
 
 def _reads(value: Any, shape: str) -> bool:
@@ -84,18 +84,18 @@ def _reads(value: Any, shape: str) -> bool:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read and check the config of a folder; unknown fields are a warning.
+    """Read and check a folder's config; unknown fields cause a warning.
 
-    Raises `FileError` for a file that is not PEFT's, a method that is neither LoRA (with rsLoRA and DoRA) nor VeRA, a
-    variant, or an adapter that is relative to base weights that PEFT changed.
+    Raises `FileError` for a file that is not PEFT's, a method other than LoRA (with rsLoRA and DoRA) or VeRA, a LoRA
+    variant, or an adapter whose update is relative to base weights that PEFT changed.
     """
     path = folder / CONFIG
     config = read_json(path, free=FREE)
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if not isinstance(kind, str) or kind not in KNOWN:
         raise FileError(
-            f"{path}: its peft_type is {kind!r}; LORA and VERA are read. Convert it with PEFT (peft.convert_to_lora, or "
-            f"merge_and_unload), and load the result."
+            f"{path}: its peft_type is {kind!r}; only LORA and VERA are supported. Convert it with PEFT (peft.convert_to_lora, "
+            f"or merge_and_unload), and load the result."
         )
     strange = sorted(name for name in STRANGE if config.get(name))
     if strange:
@@ -103,14 +103,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     init = str(config.get("init_lora_weights", True)).lower()
     if init.startswith(MOVES_BASE):
         raise FileError(
-            f"{path} has init_lora_weights={init!r}, with which PEFT changes the base weights, so the file alone does not "
-            f"say what the adapter does. Convert it with PEFT: model.save_pretrained(folder, "
+            f"{path} has init_lora_weights={init!r}. With it PEFT changes the base weights, so the file alone does not "
+            f"define the update. Convert it with PEFT: model.save_pretrained(folder, "
             f"path_initial_model_for_weight_conversion=<the untrained adapter>)."
         )
     if known := [name for name, shape in TEXTS.items() if not _reads(config.get(name), shape)]:
         raise FileError(
             f"{path}: its {known[0]} is {shortened(str(config[known[0]]))!r}, which PEFT never writes. Usually it was edited by "
-            f"hand, or is of a later version of PEFT. Use it with PEFT, and merge it there."
+            f"hand, or written by a later version of PEFT. Use it with PEFT, and merge it there."
         )
     wrong = [name for name, fits in SHAPES.items() if config.get(name) is not None and not fits(config[name])]
     if wrong:
@@ -124,14 +124,14 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def selects_nothing(config: Mapping[str, Any], modules: Iterable[str]) -> bool:
-    """Whether the config says which modules it adapts, and none of these is one of them."""
+    """Whether the config names its target modules, and none of `modules` is among them."""
     targets = config.get("target_modules")
     told = bool(targets) and targets != "all-linear" and not config.get("target_parameters")
     return told and not targeted(config, modules)
 
 
 def targeted(config: Mapping[str, Any], modules: Iterable[str]) -> list[str]:
-    """Those of the modules that `target_modules` selects; none if it is a default of PEFT's or `all-linear`."""
+    """The modules that `target_modules` selects; none if it is left to PEFT's defaults or is `all-linear`."""
     targets, layers = config.get("target_modules"), config.get("layers_to_transform")
     if not targets or targets == "all-linear":
         return []
@@ -158,7 +158,7 @@ def _selects(targets: str | Sequence[str] | None, name: str) -> bool:
 
 
 def selection(names: Iterable[str], every: Iterable[str]) -> list[str] | str:
-    """The shortest `target_modules` that select exactly these of all modules: endings, whole names, or a pattern."""
+    """The shortest `target_modules` that selects exactly these modules: last names, full names, or a regex."""
     wanted, every = sorted(set(names)), list(every)
     for listed in (sorted({name.rpartition(".")[2] for name in wanted}), wanted):
         if [name for name in sorted(every) if _selects(listed, name)] == wanted:
@@ -167,7 +167,7 @@ def selection(names: Iterable[str], every: Iterable[str]) -> list[str] | str:
 
 
 def pattern(values: Mapping[str, T]) -> tuple[T, dict[str, T]]:
-    """What most targets have, and for the others a `rank_pattern` or `alpha_pattern`, by their endings where that will do."""
+    """The most common value, and a `rank_pattern` or `alpha_pattern` for the other targets, by last name if unambiguous."""
     common = Counter(values.values()).most_common(1)[0][0]
     by_leaf: dict[str, set[T]] = {}
     for name, value in values.items():
@@ -179,7 +179,7 @@ def pattern(values: Mapping[str, T]) -> tuple[T, dict[str, T]]:
 
 
 def looked_up(patterns: Mapping[str, T] | None, target: str, common: T) -> T:
-    """The value of a target, as PEFT finds it."""
+    """A target's value, matched as PEFT does."""
     return next((v for k, v in (patterns or {}).items() if re.match(rf"(.*\.)?({k})$", target)), common)
 
 

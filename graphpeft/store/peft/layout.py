@@ -1,14 +1,14 @@
-"""How PEFT lays out the tensors of an adapter: by the kind of module that holds the weight.
+"""PEFT's tensor layout, which depends on the kind of module that holds the adapted weight.
 
 | kind | tensors |
 |---|---|
 | linear | `lora_A.weight` (r, in), `lora_B.weight` (out, r), also where the weight itself is stored (in, out) |
-| embedding | `lora_embedding_A` (r, entries), `lora_embedding_B` (width, r): a table read as a matrix of columns |
+| embedding | `lora_embedding_A` (r, entries), `lora_embedding_B` (width, r): the transposed table is the matrix |
 | conv | `lora_A.weight` (r, in, *kernel), `lora_B.weight` (out, r, 1...) |
-| parameter | as linear, of a bare parameter or a stack: `lora_A.weight` (n · r, in), `lora_B.weight` (out, r · n) |
+| parameter | as linear, for a bare parameter or a stack: `lora_A.weight` (n · r, in), `lora_B.weight` (out, r · n) |
 
-Keys of parameters do not say which parameter: of several in one module, the first that it registered is the innermost,
-and has a `base_layer` in its key for each further one.
+A parameter's keys do not contain its name. PEFT wraps a module once per adapted parameter; the one registered first is
+innermost, and its key has one `base_layer` for each wrapper around it.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ from graphpeft.rewrite.adapters import Adapters
 
 PREFIX = "base_model.model."
 BANK = "base_model"
-"""What the keys of VeRA's shared projections begin with."""
+"""Prefix of the keys of VeRA's shared projections."""
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 MAGNITUDE = "lora_magnitude_vector"
 
 
 class NoEquivalent(Exception):
-    """PEFT has nothing that does the same at a weight; the text says why."""
+    """PEFT has no equivalent of an adapter at a weight; the message says why."""
 
 
 @dataclass(frozen=True)
 class PeftWeight:
-    """A weight as PEFT knows it."""
+    """A weight as PEFT addresses it."""
 
     kind: Literal["linear", "embedding", "conv", "parameter"]
     target: str
-    """What the config calls it: the path of the module, or of the parameter."""
+    """Its name in the config: the path of the module or of the parameter."""
     prefix: str
-    """What the keys of its tensors begin with."""
+    """Prefix of its tensors' keys."""
     shape: tuple[int, ...]
-    """Of the weight as it is stored."""
+    """Shape of the stored weight."""
     swapped: bool = False
-    """Whether the parameter is stored the other way round than PEFT assumes, so that A and B change places."""
+    """Whether the stored parameter is transposed relative to PEFT's assumption, which swaps A and B."""
 
     def laid(self, a: Tensor, b: Tensor, magnitude: Tensor | None = None) -> dict[str, Tensor]:
-        """From A (r, in), B (out, r), or stacks of such, and m (out), to PEFT's tensors by their keys."""
+        """PEFT's tensors by key, from A (r, in) and B (out, r), or stacks of them, and m (out)."""
         if self.kind == "embedding":
             return self._keys("lora_embedding_A", b.t(), "lora_embedding_B", a.t())
         if self.kind == "conv":
@@ -85,13 +85,13 @@ class PeftWeight:
 
 
 def place(model: nn.Module, site: Site, nested: Mapping[str, str]) -> PeftWeight:
-    """Where PEFT would adapt the weight of a site; `nested` is what `nesting` says. Raises `NoEquivalent`."""
+    """How PEFT would adapt a site's weight; `nested` is the result of `nesting`. Raises `NoEquivalent`."""
     path, _, leaf = site.weight.rpartition(".")
     module, weight = model.get_submodule(path), get_parameter(model, site.weight)
     shape = float_shape(weight, module)
     if isinstance(model, fx.GraphModule):
         if leaf != "weight" or weight.dim() != 2:
-            raise NoEquivalent("it is no weight of a linear map or a table")
+            raise NoEquivalent("it is not the weight of a linear map or a table")
         return PeftWeight("embedding" if site.role == "embed" else "linear", path, PREFIX + path, shape)
     if bare(module, leaf):
         return _parameter(module, site, path, shape, nested)
@@ -102,12 +102,12 @@ def place(model: nn.Module, site: Site, nested: Mapping[str, str]) -> PeftWeight
     if isinstance(module, CONVOLUTIONS):
         odd = module.groups != 1 or set(module.dilation) != {1} or module.padding_mode != "zeros"
         if odd:
-            raise NoEquivalent("PEFT adapts convolutions without groups, dilation and special padding")
+            raise NoEquivalent("PEFT adapts only convolutions without groups, dilation and special padding")
         return PeftWeight("conv", path, PREFIX + path, shape)
     if isinstance(module, nn.Embedding):
         code = getattr(module, "base_class", type(module)).forward
         if code is not nn.Embedding.forward and not hasattr(module, "embed_scale"):
-            raise NoEquivalent(f"{type(module).__name__} does more than look up rows, which PEFT would leave out")
+            raise NoEquivalent(f"{type(module).__name__} does more than look up rows, and PEFT would skip the rest")
         return PeftWeight("embedding", path, PREFIX + path, shape)
     return PeftWeight("linear", path, PREFIX + path, shape)
 
@@ -116,18 +116,18 @@ def _parameter(
     module: nn.Module, site: Site, path: str, shape: tuple[int, ...], nested: Mapping[str, str]
 ) -> PeftWeight:
     if isinstance(module, nn.MultiheadAttention):
-        raise NoEquivalent("PEFT adapts all of nn.MultiheadAttention or nothing of it")
+        raise NoEquivalent("PEFT adapts nn.MultiheadAttention only as a whole")
     if not path:
-        raise NoEquivalent("PEFT takes no parameter of the model's own, only those of its modules")
+        raise NoEquivalent("PEFT adapts parameters of submodules, not of the model itself")
     if len(shape) != (3 if site.stack else 2):
-        raise NoEquivalent(f"PEFT takes matrices and stacks of them, and this has the shape {shape}")
+        raise NoEquivalent(f"PEFT adapts matrices and stacks of them, and this has shape {shape}")
     rows_first = bool(site.stack) and bool(getattr(module, "is_transposed", False))
     prefix = PREFIX + nested.get(site.weight, path)
     return PeftWeight("parameter", site.weight, prefix, shape, swapped=site.transposed != rows_first)
 
 
 def bare(module: nn.Module, leaf: str) -> bool:
-    """Whether PEFT has to target the parameter rather than its module."""
+    """Whether PEFT must target the parameter rather than its module."""
     return leaf != "weight" or not (isinstance(module, (nn.Linear, nn.Embedding, *CONVOLUTIONS)) or conv1d(module))
 
 
@@ -137,7 +137,7 @@ def conv1d(module: nn.Module) -> bool:
 
 
 def modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The base model's modules, each under its first name, as PEFT goes through them."""
+    """The base model's modules, each under its first name, in PEFT's order."""
     ours: list[str] = []
     for path, module in model.named_modules():
         if isinstance(module, Adapters):
@@ -147,7 +147,7 @@ def modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def nesting(model: nn.Module, targets: Collection[str]) -> dict[str, str]:
-    """For every parameter whose name is or ends with one of `targets`, its module's path with the `base_layer`s of its key."""
+    """For every parameter whose name is or ends with a target: its module's path plus its key's `base_layer` parts."""
     found = {}
     for path, module in modules(model):
         names = [f"{path}.{name}" for name, _ in module.named_parameters(recurse=False)]
@@ -158,7 +158,7 @@ def nesting(model: nn.Module, targets: Collection[str]) -> dict[str, str]:
 
 
 def shapes(site: Site, r: int) -> tuple[Tensor, Tensor]:
-    """A and B of that rank without values, to see what is laid out."""
+    """A and B of this rank on the meta device, to derive keys and shapes from."""
     stack = (site.stack,) if site.stack else ()
     outputs = site.full or site.outputs
     return torch.empty(*stack, r, site.inputs, device="meta"), torch.empty(*stack, outputs, r, device="meta")

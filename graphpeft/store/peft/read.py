@@ -1,7 +1,7 @@
-"""Read an adapter that PEFT saved: its tensors as those of our methods, at the sites that dataflow finds.
+"""Read an adapter that PEFT saved: map its tensors to graphpeft's methods at the sites that dataflow finds.
 
-A fused projection is adapted as a whole there, so it is one site here, called `other`. A weight that modules share is one
-site if the file has the same update at all of its places; otherwise each place that the file names is a site of its own.
+PEFT adapts a fused projection as a whole, so it becomes one site with the role `other`. A tied weight becomes one site if
+the file has the same update at all of its places; otherwise each place that the file names becomes its own site.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ from graphpeft.store.peft.sites import locate
 OURS = re.compile(r"^(.+)\.(lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector|vera_lambda_[bd])$")
 
 MOST = 12
-"""Names that a message lists."""
+"""How many names a message lists."""
 
 
 @dataclass
 class Problems:
-    """What does not fit between a file and a model, and what to know about what does."""
+    """Mismatches between a file and a model, and dropout that is lost."""
 
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
@@ -68,12 +68,12 @@ def _listed(names: Sequence[str]) -> str:
 
 
 Base = Callable[[str], Tensor]
-"""The values of a base tensor by its name in the model, where that has none itself."""
+"""A function from a base tensor's name to its values, for a model that has no values itself."""
 
 
 @dataclass(frozen=True)
 class PeftEntry:
-    """What the file has at one place: the method, and its tensors as the method names them."""
+    """The file's adapter at one place: the method and its tensors, in the order of the method's factors."""
 
     site: Site
     method: Method
@@ -87,11 +87,12 @@ class PeftEntry:
 def read_peft(
     model: nn.Module, folder: Path, found: Sequence[Site], *, any_base: bool, strict: bool, base: Base | None = None
 ) -> AdapterFile:
-    """The adapter of a folder with `adapter_config.json`, for a model in which these sites were found.
+    """Read the adapter of a folder with `adapter_config.json`; `found` are the sites of the model.
 
-    Raises `FileError` for what `read_config` refuses, tensors that are missing, unexpected or of another shape (with
-    `strict` off a warning, and what is complete is read), and base tensors in the file (`modules_to_save`, biases,
-    resized tables) that are not the model's (with `any_base` a warning). `base` has those of a model without values.
+    Raises `FileError` for a config that `read_config` refuses; for tensors that are missing, unexpected or of another
+    shape (without `strict`, warns and reads the complete ones); and for base tensors in the file (`modules_to_save`,
+    biases, resized tables) that differ from the model's (with `any_base`, warns). `base` supplies the values of a model
+    that has none.
     """
     config, tensors = read_config(folder), _tensors(folder)
     tensors = _without_base(model, config, tensors, folder, any_base, base)
@@ -102,7 +103,7 @@ def read_peft(
         if selects_nothing(config, (name for name, _ in modules(model) if name)):
             raise FileError(
                 f"{folder / CONFIG} does not fit {type(model).__name__}: its target_modules, "
-                f"{shortened(str(config['target_modules']))}, name no module of it. Load the base that the adapter was made for."
+                f"{shortened(str(config['target_modules']))}, match none of its modules. Load the base the adapter was made for."
             )
         spots = list(locate(model, config, prefixes, found))
         parts = list((_vera if vera else _lora)(config, tensors, spots, problems))
@@ -121,7 +122,7 @@ def read_peft(
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors, their keys beginning as PEFT's do."""
+    """All tensors of the file, with PEFT's key prefix."""
     path = folder / TENSORS
     try:
         found = load_file(path)
@@ -142,7 +143,7 @@ def _without_base(
     any_base: bool,
     values: Base | None,
 ) -> dict[str, Tensor]:
-    """The tensors but for those of the base model, which have to be the ones that the model has."""
+    """The file's tensors without those of the base model, which must equal the model's."""
     state, held = find_state(model), dict(model.named_parameters(remove_duplicate=False))
     own: dict[str, Tensor] = {**held, **dict(model.named_buffers(remove_duplicate=False))}
     own |= state.originals if state else {}
@@ -191,7 +192,7 @@ def _lora(
         expected = spot.laid(a, b, torch.empty(b.shape[-2], device="meta") if dora else None)
         wanted |= expected.keys()
         if dora and spot.kind not in ("linear", "conv"):
-            raise NoEquivalent(f"{spot.target}: DoRA of a table is relative to its columns there, and to its rows here")
+            raise NoEquivalent(f"{spot.target}: for a table, PEFT's DoRA normalizes columns and graphpeft's normalizes rows")
         if not _fit(expected, tensors, problems):
             continue
         rslora = bool(config.get("use_rslora"))
@@ -233,7 +234,7 @@ def _vera(
 
 
 def _bank(tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-    """The projections B and A, if the file has both."""
+    """VeRA's shared projections B and A, if the file has both."""
     names = [f"{BANK}.vera_{side}" for side in "BA"]
     return tuple(tensors[name] for name in names) if all(name in tensors for name in names) else ()
 
@@ -254,7 +255,7 @@ def _fit(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], problems
 def _tell(problems: Problems, folder: Path, model: nn.Module, strict: bool) -> None:
     if problems.undropped:
         warnings.warn(
-            f"{folder} was trained with dropout that {_listed(problems.undropped)} cannot have here; it loads without.",
+            f"{folder} was trained with dropout, which graphpeft cannot apply at {_listed(problems.undropped)}; it is dropped.",
             stacklevel=5,
         )
     if not str(problems):
@@ -262,17 +263,17 @@ def _tell(problems: Problems, folder: Path, model: nn.Module, strict: bool) -> N
     found = f"{folder / TENSORS} and {CONFIG} do not fit {type(model).__name__}; {problems}."
     if strict:
         raise FileError(
-            f"{found} Usually the base is another one, or of another version of transformers. Load the base that the adapter "
-            f"was made for; strict=False takes what fits."
+            f"{found} Usually the base is another model, or from another version of transformers. Load the base that the adapter "
+            f"was made for; strict=False loads what fits."
         )
     warnings.warn(f"{found} What fits is loaded, as strict=False asks.", stacklevel=5)
 
 
-# -- as a file of ours ---------------------------------------------------------------------------------------------------
+# -- conversion to an AdapterFile ----------------------------------------------------------------------------------------
 
 
 def _tied(model: nn.Module, parts: Sequence[PeftEntry], found: Sequence[Site]) -> list[PeftEntry]:
-    """One part for a tied weight whose places all have the same update."""
+    """Join the entries of a tied weight into one if the update is the same at all of its places."""
     by_weight, made = {part.site.weight: part for part in parts}, {part.site.weight: part for part in parts}
     for site in found:
         each = [by_weight.get(one.weight) for one in places(site)]
@@ -285,7 +286,7 @@ def _tied(model: nn.Module, parts: Sequence[PeftEntry], found: Sequence[Site]) -
             made[site.weight] = replace(present[0], site=site)
         elif isinstance(model, fx.GraphModule):
             raise FileError(
-                f"The file adapts {present[0].site.weight} apart from the weights that are tied to it, and in a graph of the "
+                f"The file adapts {present[0].site.weight} separately from the weights tied to it, and in a graph of the "
                 f"whole model they are one. Load it on the model that was exported."
             )
     return list(made.values())
@@ -298,7 +299,7 @@ def _file(parts: Sequence[PeftEntry], bank: tuple[Tensor, ...]) -> AdapterFile:
     for part, entry in zip(parts, entries, strict=True):
         with torch.device("meta"):
             keys = [key for key, _ in saved(entry.site, entry.build())]
-        # In the order of the factors: B before A, and of VeRA b, B, d, A.
+        # In the order of the factors: B before A; for VeRA b, B, d, A.
         b, d = part.values[:2]
         values = (b, bank[0], d, bank[1]) if bank else part.values
         tensors |= dict(zip(keys, values, strict=True))
@@ -307,7 +308,7 @@ def _file(parts: Sequence[PeftEntry], bank: tuple[Tensor, ...]) -> AdapterFile:
 
 
 def _globs(parts: Sequence[PeftEntry]) -> list[str]:
-    """What names each weight in a rule: its ending, where one method has all that end so."""
+    """A glob for each weight: by its last name, if all weights with that name have the same method."""
     names = [part.site.weight.removesuffix(".weight") for part in parts]
     methods: dict[str, set[Method]] = {}
     for part, name in zip(parts, names, strict=True):

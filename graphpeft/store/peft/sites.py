@@ -1,4 +1,4 @@
-"""PEFT's names of modules and parameters, as sites that dataflow found, or by the path where it found none."""
+"""Map PEFT's names of modules and parameters to the sites that dataflow found, or, where it found none, by path."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def locate(
     model: nn.Module, config: Mapping[str, Any], prefixes: Iterable[str], found: Sequence[Site]
 ) -> Iterator[tuple[Site, PeftWeight]]:
-    """Every place that keys begin with or the config selects, with our site of the whole weight.
+    """Every place that a key prefix or the config names, with graphpeft's site of the whole weight.
 
-    `found` are the sites that dataflow knows. A prefix that means no weight of the model is left out. Raises `NoEquivalent`
-    for a weight that PEFT adapts in another way than we would.
+    `found` are the sites that dataflow found. Prefixes that match no weight of the model are skipped. Raises
+    `NoEquivalent` for a weight that PEFT adapts differently.
     """
     nested = nesting(model, config.get("target_parameters") or ())
     weights = {PREFIX + prefix: weight for weight, prefix in nested.items()}
@@ -36,14 +36,14 @@ def locate(
         if site is not None:
             try:
                 spot = place(model, site, nested)
-                # Named by target_parameters, a linear map is called by its weight, in patterns too.
+                # A linear map listed in target_parameters goes by its weight's name, in patterns too.
                 yield site, replace(spot, target=weight) if PREFIX + nested.get(weight, "") == prefix else spot
             except NoEquivalent as error:
                 raise NoEquivalent(f"{weight} ({site.role}): {error}") from error
 
 
 def _by_holder(model: nn.Module, found: Iterable[Site]) -> dict[tuple[int, str], Site]:
-    """Sites of whole weights by the module that holds the weight, which may go by several names."""
+    """Sites of whole weights, keyed by the module that holds the weight: a module can have several names."""
     made: dict[tuple[int, str], Site] = {}
     for site in (each for one in found for each in places(one)):
         path, _, leaf = site.weight.rpartition(".")
@@ -57,7 +57,7 @@ def _by_holder(model: nn.Module, found: Iterable[Site]) -> dict[tuple[int, str],
 def _site(
     model: nn.Module, weight: str, holders: Mapping[tuple[int, str], Site], paths: Mapping[str, nn.Module]
 ) -> Site | None:
-    """The site of a weight as dataflow found it, or, of a linear map, table or convolution that it never saw, by its path."""
+    """A weight's site from dataflow. A linear map, table or convolution that dataflow did not reach gets one by path."""
     path, _, leaf = weight.rpartition(".")
     module: Any = paths.get(path)
     if module is None or leaf not in module._parameters:

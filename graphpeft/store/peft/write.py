@@ -1,4 +1,7 @@
-"""Write an adapter so that PEFT loads it to the same outputs: LoRA of whole weights, DoRA, or VeRA."""
+"""Write an adapter that gives the same outputs in PEFT: LoRA of whole weights, DoRA, or VeRA.
+
+PEFT adapts a fused weight as a whole: its sites are written as one LoRA whose rank is their sum, zero in all other rows.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ INSTEAD = "Save it in graphpeft's own format, or merge it: gp.merge(model)."
 
 @dataclass(frozen=True)
 class Pair:
-    """The update of a whole weight, scale · B · A, with zero rows in B where no site is."""
+    """The update of a whole weight, scale · B · A; rows of B outside of sites are zero."""
 
     a: Tensor
     b: Tensor
@@ -47,11 +50,11 @@ class Pair:
 def write_peft(model: nn.Module, name: str, folder: Path) -> None:
     """Write `adapter_model.safetensors` and `adapter_config.json`, tensors first.
 
-    Raises `AdapterError`, before anything is written, for what PEFT cannot hold: it names the site.
+    Raises `AdapterError`, before anything is written, if PEFT's format cannot hold the update of a site, which it names.
     """
     if isinstance(model, fx.GraphModule):
         raise AdapterError(
-            f"PEFT adapts modules, and {type(model).__name__} is one graph. Save in graphpeft's own format, load that on the "
+            f"PEFT adapts modules, and {type(model).__name__} is one graph. Save in graphpeft's own format, load it on the "
             f"model that was exported, and save from there."
         )
     entries, found = get_state(model).adapters[name].entries, chains(model, name)
@@ -85,7 +88,7 @@ def _about(model: nn.Module) -> dict[str, Any]:
 
 
 def _spots(model: nn.Module, entries: Sequence[Entry]) -> dict[str, list[PeftWeight]]:
-    """By weight, the places where PEFT adapts it: several for a tied one."""
+    """The places where PEFT adapts each weight: several for a tied one."""
     sites = [each for entry in entries for each in places(entry.site)]
     loose = {s.weight for s in sites if bare(model.get_submodule(s.weight.rpartition(".")[0]), _leaf(s.weight))}
     nested, found = nesting(model, loose), {}
@@ -121,7 +124,7 @@ def _lora(
     pairs: dict[str, Pair] = {}
     for entry in entries:
         if dora and any(spot.kind not in ("linear", "conv") for spot in spots[entry.site.weight]):
-            raise _refusal(entry.site, "PEFT has another DoRA, or none, for tables and bare parameters")
+            raise _refusal(entry.site, "PEFT's DoRA differs for tables and does not exist for bare parameters")
         pair = _pair(model, entry, found[entry.site], dora)
         before = pairs.get(entry.site.weight)
         pairs[entry.site.weight] = pair if before is None else _beside(before, pair, entry.site)
@@ -154,7 +157,7 @@ def _loose(listed: Iterable[PeftWeight]) -> bool:
 
 
 def _pair(model: nn.Module, entry: Entry, chain: Chain, dora: bool) -> Pair:
-    """The pair of one site as tall as the whole weight."""
+    """One site's pair, extended to all rows of the weight."""
     with chain.as_trained():
         if type(entry.method) in (LoRA, DoRA):
             left, right = list(chain.factors)[-2:]
@@ -171,7 +174,7 @@ def _pair(model: nn.Module, entry: Entry, chain: Chain, dora: bool) -> Pair:
 
 
 def _tall(b: Tensor, site: Site) -> Tensor:
-    """B with zeros in the rows of the weight that the site does not have."""
+    """B extended to all rows of the weight, with zeros outside of the site."""
     if site.rows is None:
         return b
     whole = b.new_zeros(*b.shape[:-2], site.full, b.shape[-1])
@@ -184,7 +187,7 @@ def _index(site: Site) -> list[int]:
 
 
 def _magnitude(model: nn.Module, site: Site, chain: Chain) -> Tensor:
-    """DoRA's lengths of all rows of the weight: rows that no site has keep the lengths that they have in the base."""
+    """DoRA's magnitudes for all rows of the weight; rows outside of the site keep their norms from the base."""
     weight = base_weight(model, site.weight)
     whole = replace(site, rows=None, shape=(site.full or site.outputs, site.inputs))
     lengths = torch.linalg.vector_norm(as_out_in(weight, *weight_layout(whole)).to(chain.dtype), dim=-1)
@@ -194,7 +197,7 @@ def _magnitude(model: nn.Module, site: Site, chain: Chain) -> Tensor:
 
 
 def _beside(one: Pair, other: Pair, site: Site) -> Pair:
-    """Two sites of one fused weight as one pair: block structure, of the summed rank."""
+    """Join the pairs of two sites of a fused weight into one block-structured pair; the ranks add up."""
     scale = one.scale if one.scale == other.scale else 1.0
     a = torch.cat([one.a, other.a], -2)
     b = torch.cat([one.b * (one.scale / scale), other.b * (other.scale / scale)], -1)
@@ -206,7 +209,7 @@ def _beside(one: Pair, other: Pair, site: Site) -> Pair:
 
 
 def _alpha(alpha: float) -> float:
-    """A whole number where it is one but for rounding, as PEFT's own configs have it."""
+    """Alpha as an integer if it is one up to rounding, as in PEFT's own configs."""
     return round(alpha) if isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
 
 
@@ -215,18 +218,18 @@ def _is_dora(entries: Sequence[Entry]) -> bool:
     if plain and len(plain) < len(entries):
         raise _refusal(
             plain[0].site,
-            f"`{plain[0].method}` stands beside `dora`, and PEFT's use_dora is for all of an adapter or none",
+            f"`{plain[0].method}` is mixed with `dora`, and PEFT's use_dora applies to a whole adapter",
         )
     return not plain
 
 
 def _dropout(found: Mapping[Site, Chain], spots: Mapping[str, list[PeftWeight]]) -> float:
-    """The one probability of an adapter; a table has no features to drop, here and in PEFT."""
+    """The adapter's single dropout probability. Tables are ignored: neither library applies dropout to them."""
     by = {site: chain.probability for site, chain in found.items() if spots[site.weight][0].kind != "embedding"}
     if len(set(by.values())) > 1:
         site = min(by, key=lambda each: by[each])
         others = ", ".join(f"{p:g}" for p in sorted({p for p in by.values() if p != by[site]}))
-        raise _refusal(site, f"its dropout is {by[site]:g} where other sites have {others}, and PEFT has one for all")
+        raise _refusal(site, f"its dropout is {by[site]:g} and other sites have {others}, but PEFT has one for all")
     return next(iter(by.values()), 0.0)
 
 
@@ -234,7 +237,7 @@ def _dropout(found: Mapping[Site, Chain], spots: Mapping[str, list[PeftWeight]])
 
 
 def _is_vera(entries: Sequence[Entry], spots: Mapping[str, list[PeftWeight]]) -> bool:
-    """Whether PEFT's VeRA is the same: one r and key, and whole weights of linear maps. Otherwise it goes as LoRA."""
+    """Whether PEFT's VeRA can hold it: one r and key, whole weights of linear maps. If not, it is written as LoRA."""
     methods = {replace(e.method, store="key") if isinstance(e.method, VeRA) else e.method for e in entries}
     plain = all(e.site.rows is None and [s.kind for s in spots[e.site.weight]] == ["linear"] for e in entries)
     return plain and len(methods) == 1 and isinstance(next(iter(methods)), VeRA)
@@ -243,7 +246,7 @@ def _is_vera(entries: Sequence[Entry], spots: Mapping[str, list[PeftWeight]]) ->
 def _vera(
     entries: Sequence[Entry], found: Mapping[Site, Chain], spots: Mapping[str, list[PeftWeight]]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors by key, the projections among them, as PEFT does by default; and the config."""
+    """Tensors by key, including the projections as PEFT does by default, and the config."""
     tensors: dict[str, Tensor] = {}
     for entry in entries:
         b, B, d, _ = list(found[entry.site].factors)

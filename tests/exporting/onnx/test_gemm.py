@@ -10,8 +10,11 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+import torch
+from checks import randomize
 from exports import CLOSE, SAMPLE, deployed, hand, off, serving, silent
 
+import graphpeft as gp
 from graphpeft.exporting import onnx
 from graphpeft.passes.export import export
 from graphpeft.runtime.layout import Slot
@@ -75,3 +78,15 @@ def test_a_sum_that_broadcasts_stays(tmp_path: Path) -> None:
 def test_quantized_and_gated_graphs_keep_their_gemms(tmp_path: Path) -> None:
     export(hand(), tmp_path / "x", inputs=SAMPLE, rows=True, quantize="int4", verify="fast")
     assert kinds(tmp_path / "x")["Gemm"] == 2
+
+
+def test_a_projection_that_ends_the_model_says_its_shape(tmp_path: Path) -> None:
+    """The sum of a slot is then the graph's output, whose shape onnx.checker asks for."""
+    x = torch.randn(3, 4)
+    model = gp.apply(torch.nn.Sequential(torch.nn.Linear(4, 5)), "head:lora(r=2)", inputs=(x,))
+    randomize(model)
+    gp.export(model, tmp_path / "out", inputs=(x,))
+    session = Session(tmp_path / "out")
+    session.use("default")
+    (found,) = session.run({"input": x.numpy()}).values()
+    assert off(found, model(x).detach().numpy()) < CLOSE
