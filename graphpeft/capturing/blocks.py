@@ -27,11 +27,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.modules import module as torch_module
-from torch.utils import _pytree as pytree
 
 from graphpeft.capturing.kinds import PLAIN, Watched, module_diff, trap_ints
+from graphpeft.compat import pytree
 from graphpeft.compat.fake_tensors import has_value, storage
+from graphpeft.compat.hooks import has_global_hooks
 
 FEWEST = 3
 """The smallest number of equal blocks that saves work: the first and the last are always traced."""
@@ -111,7 +111,7 @@ def kinds(model: nn.Module, exact: frozenset[str] = frozenset()) -> list[Kind]:
 
     Integer attributes named in `exact` must be equal; others may differ and are watched.
     """
-    if any(getattr(torch_module, f"_global_{hooks}") for hooks in ("forward_hooks", "forward_pre_hooks")):
+    if has_global_hooks():
         return []
     return list(_kinds(model, "", exact))
 

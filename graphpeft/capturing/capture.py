@@ -24,6 +24,7 @@ from graphpeft.capturing.diagnose import explain
 from graphpeft.capturing.expand_blocks import expand_blocks
 from graphpeft.capturing.functional import functional
 from graphpeft.capturing.samples import sample_inputs, without_cache
+from graphpeft.compat import operators
 from graphpeft.compat import transformers_export as hf
 from graphpeft.compat.accelerate import unhooked
 from graphpeft.compat.fake_tensors import with_shapes
@@ -128,7 +129,7 @@ def is_aten(graph: fx.Graph) -> bool:
     """Whether the graph consists of ATen operators, as `torch.export` makes them, and calls no submodules."""
     calls = [n for n in graph.nodes if n.op in {"call_function", "call_method", "call_module"}]
     plain = all(n.op == "call_function" or n.target == "_guards_fn" or "val" in n.meta for n in calls)
-    return plain and any(isinstance(n.target, torch._ops.OpOverload) for n in calls)
+    return plain and any(operators.is_aten(n.target) for n in calls)
 
 
 def example_call(model: nn.Module, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:

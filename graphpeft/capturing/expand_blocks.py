@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from graphpeft.capturing import blocks
 from graphpeft.capturing.blocks import FoldingError
+from graphpeft.compat import pytree
 
 BEGIN, BLOCK = torch.ops.graphpeft.begin.default, torch.ops.graphpeft.block.default
 

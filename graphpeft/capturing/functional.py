@@ -13,6 +13,8 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+from graphpeft.compat.operators import OperatorBase, is_aten, is_mutable
+
 
 def functional(program: ExportedProgram) -> ExportedProgram:
     """The same program with writes through views turned into values; unchanged if it has none. Other operators
@@ -25,12 +27,12 @@ def _copied(destination: torch.Tensor, source: torch.Tensor, non_blocking: bool 
     return source.to(destination.dtype).expand(destination.shape)
 
 
-_WITHOUT_COPY: dict[torch._ops.OperatorBase, Callable[..., Any]] = {torch.ops.aten.copy.default: _copied}
+_WITHOUT_COPY: dict[OperatorBase, Callable[..., Any]] = {torch.ops.aten.copy.default: _copied}
 
 
 def _writes(node: fx.Node) -> bool:
     """Whether the node changes a tensor that others read; an in-place activation whose input has no other reader does
     not."""
-    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+    if not is_aten(node.target) or not is_mutable(node.target):
         return False
     return torch.Tag.pointwise not in node.target.tags or any(len(a.users) > 1 for a in node.all_input_nodes[:1])

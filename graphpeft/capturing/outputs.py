@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
+
+from graphpeft.compat.pytree import tree_leaves
 
 
 def floats(output: Any) -> list[torch.Tensor]:

@@ -55,7 +55,9 @@ def _class(name: str, config: Any) -> Any:
 
     names = config.architectures or ()
     if not isinstance(names, list | tuple) or not all(isinstance(each, str) for each in names):
-        raise CaptureError(f"{name} has architectures {str(names)[:40]!r} in its config.json, which must be a list of names.")
+        raise CaptureError(
+            f"{name} has architectures {str(names)[:40]!r} in its config.json, which must be a list of names."
+        )
     found = [getattr(transformers, each, None) if each.isidentifier() else None for each in names]
     classes = [
         c if isinstance(c, type) and issubclass(c, nn.Module) else each for c, each in zip(found, names, strict=True)

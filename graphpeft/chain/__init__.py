@@ -1,4 +1,4 @@
-"""WHAT an adapter is: a chain of linear factors."""
+"""The algebra of adapters: an adapter is a chain of linear factors."""
 
 import warnings
 from typing import Any
@@ -30,13 +30,13 @@ _RENAMED = {
     "Rounded": "FakeQuantizer",
     "RoundedBase": "QuantizedBase",
 }
-"""Names of 0.1, by which methods outside of this package may still ask for these classes."""
+"""Class names of version 0.1, which methods in other packages may still use."""
 
 
 def __getattr__(name: str) -> Any:
     if name not in _RENAMED:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    warnings.warn(f"graphpeft.chain.{name} is called {_RENAMED[name]} now.", DeprecationWarning, stacklevel=2)
+    warnings.warn(f"graphpeft.chain.{name} was renamed to {_RENAMED[name]}.", DeprecationWarning, stacklevel=2)
     return globals()[_RENAMED[name]]
 
 

@@ -18,7 +18,7 @@ from graphpeft.chain.inits import Init
 class BlockDiag(Weighted):
     """diag(W₁ … Wₙ) of equal blocks: `weight` is `(n, outputs / n, inputs / n)`.
 
-    The n blocks are one batched product. Both widths have to be multiples of n.
+    The n blocks are one batched product. Both widths must be multiples of n.
     """
 
     def __init__(self, n: int, outputs: int, inputs: int, init: Init) -> None:
@@ -30,7 +30,7 @@ class BlockDiag(Weighted):
         return self.weight.numel()
 
     def forward(self, x: Tensor) -> Tensor:
-        # einsum makes one batched product with the blocks first, several times faster than one over tokens first.
+        # einsum makes the blocks the first batch dimension, which is several times faster than batching over tokens first.
         chunks = x.unflatten(-1, (self.n, self.inputs // self.n))
         return torch.einsum("...ni,noi->...no", chunks, self.value).flatten(-2)
 
@@ -46,7 +46,8 @@ class BlockDiag(Weighted):
 
 
 class MixedBlocks(Factor):
-    """diag(s₁ W₁ … sₙ Wₙ) of blocks of unequal `shapes` (outputs, inputs), laid out densely when used."""
+    """diag(s₁ W₁ … sₙ Wₙ) of blocks with unequal `shapes` (outputs, inputs), assembled into a dense matrix at each
+    use."""
 
     def __init__(self, shapes: Sequence[tuple[int, int]], init: Init, scales: Sequence[float] | None = None) -> None:
         outputs, inputs = (sum(sizes) for sizes in zip(*shapes, strict=True))
@@ -56,7 +57,7 @@ class MixedBlocks(Factor):
 
     @property
     def blocks(self) -> list[Tensor]:
-        """The matrices W₁ … Wₙ as they are trained, without scales and transforms."""
+        """The trained matrices W₁ … Wₙ, without scales and transforms."""
         return [part.weight for part in self._parts]
 
     @property

@@ -24,15 +24,15 @@ from graphpeft.chain.weight_rules import WeightRule
 from graphpeft.errors import AdapterError
 
 Start = Callable[[Tensor, float], tuple[Tensor, ...]]
-"""From the base weight of a site, `(outputs, inputs)` in float32 or better, and the chain's scale: initial values of the
-factors, in the order in which they are written."""
+"""Maps the base weight of a site, `(outputs, inputs)` in float32 or better, and the chain's scale to the initial values
+of the factors, in the order in which they are written."""
 
 
 class Chain(nn.Module):
     """`scale` times a product of factors, written as matrices are: the last one is applied first.
 
     `dropout` is the probability with which an input feature is zeroed before the first factor, in training only.
-    Raises `AdapterError` if the widths of two neighbors differ.
+    Raises `AdapterError` if the widths of two neighboring factors differ.
     """
 
     def __init__(self, factors: Iterable[Factor], scale: float = 1.0, dropout: float = 0.0) -> None:
@@ -40,7 +40,7 @@ class Chain(nn.Module):
         self.factors = nn.ModuleList(factors)
         self.scale = scale
         self.strength = 1.0
-        """What the whole update is multiplied by while several adapters act together (see `activate`)."""
+        """A factor on the whole update while several adapters act together (see `activate`)."""
         self.start: Start | None = None
         self.reweight: WeightRule | None = None
         self.before: Transform | None = None
@@ -59,7 +59,7 @@ class Chain(nn.Module):
 
     @property
     def _inner(self) -> list[Factor]:
-        """The factors that a method declared, without a Scatter to the rows of a fused projection."""
+        """The factors that the method declared, without the `Scatter` to the rows of a fused projection."""
         return [factor for factor in self._factors if not isinstance(factor, Scatter)]
 
     @property
@@ -72,19 +72,19 @@ class Chain(nn.Module):
 
     @property
     def macs(self) -> int:
-        """Multiplications and additions for each position."""
+        """Multiply-accumulates per position."""
         return sum(factor.macs for factor in self._factors)
 
     @property
     def rank(self) -> int:
-        """The narrowest width along the chain: an upper bound of the rank of ΔW."""
+        """The narrowest width along the chain: an upper bound on the rank of ΔW."""
         if self.reweight is not None:
             return min(self.outputs, self.inputs)
         return min(self.outputs, *(factor.inputs for factor in self._factors))
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the tensors that the chain computes with."""
+        """The dtype of the tensors that the chain computes with."""
         return self._like().dtype
 
     @property
@@ -93,11 +93,11 @@ class Chain(nn.Module):
 
     @property
     def probability(self) -> float:
-        """The probability of dropout."""
+        """The dropout probability."""
         return self.dropout.p if hasattr(self, "dropout") else 0.0
 
     def trainable(self) -> int:
-        """How many numbers are trained."""
+        """The number of trained parameters."""
         return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
 
     def scaled(self, scale: float) -> Chain:
@@ -105,11 +105,11 @@ class Chain(nn.Module):
         return self._with(self.scale * scale, self.probability)
 
     def with_dropout(self, probability: float) -> Chain:
-        """The same factors with dropout on the input; 0 for none."""
+        """The same factors with dropout on the input; 0 turns it off."""
         return self._with(self.scale, probability)
 
     def with_init_from(self, start: Start) -> Chain:
-        """This chain with initial values computed from the base weight, where there is one, instead of drawn."""
+        """This chain, initialized from the base weight where there is one, instead of at random."""
         self.start = start
         return self
 
@@ -119,18 +119,19 @@ class Chain(nn.Module):
         return self
 
     def with_input_transform(self, before: Transform) -> Chain:
-        """This chain with a transform of what the site reads, for the base weight and the update alike."""
+        """This chain with a transform of the site's input, which the base weight and the update both read."""
         self.before = before
         return self
 
     @property
     def needs_base_weight(self) -> bool:
-        """Whether the update depends on the base weight, which `delta` and `accumulate` are given then."""
+        """Whether the update depends on the base weight: `delta` then takes it, and `accumulate` its product with the
+        input."""
         return self.reweight is not None
 
     @property
     def has_side_path(self) -> bool:
-        """Whether the update can be computed beside the projection, rather than as a change of its weight."""
+        """Whether the update can be computed beside the projection, instead of as a change of its weight."""
         return self.reweight is None or (self.reweight.has_side_path and len(self._inner) == len(self._factors))
 
     def _with(self, scale: float, probability: float) -> Chain:
@@ -145,7 +146,7 @@ class Chain(nn.Module):
 
     @contextmanager
     def settled(self) -> Iterator[None]:
-        """The chain as in evaluation for a while: no dropout, no noise, gates decided."""
+        """Put the chain into evaluation mode inside the context: no dropout, no noise, decided gates."""
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
@@ -156,7 +157,7 @@ class Chain(nn.Module):
 
     @contextmanager
     def as_trained(self) -> Iterator[None]:
-        """Settled, and without the strength that the adapter may have been activated with."""
+        """The chain in evaluation mode, and without the strength that the adapter may have been activated with."""
         strength, self.strength = self.strength, 1.0
         try:
             with self.settled():
@@ -173,12 +174,12 @@ class Chain(nn.Module):
         return made
 
     def reset(self, seed: int, site: str, weight: Tensor | None = None) -> None:
-        """Fill every tensor with initial values, a function of `(seed, site, place in the chain)` alone.
+        """Fill every tensor with initial values that depend on `(seed, site, place in the chain)` alone.
 
-        A shared factor is filled from `(seed, its name)`. Tensors on the meta device are left alone. A chain with a
-        `start` takes its values from the `weight` of the site, `(outputs, inputs)`, if it is given.
+        The values of a shared factor depend on `(seed, its name)`. Tensors on the meta device are left alone. A chain
+        with a `start` computes its values from the `weight` of the site, `(outputs, inputs)`, if that is given.
         """
-        # Places are counted from the right: a Scatter put in front later moves none.
+        # Places are counted from the right, so that a Scatter added in front later does not shift them.
         for place, factor in enumerate(reversed(self._factors)):
             names = ("shared", factor.shared) if factor.shared else ("site", site, str(place))
             if not any(tensor.is_meta for tensor in (*factor.parameters(), *factor.buffers())):
@@ -198,9 +199,10 @@ class Chain(nn.Module):
         return x if self._times == 1 else x * self._times
 
     def accumulate(self, y: Tensor, x: Tensor, product: Tensor | None = None, gain: Tensor | None = None) -> Tensor:
-        """`y + self(x)`, the last product, the scale and the sum being one kernel where the factor allows.
+        """`y + self(x)`. Where the factor allows it, the last product, the scale and the sum are one kernel.
 
-        A `needs_base_weight` update takes the product of the base weight and x, without a bias, and its `row_scale`.
+        A `needs_base_weight` update also takes the product of the base weight and x, without a bias, and its
+        `row_scale`.
         """
         if gain is not None and product is not None:
             return torch.addcmul(torch.addcmul(y, product, gain - 1), self(x), gain)
@@ -208,7 +210,7 @@ class Chain(nn.Module):
         scatter = None
         if isinstance(first, Scatter) and rest:
             scatter, first, *rest = first, *rest
-        if first.is_matmul:  # at once: every product of matrices is then one kernel without reshapes of its own
+        if first.is_matmul:  # flatten once: each matrix product is then one kernel, without a reshape of its own
             x = x.reshape(-1, self.inputs)
         return first.accumulate(y, self._product(x, rest), self._times, scatter)
 
@@ -219,22 +221,22 @@ class Chain(nn.Module):
     def delta(self, weight: Tensor | None = None) -> Tensor:
         """ΔW, dense `(outputs, inputs)` with the scale and without dropout, in float32 or better, differentiable.
 
-        A `needs_base_weight` update takes the base weight's adapted rows `(rows, inputs)`; of others `weight` is not looked at.
+        A `needs_base_weight` update takes the adapted rows of the base weight, `(rows, inputs)`; others ignore `weight`.
         """
         if self.reweight is None:
             return self._times * _dense(self._factors)
-        assert weight is not None, "an update relative to the base weight needs it"
+        assert weight is not None, "an update that depends on the base weight needs it"
         product = self._times * _dense(self._inner)
         delta: Tensor = self.reweight(weight.to(product.dtype), product)
         first = self._factors[0]
         return first.times(delta) if isinstance(first, Scatter) else delta
 
     def to_lora(self) -> tuple[Tensor, Tensor]:
-        """An equal plain LoRA pair: A `(r, inputs)` and B `(outputs, r)` with `B @ A` equal to `delta()`.
+        """A plain LoRA pair equal to the update: A `(r, inputs)` and B `(outputs, r)` with `B @ A` equal to `delta()`.
 
-        The chain is cut at its narrowest inner width r, the scale goes into B. Nothing is approximated: if every
-        inner width is large, so is r. Raises `AdapterError` for a single factor, which has no inner width, and for an update
-        relative to the base weight.
+        The chain is cut at its narrowest inner width r, and B includes the scale. Nothing is approximated: if every
+        inner width is large, so is r. Raises `AdapterError` for a single factor, which has no inner width, and for an
+        update that depends on the base weight.
         """
         self.require_linear("is no LoRA pair")
         if self.needs_base_weight:
@@ -250,27 +252,29 @@ class Chain(nn.Module):
         return self.pair()
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """A and B of the product of two factors or more alone, whatever is around it: see `to_lora`."""
+        """A and B of the product of the factors alone, two at least, without the rest of the update: see `to_lora`."""
         a, b = self._cut()
         return a, self._times * b
 
     def row_scale(self, weight: Tensor) -> Tensor:
-        """What a `needs_base_weight` update beside a projection multiplies the rows of W + Δ by, `(outputs,)`."""
-        assert self.reweight is not None, "an update that does not depend on the base weight has no gain"
+        """The numbers, `(outputs,)`, by which a `needs_base_weight` update beside a projection scales the rows of W +
+        Δ."""
+        assert self.reweight is not None, "an update that does not depend on the base weight has no row scale"
         return self.reweight.row_scale(self.pair(), widen(weight))
 
     def require_linear(self, consequence: str) -> None:
-        """Raise `AdapterError` if the site's input is transformed, so that no change of its weight does the same."""
+        """Raise `AdapterError` if the site's input is transformed: no change of its weight is then equivalent."""
         if self.before is not None:
             raise AdapterError(
-                f"{type(self.before).__name__} acts on what the site reads, so the adapter {consequence}. Keep it as it is, or "
-                f"train one that rounds weights alone."
+                f"{type(self.before).__name__} acts on the site's input, so the adapter {consequence}. Keep it as it is, or "
+                f"train one that only rounds weights."
             )
 
     def lookup(self, ids: Tensor, padding_idx: int | None = None) -> Tensor:
-        """The rows `ids` of ΔW, `(*ids.shape, inputs)`: the update of an embedding table, which is never formed.
+        """The rows `ids` of ΔW, `(*ids.shape, inputs)`: the update of an embedding table, without forming ΔW.
 
-        As in `nn.Embedding`, row `padding_idx` hands no gradient to the factors that make it.
+        As in `nn.Embedding`, row `padding_idx` does not propagate gradients to the factors. A single factor does form
+        ΔW.
         """
         if len(self._factors) < 2:
             return F.embedding(ids, self.delta(), padding_idx)
@@ -283,7 +287,7 @@ class Chain(nn.Module):
         return (y + self.lookup(ids, padding_idx)).to(y.dtype)
 
     def _like(self) -> Tensor:
-        """Some tensor of floating-point numbers: a trained one, where there is one."""
+        """A floating-point tensor of the chain, a trained one if there is one."""
         return next(t for t in (*self.parameters(), *self.buffers()) if t.is_floating_point())
 
     def _cut(self) -> tuple[Tensor, Tensor]:

@@ -9,9 +9,9 @@ from torch import Tensor
 def qr(weight: Tensor, scale: float, r: int, pivot: bool = False) -> tuple[Tensor, Tensor]:
     """The first r columns of Q and rows of R in the reduced W = Q R, `(outputs, r)` and `(r, inputs)`.
 
-    Signs are such that R's diagonal is not negative, which makes the factors the same with every backend. With `pivot`
-    the columns are taken in order of what is left of them (Businger & Golub, 1965) rather than as they stand. The
-    scale plays no part: B₀ A₀ is the projection of W on r of its columns, as the paper has it.
+    Signs are chosen so that R's diagonal is not negative, which makes the factors the same with every backend. With
+    `pivot`, the column with the largest remainder comes next (Businger & Golub, 1965), instead of the columns in their
+    order. The scale is not used: B₀ A₀ is the projection of W onto r of its columns, as in the paper.
     """
     if not pivot:
         q, upper = torch.linalg.qr(weight)
@@ -21,7 +21,7 @@ def qr(weight: Tensor, scale: float, r: int, pivot: bool = False) -> tuple[Tenso
     directions: list[Tensor] = []
     for _ in range(r):
         column = left[:, left.square().sum(0).argmax()]
-        for direction in directions:  # once more, against rounding
+        for direction in directions:  # orthogonalize again, against rounding errors
             column = column - (direction @ column) * direction
         directions.append(column / column.norm().clamp_min(torch.finfo(column.dtype).tiny))
         left = left - torch.outer(directions[-1], directions[-1] @ left)
@@ -32,7 +32,7 @@ def qr(weight: Tensor, scale: float, r: int, pivot: bool = False) -> tuple[Tenso
 def svd(weight: Tensor, scale: float, r: int) -> tuple[Tensor, Tensor]:
     """(U √(Σ / s), √(Σ / s) Vᵀ) of the r largest singular values, so that scale · B₀ A₀ is the principal part of W.
 
-    Each left vector's largest entry is positive, which makes the factors the same with every backend.
+    The entry of largest magnitude in each left vector is positive, which makes the factors the same with every backend.
     """
     u, values, v = torch.linalg.svd(weight, full_matrices=False)
     peaks = u.gather(0, u.abs().argmax(0, keepdim=True))[0, :r]

@@ -1,11 +1,11 @@
-"""Factors that start at values taken from the base weight, and count as zero there.
+"""Factors that start at values taken from the base weight, where their update is zero.
 
-With B₀ and A₀ the initial values, the update is ΔW = B A − B₀ A₀: the base weight stays as it is, and the start
-changes nothing. It is computed as
+With B₀ and A₀ the initial values, the update is ΔW = B A − B₀ A₀: the base weight stays as it is, and the initial
+update is zero. It is computed as
 
     ΔW = [B − B₀, B₀] · [A ; A − A₀]
 
-which is the same product, exactly zero at the start, and free of the cancellation between two large ones.
+which is the same matrix, exactly zero at the start, and free of the cancellation between two large products.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from graphpeft.chain.inits import kaiming
 
 
 class DeltaFromInit(Weighted):
-    """One side of such a product: `left` is [B − B₀, B₀] of a B `(n, r)`, `right` is [A ; A − A₀] of an A `(r, n)`.
+    """One side of that product: `left` is [B − B₀, B₀] of a B `(n, r)`, `right` is [A ; A − A₀] of an A `(r, n)`.
 
-    `weight` is trained; `start`, its initial value, belongs to the adapter's file. Until values are assigned (see
-    `Chain.starting`), as on the meta device, both hold the same random numbers.
+    `weight` is trained; `start`, its initial value, is stored in the adapter's file. Until values are assigned (see
+    `Chain.with_init_from`), which needs the base weight's values, both hold the same random numbers.
     """
 
     start: Tensor

@@ -1,4 +1,4 @@
-"""A `Factor`: one linear map of an adapter's chain, which knows how to apply itself and its dense matrix."""
+"""A `Factor`: one linear map in an adapter's chain, which can apply itself and give its dense matrix."""
 
 from __future__ import annotations
 
@@ -24,53 +24,53 @@ def widen(tensor: Tensor) -> Tensor:
 
 
 class Factor(nn.Module):
-    """A linear map from R^inputs to R^outputs whose tensors are empty until `reset` fills them.
+    """A linear map from R^inputs to R^outputs. Its tensors are empty until `reset` fills them.
 
-    A subclass defines `forward`, `reset` and `matrix`; everything else follows. `forward` has to be traceable by
-    `torch.fx` for activations of any rank: no control flow on shapes, and no expression of buffers alone, which
-    FX would evaluate once while tracing.
+    A subclass defines `forward`, `reset` and `matrix`; everything else has a default. `torch.fx` must be able to trace
+    `forward` for activations of any rank: no control flow on shapes, and no expression of buffers alone, which FX would
+    evaluate once while tracing.
     """
 
     chained: ClassVar[type[Chain]]
-    """The class `Chain`. A chain is made of factors, and a factor times another is a chain; so that the two files do not import
-    each other, chain.py sets this."""
+    """The class `Chain`, because the product of two factors is a chain. chain.py sets it, so that the two files do not
+    import each other."""
 
     def __init__(self, outputs: int, inputs: int, shared: str | None = None) -> None:
         super().__init__()
         self.outputs = outputs
         self.inputs = inputs
         self.shared = shared
-        """Name of a factor that all sites of the model have in common; `None` if each site has its own."""
+        """Name of a factor that all sites of the model share; `None` if each site has its own."""
 
     def forward(self, x: Tensor) -> Tensor:
         """The map applied to the last axis: `(..., inputs)` to `(..., outputs)`."""
         raise NotImplementedError
 
     def reset(self, rng: Callable[[str], np.random.RandomState]) -> None:
-        """Fill every tensor with its initial values; `rng(name)` is the random stream of the tensor of that name."""
+        """Fill every tensor with its initial values; `rng(name)` is the random stream of the tensor called `name`."""
         raise NotImplementedError
 
     @property
     def is_matmul(self) -> bool:
-        """Whether `accumulate` is one product of matrices, which takes x as a matrix."""
+        """Whether `accumulate` is a single matrix product, which takes x as a matrix."""
         return False
 
     def joined(self, pool: dict[str, Any]) -> Factor:
-        """This factor, or if it is shared the one that the model has in `pool` by its name; the first one is put there."""
+        """This factor; a shared one is replaced by the first of its name, which `pool` holds."""
         found: Factor = pool.setdefault(self.shared, self) if self.shared else self
         return found
 
     @property
     def macs(self) -> int:
-        """Multiplications and additions for each position."""
+        """Multiply-accumulates per position."""
         return self.outputs * self.inputs
 
     def saved(self) -> dict[str, Tensor]:
-        """The tensors that belong to the adapter's file: those that no seed regenerates, without training state."""
+        """The tensors stored in the adapter's file: those that no seed regenerates, without training state."""
         return stored_tensors(self)
 
     def assign(self, value: Tensor) -> None:
-        """Take an initial value that was computed rather than drawn."""
+        """Set an initial value that was computed instead of drawn."""
         raise NotImplementedError
 
     def matrix(self) -> Tensor:
@@ -84,7 +84,7 @@ class Factor(nn.Module):
     def accumulate(self, y: Tensor, x: Tensor, alpha: float, scatter: Scatter | None = None) -> Tensor:
         """`y + alpha * self(x)`, in as few kernels as possible; with `scatter`, `y + alpha * scatter(self(x))`.
 
-        If the factor is `is_matmul`, x is `(positions, inputs)`, whatever the shape of y.
+        If `is_matmul`, x is `(positions, inputs)`, whatever the shape of y.
         """
         update = self(x) if scatter is None else scatter(self(x))
         return torch.add(y, update, alpha=alpha)
@@ -97,10 +97,10 @@ class Factor(nn.Module):
 
 
 class Scatter(Factor):
-    """Spread features over the wider output of a fused projection: zero wherever no run of `rows` is.
+    """Spread features over the wider output of a fused projection, with zeros outside of `rows`.
 
-    `rows` are half-open, increasing runs of the `full` output features; their lengths sum to `inputs`.
-    Raises `AdapterError` for runs that are empty, overlap, are out of order or leave `range(full)`.
+    `rows` are half-open, increasing runs of the `full` output features; their lengths sum to `inputs`. Raises
+    `AdapterError` for runs that are empty, overlap, are out of order or exceed `range(full)`.
     """
 
     index: Tensor
@@ -117,7 +117,7 @@ class Scatter(Factor):
         self.register_buffer("index", torch.tensor(self._sources()), persistent=False)
 
     def _sources(self) -> list[int]:
-        """For each output feature the input it comes from; `inputs`, one past the last, stands for zero."""
+        """For each output feature, the input it copies; `inputs`, one past the last, means zero."""
         sources = [self.inputs] * self.outputs
         features = (feature for run in self.rows for feature in range(*run))
         for source, feature in enumerate(features):
@@ -128,7 +128,7 @@ class Scatter(Factor):
         fill(self.index, np.array(self._sources()))
 
     def expand(self, tensor: Tensor, dim: int) -> Tensor:
-        """`tensor` with its axis `dim`, counted from the end, grown from `inputs` to `outputs`."""
+        """`tensor` with axis `dim`, counted from the end, widened from `inputs` to `outputs`."""
         skip = (0, 0) * (-1 - dim)
         if len(self.rows) == 1:
             ((start, stop),) = self.rows

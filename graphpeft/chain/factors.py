@@ -18,7 +18,7 @@ from graphpeft.chain.transform import Transform
 
 
 class Weighted(Factor):
-    """A factor with one tensor, `weight`: a parameter, or, frozen, a buffer that its seed regenerates."""
+    """A factor with one tensor, `weight`: a parameter or, if frozen, a buffer that its seed regenerates."""
 
     weight: Tensor
 
@@ -40,16 +40,17 @@ class Weighted(Factor):
 
     @property
     def value(self) -> Tensor:
-        """`weight` as the factor uses it: after its transforms, the first one first."""
+        """`weight` after its transforms, applied in order: the tensor that the factor computes with."""
         return reduce(lambda tensor, transform: transform(tensor), self.applied, self.weight)
 
     def with_transforms(self, *transforms: Transform) -> Self:
-        """This factor with further transforms of its weight."""
+        """This factor with additional transforms of its weight."""
         self.transforms = nn.ModuleList([*self.applied, *transforms])
         return self
 
     def as_codes(self, bits: int) -> Self:
-        """This factor at a fixed precision: below 32 bits the weight is integers, which are stored and not trained."""
+        """This factor at a fixed precision: below 32 bits the weight is integer codes, which are stored but not
+        trained."""
         if bits == 32:
             return self
         shape = self.weight.shape

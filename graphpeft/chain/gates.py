@@ -1,6 +1,6 @@
 """Stochastic gates that learn to be open or closed: the hard concrete distribution (Louizos et al., 2018, arXiv:1712.01312).
 
-In training a gate is a random number in [0, 1] that is often exactly 0 or 1 and passes a gradient to its logit; in
+In training a gate is a random number in [0, 1] that is often exactly 0 or 1 and propagates a gradient to its logit. In
 evaluation it is 0 or 1, decided by the logit alone.
 """
 
@@ -17,9 +17,9 @@ from graphpeft.chain.inits import fill
 from graphpeft.chain.transform import Transform
 
 TEMPERATURE, LOW, HIGH = 2 / 3, -0.1, 1.1
-"""Of the concrete distribution, and the interval that it is stretched to before it is clipped to [0, 1]."""
+"""Temperature of the concrete distribution, and the interval to which it is stretched before clipping to [0, 1]."""
 CLOSED = 0.34
-"""A gate is closed in evaluation if it would be 0 with at least this probability in training (Bayesian Bits)."""
+"""A gate is closed in evaluation if it is 0 with at least this probability in training (Bayesian Bits)."""
 _SHIFT = TEMPERATURE * log(-LOW / HIGH)
 _THRESHOLD = _SHIFT - log(CLOSED / (1 - CLOSED))
 
@@ -31,7 +31,7 @@ def sample(logits: Tensor) -> Tensor:
 
 
 def probability(logits: Tensor) -> Tensor:
-    """The probability with which each gate is not 0 in training, differentiable."""
+    """The probability that each gate is not 0 in training, differentiable."""
     return (logits - _SHIFT).sigmoid()
 
 
@@ -41,11 +41,11 @@ def decided(logits: Tensor) -> Tensor:
 
 
 class RankGate(Transform):
-    """Keeps the first k of the r entries of a diagonal, k being learned: an entry counts only if all before it do.
+    """Keep the first k of the r entries of a diagonal, with a learned k: an entry counts only if all before it do.
 
-    The first entry has no gate unless `drop` is set, with which the whole update can go. In training each gate is
-    rounded to 0 or 1 with a straight-through gradient. The penalty is `weight` times the mean probability of being open;
-    with `nested`, of being open together with all before it, which is what the forward pass uses.
+    The first entry has no gate unless `drop` is set, which allows the whole update to vanish. In training each gate is
+    rounded to 0 or 1 with a straight-through gradient. The penalty is `weight` times the mean probability that a gate
+    is open; with `nested`, the probability that it is open together with all before it, as in the forward pass.
     """
 
     def __init__(self, r: int, weight: float, logit: float = 6.0, nested: bool = False, drop: bool = False) -> None:
@@ -63,7 +63,7 @@ class RankGate(Transform):
         return diagonal * with_ones(gates, self.free).cumprod(-1)
 
     def kept(self) -> int:
-        """How many entries evaluation keeps; of a stack, the most that any of its matrices does."""
+        """The number of entries kept in evaluation; for a stack, the largest number over its matrices."""
         return int(with_ones(decided(self.logits), self.free).cumprod(-1).sum(-1).max())
 
     def penalty(self, diagonal: Tensor | None) -> Tensor | None:
@@ -74,5 +74,5 @@ class RankGate(Transform):
 
 
 def with_ones(gates: Tensor, n: int) -> Tensor:
-    """`gates` with `n` open ones before them, on the last axis."""
+    """`gates` with `n` open gates in front, on the last axis."""
     return torch.cat([gates.new_ones(*gates.shape[:-1], n), gates], -1)

@@ -1,7 +1,7 @@
 """Hadamard matrices: square, of entries ±1, with orthogonal rows.
 
 Built by Sylvester's doubling (orders 2m), Paley's first construction (orders q + 1 for q ≡ 3 mod 4) and his second
-(2(q + 1) for q ≡ 1 mod 4), q being a prime, its square or its cube (Paley, 1933). Between them they reach the usual
+(2(q + 1) for q ≡ 1 mod 4), where q is a prime, its square or its cube (Paley, 1933). Together they reach the usual
 model widths exactly: 768 = 24 · 32, 5120 = 64 · 80, 11008 = 32 · 344, 14336 = 112 · 128.
 """
 
@@ -22,7 +22,7 @@ Matrix = np.ndarray[Any, np.dtype[np.int8]]
 def hadamard_factors(n: int) -> tuple[int, int]:
     """Orders (a, b), a ≤ b, of two Hadamard matrices whose Kronecker product has the smallest usable order ≥ `n`.
 
-    The transform of order a·b costs a + b multiplications per feature, so past 64 only splits with b ≤ 12a count.
+    The transform of order a·b costs a + b multiplications per feature, so a b above 64 must not exceed 12a.
     """
     return next(split for order in count(n) if (split := _split(order)))
 
@@ -35,7 +35,7 @@ def hadamard_order(n: int) -> int:
 
 @cache
 def hadamard_matrix(n: int) -> Matrix:
-    """A Hadamard matrix of order `n`, read-only int8. Raises `AdapterError` where no construction is known here."""
+    """A Hadamard matrix of order `n`, read-only int8. Raises `AdapterError` if no construction here gives one."""
     if not constructible(n):
         raise AdapterError(
             f"No Hadamard matrix of order {n} by Sylvester's or Paley's constructions; "
@@ -72,7 +72,7 @@ def _paley_2(n: int) -> bool:
 
 
 def _field(q: int) -> tuple[int, int] | None:
-    """(p, k) with q = pᵏ for a prime p and a k of at most 3, or `None`."""
+    """(p, k) with q = pᵏ for a prime p and k at most 3, or `None`."""
     p = next((divisor for divisor in range(2, isqrt(q) + 1) if q % divisor == 0), q)
     return next(((p, k) for k in (1, 2, 3) if q > 1 and p**k == q), None)
 
@@ -94,7 +94,7 @@ def _build(n: int) -> Matrix:
 def _bordered(q: int) -> Matrix:
     """Jacobsthal's matrix of the field of q elements inside a border of ones with a zero corner.
 
-    Its entry [a, b] is 1 if a - b is a square, -1 if it is none, and 0 on the diagonal.
+    Its entry [a, b] is 1 if a - b is a square, -1 if it is not, and 0 on the diagonal.
     """
     p, k = _field(q) or (q, 1)
     elements = np.array(list(product(range(p), repeat=k)))  # polynomials of degree < k, the constant term first

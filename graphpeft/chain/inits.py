@@ -1,4 +1,4 @@
-"""What a factor's tensors hold before training: each init is a callable `(tensor, rng)` that fills a tensor."""
+"""Initial values of a factor's tensors: each init is a callable `(tensor, rng)` that fills a tensor."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def normal(std: float) -> Init:
 
 
 def kaiming(a: float = math.sqrt(5)) -> Init:
-    """Uniform on ±√(6 / ((1 + a²) · fan_in)), fan_in being the size of the last axis (He et al., 2015).
+    """Uniform on ±√(6 / ((1 + a²) · fan_in)), where fan_in is the size of the last axis (He et al., 2015).
 
-    The default `a` gives ±1/√fan_in: what `nn.Linear` uses for its weight and LoRA for A.
+    The default `a` gives ±1/√fan_in: `nn.Linear` uses it for its weight, and LoRA for A.
     """
     return partial(_kaiming, a=a)
 

@@ -14,10 +14,10 @@ from graphpeft.errors import RuleError
 class Noise(Transform):
     """`weight + exp(log_sigma) · draw` in training, the weight itself in evaluation.
 
-    `draw` stays the same until `redraw`, so that all uses of the weight in one forward pass, and a recomputed one,
-    see the same noise. The prior is N(start, λ²), `start` being the weight given here. One λ serves the whole tensor, or
-    each matrix of a `stacked` one; with `trained_prior` log λ is a parameter, `log_prior`. Raises `RuleError` unless
-    sigma > 0.
+    `draw` stays the same until `redraw`, so that all uses of the weight in one forward pass, and a recomputed pass, see
+    the same noise. The prior is N(start, λ²), where `start` is the weight given here. There is one λ for the whole
+    tensor, or one for each matrix of a `stacked` tensor; with `trained_prior`, log λ is a parameter, `log_prior`.
+    Raises `RuleError` unless sigma > 0.
     """
 
     stored = False
@@ -34,14 +34,14 @@ class Noise(Transform):
         start = weight.detach()
         self.axes = tuple(range(1 if stacked else 0, start.dim()))
         self.log_sigma = nn.Parameter(torch.full_like(start, log(sigma)))
-        # Where the weight has not moved and all σ are equal, they are the best λ too.
+        # As long as the weight has not moved and all σ are equal, the best λ is that σ.
         best = self.log_sigma.detach().mean(self.axes, keepdim=True)
         self.log_prior = nn.Parameter(best) if trained_prior else None
         self.register_buffer("start", start.clone())
         self.register_buffer("draw", torch.zeros_like(start), persistent=False)
 
     def redraw(self, seed: int | None = None) -> None:
-        """Draw new noise for the next forward pass; with a seed, the noise of that seed on this kind of device."""
+        """Draw new noise for the next forward pass; a seed makes it reproducible on the same kind of device."""
         if seed is None:
             self.draw = torch.randn_like(self.draw)
         else:
@@ -53,15 +53,15 @@ class Noise(Transform):
             return weight
         logs: Tensor = self.log_sigma
         if self.log_prior is not None:
-            # Of no effect, but DistributedDataParallel wants every parameter to take part in the forward pass.
+            # This adds zero: DistributedDataParallel needs every parameter to take part in the forward pass.
             logs = logs + 0 * self.log_prior
         return weight + logs.exp() * self.draw
 
     def kl(self, weight: Tensor) -> Tensor:
         """KL(N(weight, σ²) ‖ N(start, λ²)), a scalar, in float32 or better.
 
-        That is ½ Σ [(σ² + (weight − start)²) / λ² − 1 + ln λ² − ln σ²]. Unless λ is trained it is the one that makes this
-        least, λ² = (Σσ² + ‖weight − start‖²) / d for d entries.
+        That is ½ Σ [(σ² + (weight − start)²) / λ² − 1 + ln λ² − ln σ²]. A λ that is not trained has the value that
+        minimizes this, λ² = (Σσ² + ‖weight − start‖²) / d for d entries.
         """
         wide = torch.promote_types(weight.dtype, torch.float32)
         logs = self.log_sigma.to(wide)

@@ -1,15 +1,15 @@
-"""Learned precision: a tensor rounded to 2, 4, 8, 16 or 32 bits, by gates that say how far up that ladder it goes.
+"""Learned precision: gates decide whether a tensor is rounded to 2, 4, 8, 16 or 32 bits.
 
-A uniform quantizer of b bits on [-β, β] has 2^b - 1 levels. Those of b bits are among those of 2b, because
-2^2b - 1 = (2^b - 1)(2^b + 1), so the residual ladder of Bayesian Bits (van Baalen et al., 2020, arXiv:2005.07093),
+A uniform quantizer of b bits on [-β, β] has 2^b - 1 levels. The levels of b bits are a subset of those of 2b bits, because
+2^2b - 1 = (2^b - 1)(2^b + 1), so the residual sum of Bayesian Bits (van Baalen et al., 2020, arXiv:2005.07093),
 
     x_2 + z_4 (ε_4 + z_8 (ε_8 + z_16 (ε_16 + z_32 ε_32))),    ε_2b = Q_2b(x) - Q_b(x),
 
-ends with the b-bit quantizer itself where the gates after b are closed. The step of 32 bits is finer than float32's own, so
-that rung is the clipped tensor. A signed quantizer of 2 bits has three levels, -2β/3, 0 and 2β/3.
+equals the b-bit quantizer if the gates after b are closed. The step of 32 bits is finer than that of float32, so the 32-bit
+value is the clipped tensor. A signed quantizer of 2 bits has three levels, -2β/3, 0 and 2β/3.
 
 US patent 12,373,697 B2 (Qualcomm, 2025) covers learned bit widths by gated residual quantization; the authors' code for
-Bayesian Bits grants no patent rights. Whether that concerns a use of this file is for its user to decide.
+Bayesian Bits grants no patent rights. Users of this file must decide whether the patent concerns their use.
 """
 
 from __future__ import annotations
@@ -31,31 +31,31 @@ Cost = Literal["constant", "bop"]
 
 
 def quantize(x: Tensor, beta: Tensor, bits: Tensor | int) -> Tensor:
-    """`x`, which is within ±β, rounded to the nearest of 2^bits - 1 levels; the gradient is that of no rounding."""
+    """`x`, within ±β, rounded to the nearest of 2^bits - 1 levels, with a straight-through gradient."""
     steps = x * ((2.0**bits - 1) / (2 * beta))
     return (steps + (steps.round() - steps).detach()) * (2 * beta / (2.0**bits - 1))
 
 
 def clip(x: Tensor, beta: Tensor) -> Tensor:
-    """`x` within ±β, just short of the ends, which would round away from zero to a level outside."""
+    """`x` clipped to slightly less than ±β, because the ends themselves would round to a level outside."""
     edge = beta * (1 - 2 * torch.finfo(beta.dtype).eps)
     return torch.minimum(torch.maximum(x, -edge), edge)
 
 
 @dataclass
 class Largest:
-    """The largest tensor of an adapter: what the cost of bits is measured against."""
+    """The size of an adapter's largest tensor, to which the cost of bits is relative."""
 
     macs: int = 1
 
 
 class LearnedQuantizer(Transform):
-    """A tensor at a precision that is learned, with a learned range β.
+    """A quantizer with a learned precision and a learned range β.
 
-    The penalty is `weight` · Σ_b c_b · Π_{j ≤ b} q_j, q being the probability that a gate is open: c_b = 1, or with
-    `cost="bop"` c_b = b · (size of the tensor) / (size of the adapter's largest one), which makes it proportional to the
-    expected number of bit operations. Two bits are kept at least, unless `drop` is set: then the tensor may go to zero.
-    Between tensors of fixed size, `macs` is what multiplying by this one costs per position.
+    The penalty is `weight` · Σ_b c_b · Π_{j ≤ b} q_j, where q is the probability that a gate is open. Here c_b = 1, or
+    with `cost="bop"` c_b = b · (size of the tensor) / (size of the adapter's largest one), which makes the penalty
+    proportional to the expected number of bit operations. At least two bits remain, unless `drop` is set: then the
+    tensor may become zero. The sizes are `macs`, the multiply-accumulates per position with the tensor.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class LearnedQuantizer(Transform):
         self.largest.macs = max(self.largest.macs, self.macs)
 
     def reset(self, tensor: Tensor, rng: Callable[[str], np.random.RandomState]) -> None:
-        """β starts at the largest entry, or at 1 for a tensor of zeros, which has no range of its own."""
+        """β starts at the largest magnitude, or at 1 for a tensor of zeros, which has no range of its own."""
         peak = float(tensor.detach().abs().max())
         fill(self.log_range, np.full(self.log_range.shape, np.log(peak) + 1e-6 if peak else 0.0))
         fill(self.logits, np.full(self.logits.shape, self.logit))
@@ -92,7 +92,7 @@ class LearnedQuantizer(Transform):
         return value
 
     def _bits(self) -> Tensor:
-        """The number of bits in evaluation, shape (1,); 1 stands for a tensor that is dropped."""
+        """The number of bits in evaluation, shape (1,); 1 means that the tensor is dropped."""
         return 2.0 ** with_ones(decided(self.logits), self.free).cumprod(-1).sum(-1, keepdim=True)
 
     def bits(self) -> int:
@@ -111,9 +111,9 @@ class LearnedQuantizer(Transform):
 
 
 class ActivationQuantizer(LearnedQuantizer):
-    """A ladder for activations, whose range starts at the largest entry of the first batch that training sees.
+    """A quantizer of activations, whose range starts at the largest magnitude in the first batch of training.
 
-    Before that, evaluation rounds nothing.
+    Before that batch, evaluation does not round.
     """
 
     def __init__(self, macs: int, weight: float, cost: Cost = "constant", logit: float = 6.0) -> None:
@@ -135,12 +135,12 @@ class ActivationQuantizer(LearnedQuantizer):
         return super().forward(x)
 
     def seen(self) -> bool:
-        """Whether there is a range."""
+        """Whether the range is known."""
         return bool(self.log_range.isfinite().all())
 
 
 class FakeQuantizer(Transform):
-    """A tensor at a fixed precision, on a range that no longer trains."""
+    """A tensor at a fixed precision, with a range that is no longer trained."""
 
     log_range: Tensor
 
@@ -156,7 +156,7 @@ class FakeQuantizer(Transform):
 
 
 class IntCodes(Transform):
-    """Integers and the step between them: a tensor of a fixed, low precision, for use rather than for training."""
+    """Integer codes and their step: a tensor at a fixed, low precision, for use instead of training."""
 
     step: Tensor
 
@@ -170,7 +170,7 @@ class IntCodes(Transform):
 
     @torch.no_grad()
     def encode(self, ladder: LearnedQuantizer, x: Tensor) -> Tensor:
-        """Take the ladder's step; the integers for which `forward` gives what it makes of `x`."""
+        """Copy the quantizer's step size; return codes q with forward(q) == ladder(x)."""
         beta = ladder.log_range.exp()
         self.step.copy_(2 * beta / (2.0**self.bits - 1))
         return (clip(x, beta) * ((2.0**self.bits - 1) / (2 * beta))).round()

@@ -10,8 +10,8 @@ import numpy as np
 def generator(seed: int, *names: str) -> np.random.RandomState:
     """The random stream of `(seed, *names)`.
 
-    NumPy froze the streams of `RandomState` for good (NEP 19), so that tensors regenerated from a seed are the
-    same on every device and with every later version of NumPy and PyTorch.
+    NumPy froze the streams of `RandomState` for good (NEP 19), so tensors regenerated from a seed are the same on every
+    device and with every later version of NumPy and PyTorch.
     """
     digest = hashlib.sha256("\0".join([str(seed), *names]).encode()).digest()
     return np.random.RandomState(np.frombuffer(digest, dtype="<u4").astype(np.uint32))

@@ -1,4 +1,4 @@
-"""Frozen projections that all sites of a model have in common, each using as much of them as it needs."""
+"""Frozen projections that all sites of a model share; each site uses as much of them as it needs."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from graphpeft.chain.factor import Factor, widen
 class SharedProjections(nn.Module):
     """A pair of random matrices, A `(r, inputs)` and B `(outputs, r)`, as wide as the widest site needs them.
 
-    Drawn from `key` alone, uniformly on ±√(6 / fan_in) (He et al., 2015), with torch's own generator and A first: that
-    is how PEFT draws VeRA's, so adapters with the same key and widths mean the same update there.
+    They depend on `key` alone and are uniform on ±√(6 / fan_in) (He et al., 2015). torch's own generator draws them, A
+    first. PEFT draws VeRA's matrices in the same way, so an adapter with the same key and widths has the same update
+    there.
     """
 
     A: Tensor
@@ -33,7 +34,7 @@ class SharedProjections(nn.Module):
         self.register_buffer("B", torch.empty(outputs, self.r), persistent=False)
 
     def cover(self, other: SharedProjections) -> None:
-        """Grow to the widths of another bank where that is wider. To be drawn after this, not before."""
+        """Grow to the widths of `other` where they are larger. Call this before `draw`."""
         outputs, inputs = max(self.outputs, other.outputs), max(self.inputs, other.inputs)
         if (outputs, inputs) != (self.outputs, self.inputs):
             with torch.device(self.A.device):
@@ -55,7 +56,7 @@ class SharedProjections(nn.Module):
 
 
 class Projection(Factor):
-    """A site's part of a bank: the first `inputs` columns of A, or the first `outputs` rows of B."""
+    """A site's part of the shared pair: the first `inputs` columns of A, or the first `outputs` rows of B."""
 
     def __init__(
         self,

@@ -3,13 +3,14 @@
     SRHT         c · S · H · P · D        R^d to R^r: signs D, zero-padding P, Hadamard matrix H, r random rows S
     AdjointSRHT  c · D · Pᵀ · Hᵀ · Sᵀ     R^r to R^d
 
-(Ailon & Chazelle, 2006; Tropp, 2011; Lei & Lan, 2020.) H = H_a ⊗ H_b is applied as two small matrix products,
-H x = vec(H_a X H_bᵀ), which costs a + b multiplications per feature instead of a · b. All tensors come from a
-seed; none is stored.
+(Ailon & Chazelle, 2006; Tropp, 2011; Lei & Lan, 2020.) All tensors come from a seed; none is stored.
 
-The r rows are either any (`uniform`) or a `grid`: some rows of H_a times some of H_b, with S = S_a ⊗ S_b. A grid needs
-only the thin matrices S_a H_a and S_b H_b, which makes the transform several times cheaper. A grid of more than r
-points is cut after the first r.
+The order of H is a · b, and H = H_a ⊗ H_b is never formed. With the features of x laid out as an a × b matrix X, two small
+matrix products apply it, H x = vec(H_a X H_bᵀ), which costs a + b multiplications per feature instead of a · b.
+
+`uniform` samples any r rows of H. `grid` samples some rows of H_a and some of H_b and takes all their products, so that
+S = S_a ⊗ S_b. A grid needs only the thin matrices S_a H_a and S_b H_b, which makes the transform several times cheaper. If a
+grid has more than r points, the first r are used.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ Choice = Literal["grid", "uniform"]
 
 
 class _Transform(Factor):
-    """What both directions share, in terms of the `wide` side (d) and the `narrow` one (r)."""
+    """The common part of both directions, in terms of the `wide` side (d) and the `narrow` side (r)."""
 
     adjoint: ClassVar[bool]
     signs: Tensor
     rows: Tensor
-    """Of a uniform choice, the rows of H; of a grid, those of H_a and then those of H_b."""
+    """For `uniform`, the rows of H; for a grid, the rows of H_a and then those of H_b."""
     left: Tensor
     right: Tensor
 
@@ -60,7 +61,7 @@ class _Transform(Factor):
         self.register_buffer(
             "rows", torch.empty(sum(kept) if self.grid else narrow, dtype=torch.int64), persistent=False
         )
-        # Whichever factor is read transposed is kept so: FX would evaluate the transpose of a buffer while tracing.
+        # Store the factor that is used transposed as its transpose: FX would evaluate the transpose of a buffer while tracing.
         left, right = (kept[0], a), (kept[1], b)
         self.register_buffer("left", torch.empty(left[::-1] if self.adjoint else left), persistent=False)
         self.register_buffer("right", torch.empty(right if self.adjoint else right[::-1]), persistent=False)
@@ -85,12 +86,16 @@ class _Transform(Factor):
         fill(self.right, self.scale * (right if self.adjoint else right.T))
 
     def _transform(self, x: Tensor) -> Tensor:
-        """The Kronecker product on the last axis. Its scale is part of `right`: in half precision sums stay small."""
+        """Apply the Kronecker product to the last axis. `right` includes the scale, so that sums stay small in half
+        precision."""
         before = self.grid if self.adjoint and self.grid else self.split
         return torch.matmul(self.left, torch.matmul(x.unflatten(-1, before), self.right)).flatten(-2)
 
     def _sampled(self) -> Tensor:
-        """The sampled rows of H · P · D, `(narrow, wide)`, with the scale, without forming H."""
+        """The sampled rows of H · P · D, `(narrow, wide)`, with the scale, without forming H.
+
+        Row i of H_a ⊗ H_b is the Kronecker product of row i // b of H_a and row i % b of H_b.
+        """
         places = torch.arange(self.narrow, device=self.rows.device) if self.grid else self.rows
         left, right = (self.left.t(), self.right) if self.adjoint else (self.left, self.right.t())
         a, b = places // len(right), places % len(right)
@@ -99,13 +104,13 @@ class _Transform(Factor):
 
 
 def _grid(a: int, b: int, r: int) -> tuple[int, int]:
-    """Numbers of rows of two factors whose product is the least that covers r, as equal as that allows."""
+    """How many rows of each factor make the smallest grid of at least r points, as equal as possible."""
     splits = [(-(-r // right), right) for right in range(1, b + 1) if -(-r // right) <= a]
     return min(splits, key=lambda split: (split[0] * split[1], abs(split[0] - split[1])))
 
 
 class SRHT(_Transform):
-    """A random sketch of `inputs` features by `outputs` orthogonal directions whose entries are ±`scale`."""
+    """A random projection of `inputs` features onto `outputs` orthogonal directions whose entries are ±`scale`."""
 
     adjoint = False
 
@@ -126,7 +131,8 @@ class SRHT(_Transform):
 
 
 class AdjointSRHT(_Transform):
-    """A random frame: `inputs` coefficients of orthogonal directions in R^`outputs` whose entries are ±`scale`."""
+    """A random frame: a sum of orthogonal directions in R^`outputs` with entries ±`scale`, weighted by the `inputs`
+    features."""
 
     adjoint = True
     slots: Tensor

@@ -1,4 +1,4 @@
-"""Adapters of stacked weights: one chain for each matrix of a three-dimensional weight, such as the experts of a layer."""
+"""Adapters of stacked weights: one chain for each matrix of a three-dimensional weight, such as a layer's experts."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ T = TypeVar("T")
 
 
 class Stack(Chain):
-    """`n` chains that are alike, whose tensors are stacked along a new first axis; `delta` is `(n, outputs, inputs)`.
+    """`n` chains of the same structure, with their tensors stacked along a new first axis; `delta` is `(n, outputs,
+    inputs)`.
 
-    Any chain can be stacked, for its own code is what runs on the tensors of each matrix (`torch.vmap`). The chain is
-    taken over: its tensors become stacks. A factor that sites share stays one, common to all matrices.
+    Any chain can be stacked, because `torch.vmap` runs the chain's own code on the tensors of each matrix. The stack
+    takes the chain over and replaces its tensors by stacks. A factor that sites share stays single and serves all
+    matrices.
     """
 
     def __init__(self, chain: Chain, n: int) -> None:
@@ -37,7 +39,7 @@ class Stack(Chain):
                     module._buffers[name] = torch.stack([buffer] * n)
 
     def reset(self, seed: int, site: str, weight: Tensor | None = None) -> None:
-        """Fill every tensor: matrix `e` gets what the chain alone would get as the site called `site[e]`.
+        """Fill every tensor: matrix `e` gets the values that the chain alone would get as the site called `site[e]`.
 
         `weight` is `(n, outputs, inputs)`.
         """
@@ -49,7 +51,7 @@ class Stack(Chain):
     def delta(self, weight: Tensor | None = None) -> Tensor:
         """ΔW of every matrix, dense `(n, outputs, inputs)`, in float32 or better, differentiable.
 
-        A `needs_base_weight` update takes the base weights' adapted rows `(n, rows, inputs)`.
+        A `needs_base_weight` update takes the adapted rows of the base weights, `(n, rows, inputs)`.
         """
         return self._each(super().delta, *(() if weight is None else (weight,)))
 
@@ -58,18 +60,19 @@ class Stack(Chain):
         return self._each(super().to_lora)
 
     def accumulate(self, y: Tensor, x: Tensor, product: Tensor | None = None, gain: Tensor | None = None) -> Tensor:
-        """Raises `AdapterError`: which matrix an activation meets is known to its module alone."""
+        """Raises `AdapterError`: only the module knows which matrix multiplies an activation."""
         raise AdapterError(
             "Stacked matrices have no side path of their own: adapt the weight itself (a site of form 'weight'), as "
             "gp.sites lists them."
         )
 
     def forward(self, compute: Callable[..., T], *values: Tensor) -> T:  # type: ignore[override]
-        """`compute(*values)`. `functional_call` runs it with the tensors of one matrix in place of the stacks."""
+        """Return `compute(*values)`. `functional_call` runs it with the tensors of one matrix in place of the
+        stacks."""
         return compute(*values)
 
     def _each(self, compute: Callable[..., T], *values: Tensor) -> T:
-        """`compute` on the tensors of every matrix, and on its part of `values`; the results stacked."""
+        """Run `compute` on the tensors of every matrix and its part of `values`; stack the results."""
 
         def one(tensors: dict[str, Tensor], *parts: Tensor) -> T:
             return functional_call(self, tensors, (compute, *parts))

@@ -1,4 +1,4 @@
-"""Updates that depend on the base weight: what DoRA makes of a weight and its low-rank change."""
+"""Updates that depend on the base weight, such as DoRA's."""
 
 from __future__ import annotations
 
@@ -12,30 +12,31 @@ from graphpeft.chain.transform import Transform
 
 
 class WeightRule(nn.Module):
-    """From a weight W `(outputs, inputs)` and the product of a chain's factors Δ, the whole update ΔW.
+    """Computes the whole update ΔW from a weight W `(outputs, inputs)` and the product Δ of a chain's factors.
 
-    A site with such an update takes the weight form, where W + ΔW is made once per forward pass, unless `has_side_path` is set:
-    then it multiplies rows by a `row_scale`, which can be done beside the projection.
+    A site with such an update takes the weight form, where W + ΔW is formed once per forward pass. A rule with
+    `has_side_path` instead scales output features by `row_scale`, beside the projection, and no adapted weight is
+    formed.
     """
 
     has_side_path = False
 
     def row_scale(self, pair: tuple[Tensor, Tensor], weight: Tensor) -> Tensor:
-        """What W + Δ is multiplied by, one number for each output feature; Δ = B A is given as `(A, B)`."""
+        """The factor on each row of W + Δ, one number for each output feature; Δ = B A is given as `(A, B)`."""
         raise NotImplementedError
 
     def forward(self, weight: Tensor, delta: Tensor) -> Tensor:
         raise NotImplementedError
 
     def reset(self, weight: Tensor | None) -> None:
-        """Fill its tensors; without a weight, as on the meta device, there is nothing to take values from."""
+        """Fill the rule's tensors from the weight; without a weight, as on the meta device, nothing is filled."""
 
 
 class Magnitude(WeightRule):
-    """W + ΔW = diag(m / ‖W + Δ‖) · (W + Δ), the norms being those of rows, one for each output feature.
+    """W + ΔW = diag(m / ‖W + Δ‖) · (W + Δ), with one norm for each row, that is for each output feature.
 
-    m is trained and starts at the norms of W. The norms count as constants in the gradient, which the paper finds to
-    cost nothing (Liu et al., 2024, §4.3).
+    m is trained and starts at the norms of W. The gradient treats the norms as constants, which costs nothing according
+    to the paper (Liu et al., 2024, §4.3).
     """
 
     has_side_path = True
@@ -52,7 +53,7 @@ class Magnitude(WeightRule):
     def forward(self, weight: Tensor, delta: Tensor) -> Tensor:
         whole = weight + delta
         gain = self._row_scale(_norms(whole.detach()))
-        # Written so that the start is exactly zero: the gain is 1 there.
+        # In this form the initial update is exactly zero, because the initial gain is 1.
         return delta + (gain - 1).unsqueeze(-1) * whole
 
     def row_scale(self, pair: tuple[Tensor, Tensor], weight: Tensor) -> Tensor:
@@ -61,7 +62,7 @@ class Magnitude(WeightRule):
         ):  # ‖W + B A‖² = ‖W‖² + 2 ⟨W Aᵀ, B⟩ + ⟨B A Aᵀ, B⟩, row by row, without a matrix as large as W
             a, b = pair
             base, more = _norms(weight), ((2 * (weight @ a.t()) + b @ (a @ a.t())) * b).sum(-1)
-            # A square root need not give back to the bit what was squared, and at the start the gain is 1.
+            # The root of a square may differ in the last bit, but the initial gain must be exactly 1.
             norms = torch.where(more == 0, base, (base.square() + more).clamp_min(0).sqrt())
         return self._row_scale(norms)
 
@@ -71,7 +72,7 @@ class Magnitude(WeightRule):
 
 
 class QuantizedBase(WeightRule):
-    """W + ΔW = Q(W) + Δ: the base weight at a lower precision, which leaves the weight itself alone."""
+    """W + ΔW = Q(W) + Δ: the update uses the base weight at a lower precision; the weight itself does not change."""
 
     def __init__(self, rounding: Transform) -> None:
         super().__init__()

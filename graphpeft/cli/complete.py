@@ -1,4 +1,4 @@
-"""What a shell offers after a tab. It is asked at every tab, so nothing here imports torch."""
+"""Shell completion. It runs at every tab, so nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from graphpeft import registered
 
 
 def models(incomplete: str) -> list[str]:
-    """Model types of transformers, and folders."""
+    """Complete a model: model types of transformers, and paths."""
     return [*_starting(_types(), incomplete), *paths(incomplete)]
 
 
@@ -24,7 +24,7 @@ def paths(incomplete: str) -> list[str]:
 
 
 def rules(incomplete: str) -> list[str]:
-    """The target, and after a colon the method, of the rule that is being written."""
+    """Complete the last rule: its target, or after a colon its method."""
     before, target, colon, method = _split(incomplete)
     if colon:
         return [f"{before}{target}:{name}" for name in _starting(registered.methods(), method)]
@@ -38,21 +38,21 @@ def _split(text: str) -> tuple[str, str, str, str]:
 
 
 def passes(incomplete: str) -> list[tuple[str, str]]:
-    """Passes, and what each does."""
+    """Complete pass names, with their descriptions."""
     return [item for item in registered.passes().items() if item[0].startswith(incomplete)] + [
         ("all", "every pass")
     ] * ("all".startswith(incomplete))
 
 
 def adapters(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Adapters of the exported folder that was named before."""
-    # An option that still lacks its value stops the parser; what stood before it is left in `args`.
+    """Complete adapters of the exported folder given earlier on the command line."""
+    # An option without its value stops the parser; the arguments before it are then in `args`.
     folder = Path(str(ctx.params.get("folder") or next(iter(ctx.args), ".")))
     return _starting(sorted({file.name.partition(".")[0] for file in folder.glob("*.onnx_adapter")}), incomplete)
 
 
 def _types() -> list[str]:
-    """Read off transformers' own table as text: to import it would import torch."""
+    """Model types, parsed from the text of transformers' own table, because importing it would import torch."""
     package = find_spec("transformers")
     folder = Path(next(iter(package.submodule_search_locations or ()), "")) if package else Path()
     tables = [folder / "models" / "auto" / name for name in ("auto_mappings.py", "configuration_auto.py")]

@@ -1,4 +1,4 @@
-"""From folder to folder: what the commands `graphpeft export` and `graphpeft run` do."""
+"""The work of the commands `graphpeft export` and `graphpeft run`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from graphpeft.runtime.session import Session
 
 
 def ship(model: str, adapters: Sequence[Path], out: Path, **options: Any) -> ExportReport:
-    """Load a model and adapters, and export them, with the model's tokenizer if there is one."""
+    """Load a model and its adapters, and export them, with the model's tokenizer if it has one."""
     built = pretrained(model)
     for folder in adapters:
         load(built, folder)
@@ -29,14 +29,14 @@ def ship(model: str, adapters: Sequence[Path], out: Path, **options: Any) -> Exp
 
 
 def answer(folder: Path, text: str, adapters: Sequence[str], tokens: int, **options: Any) -> str:
-    """What a decoder goes on to say, without the prompt; of other models every output's shape and first numbers."""
+    """A decoder's generated text, without the prompt; for other models every output's shape and first values."""
     session = Session(folder)
     mix = dict(map(_strength, adapters))
     session.use(next(iter(mix)) if list(mix.values()) == [1.0] else mix or None)  # compact exports do not blend
     tokenizer = _tokenizer(folder)
     inputs = {name: value for name, value in tokenizer(text, return_tensors="np").items() if name in _taken(session)}
     if not inputs.get("input_ids", np.zeros(1)).size:
-        raise AdapterError(f"{text!r} has no tokens. Give a text.")
+        raise AdapterError(f"{text!r} has no tokens. Give a non-empty text.")
     if any(name.startswith("past_key_values.") for graph in session.graphs.values() for name in graph.inputs):
         found = session.generate(inputs, tokens, **options)
         prompt = inputs["input_ids"].shape[1] if len(session.graphs) == 1 else 1
@@ -56,7 +56,7 @@ def _strength(given: str) -> tuple[str, float]:
     try:
         return name, float(strength or 1)
     except ValueError:
-        raise AdapterError(f"--adapter {given}: {strength!r} is no number. Write NAME, or NAME=0.5.") from None
+        raise AdapterError(f"--adapter {given}: {strength!r} is not a number. Write NAME, or NAME=0.5.") from None
 
 
 def _tokenizer(folder: Path, required: bool = True) -> Any:

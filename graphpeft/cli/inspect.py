@@ -1,4 +1,4 @@
-"""Commands that look at what was done to a model: diff, report, graph."""
+"""Commands that inspect adapters on a model: explain, diff, report, graph."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def explain(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Show what adapters are: sites, ranks, how far they moved the weights, what gates chose."""
+    """Show adapters: their sites and ranks, the size of their updates, and the choices of their gates."""
     if not adapter and rules is None:
         raise typer.BadParameter("name saved adapters with --adapter, or give --rules.")
     with at_work(debug):
@@ -45,7 +45,9 @@ def diff(
     before: Either,
     after: Annotated[
         str | None,
-        typer.Argument(help="What to compare it with; without, --rules is needed.", autocompletion=complete.models),
+        typer.Argument(
+            help="The graph to compare with; without it, --rules is required.", autocompletion=complete.models
+        ),
     ] = None,
     rules: SomeRules = None,
     context: Annotated[int, typer.Option(help="Unchanged lines around a change.", min=0)] = 2,
@@ -54,7 +56,7 @@ def diff(
     dump: Dump = None,
     debug: Debug = False,
 ) -> None:
-    """Compare two graphs, or with --rules a model with itself adapted: what was inserted, removed and rewired."""
+    """Compare two graphs, or with --rules a model before and after adapting it."""
     if (after is None) == (rules is None):
         raise typer.BadParameter("name a second graph or give --rules, and not both.")
     with at_work(debug, print_after, dump):
@@ -94,7 +96,7 @@ def graph(
     dump: Dump = None,
     debug: Debug = False,
 ) -> None:
-    """Write a graph for Graphviz, yEd, Gephi or a script, adapters marked."""
+    """Write a graph for Graphviz, yEd, Gephi or a script, with adapters marked."""
     with at_work(debug, print_after, dump):
         import graphpeft as gp
         from graphpeft.inspect.graph_files import write_graph
@@ -105,7 +107,7 @@ def graph(
 
 
 def _given(name: str) -> Any:
-    """What a name stands for: the path of a graph, or a model."""
+    """The object that a name refers to: the path of a graph, or a model."""
     path = Path(name)
     graph = path.suffix == ".onnx" or (path.suffix == ".json" and not _is_config(path)) or any(path.glob("*.onnx"))
     return path if graph else adapted(name)

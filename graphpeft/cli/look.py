@@ -1,4 +1,4 @@
-"""Commands that look at a model, without its weights: plan, sites, roles, methods, why."""
+"""Commands that inspect a model without loading its weights: plan, sites, roles, methods, why."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def plan(
 def sites(
     model: Model, as_json: AsJson = False, print_after: PrintAfter = None, dump: Dump = None, debug: Debug = False
 ) -> None:
-    """List every projection of a model and the role that its graph gives it."""
+    """List every projection of a model with its role."""
     with at_work(debug, print_after, dump):
         import graphpeft as gp
         from graphpeft.capturing.skeleton import skeleton
@@ -44,7 +44,7 @@ def sites(
 def roles(
     model: Model, as_json: AsJson = False, print_after: PrintAfter = None, dump: Dump = None, debug: Debug = False
 ) -> None:
-    """Show what a model has of each role, why it lacks the others, and what no example call reaches."""
+    """Show the roles that a model has, why it lacks the others, and the parts that no example call reaches."""
     with at_work(debug, print_after, dump):
         from graphpeft.capturing.skeleton import skeleton
         from graphpeft.capturing.survey import find_base_sites
@@ -58,11 +58,11 @@ def roles(
 @command(LOOK)
 def methods(
     model: Annotated[str | None, typer.Argument(help="Count what each method would train on this model.")] = None,
-    target: Annotated[str, typer.Option(help="Where, as in a rule.")] = "qv",
+    target: Annotated[str, typer.Option(help="The sites to count at, as in a rule.")] = "qv",
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """List the adapter methods: chain, trained numbers, whether they lower to LoRA, paper, options."""
+    """List the adapter methods: chain, trained parameters, whether they lower to LoRA, paper, options."""
     with at_work(debug):
         from graphpeft.capturing.skeleton import skeleton
         from graphpeft.capturing.survey import find_base_sites
@@ -82,7 +82,7 @@ def why(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Say why a layer has an adapter, or would have none: its role, the rules, the pattern that came nearest."""
+    """Explain why a layer has an adapter or none: its role, the rules, and the pattern that came nearest."""
     with at_work(debug):
         import graphpeft as gp
         from graphpeft.capturing.skeleton import skeleton

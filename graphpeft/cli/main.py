@@ -1,4 +1,4 @@
-"""The command line: to see the path, to look at a model and at what was done to it, and to ship it."""
+"""The command line. Its commands run the demo, inspect a model, inspect adapters, and deploy."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def _root(
 
 @command(START)
 def demo(
-    out: Annotated[Path, typer.Option(help="Where adapters, ONNX files and the plot go.")] = Path("graphpeft-demo"),
-    seed: Annotated[int, typer.Option(help="Seed of the split, the heads and the adapters.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for adapters, ONNX files and the plot.")] = Path("graphpeft-demo"),
+    seed: Annotated[int, typer.Option(help="Seed of the data split, the heads and the adapters.")] = 0,
     quick: Annotated[
-        bool, typer.Option("--quick", help="A few texts and steps: shows the path, not the accuracy.")
+        bool, typer.Option("--quick", help="Use few texts and steps: shows the flow, not the accuracy.")
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Adapt a real pretrained MiniLM to real text twice, merge, export, and run both adapters on ONNX Runtime."""
+    """Train two adapters for a pretrained MiniLM on real text, merge, export, and run both on ONNX Runtime."""
     with one_line(debug):
         from graphpeft.demo.run import main
 

@@ -1,6 +1,6 @@
-"""What the commands share: options, errors on one line, passes that are watched, results as text or JSON.
+"""Code shared by the commands: options, one-line errors, watching passes, and results as text or JSON.
 
-Commands import what they run when they run: help and completion do not wait for torch.
+Commands import the code they run inside their functions, so that help and completion do not wait for torch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ Model = Annotated[
     ),
 ]
 Rules = Annotated[
-    str, typer.Argument(help="Such as 'qv:rlora; mlp:lora(r=4)'.", autocompletion=complete.rules, show_default=False)
+    str,
+    typer.Argument(help="Rules, such as 'qv:rlora; mlp:lora(r=4)'.", autocompletion=complete.rules, show_default=False),
 ]
 SomeRules = Annotated[
     str | None,
@@ -53,7 +54,7 @@ Dump = Annotated[
 C = TypeVar("C", bound=Callable[..., None])
 START, LOOK, DONE, SHIP = "Start", "Look at a model", "Look at what was done", "Ship"
 COMMANDS: dict[str, list[Callable[..., None]]] = {panel: [] for panel in (START, LOOK, DONE, SHIP)}
-"""Commands by the panel of `--help` that shows them."""
+"""Commands by their panel in `--help`."""
 
 
 def command(panel: str) -> Callable[[C], C]:
@@ -68,10 +69,10 @@ def command(panel: str) -> Callable[[C], C]:
 
 @contextlib.contextmanager
 def one_line(debug: bool) -> Iterator[None]:
-    """Errors of ours, and files that cannot be read, on standard error without a trace unless it is asked for."""
+    """Print graphpeft's errors and file errors on one line of standard error; `debug` shows the trace instead."""
     try:
         yield
-    except BrokenPipeError:  # as of `| head`
+    except BrokenPipeError:  # for example, from `| head`
         raise
     except (GraphPeftError, OSError) as error:
         if debug:
@@ -91,7 +92,7 @@ def _file_text(error: OSError) -> str:
 
 @contextlib.contextmanager
 def at_work(debug: bool, print_after: Sequence[str] | None = None, dump: Path | None = None) -> Iterator[None]:
-    """Around passes: errors on one line, progress on standard error, and what was asked to be seen of them."""
+    """A context for running passes: one-line errors, progress on standard error, and the requested dumps."""
     with one_line(debug):
         from graphpeft.inspect.watch import watch
 
@@ -100,20 +101,20 @@ def at_work(debug: bool, print_after: Sequence[str] | None = None, dump: Path | 
 
 
 def say(result: Any, as_json: bool = False) -> None:
-    """Print what a function returned, in color on a terminal; as JSON by its `as_dict`, or as the plain values that it is."""
+    """Print a result, in color on a terminal; with `as_json` as JSON, from its `as_dict` or as plain values."""
     if as_json:
         plain = result.as_dict() if hasattr(result, "as_dict") else result
         typer.echo(json.dumps(plain, indent=2, ensure_ascii=False))
     elif hasattr(result, "__rich_console__") and sys.stdout.isatty():
         from rich.console import Console
 
-        Console(width=400).print(result)  # a table that is cut to the terminal would lose the ends of names
+        Console(width=400).print(result)  # at the terminal's width, tables would cut off the ends of names
     else:
         typer.echo(result)
 
 
 def adapted(model: str, rules: str | None = None, adapters: Sequence[Path] = ()) -> nn.Module:
-    """A model, by rules or with saved adapters, which need its weights; without them as shapes alone."""
+    """A model adapted by rules or with saved adapters. Its weights are loaded only for saved adapters."""
     import graphpeft as gp
     from graphpeft.capturing.skeleton import pretrained, skeleton
 

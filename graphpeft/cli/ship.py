@@ -1,4 +1,4 @@
-"""Commands that ship a model: merge, export, doctor, run."""
+"""Commands that deploy a model: merge, export, doctor, run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from graphpeft.cli import complete
 from graphpeft.cli.shared import SHIP, AsJson, Debug, Dump, PrintAfter, at_work, command, one_line, say
 
-Folder = Annotated[Path, typer.Argument(help="What export wrote.")]
+Folder = Annotated[Path, typer.Argument(help="A folder that export wrote.")]
 
 
 @command(SHIP)
@@ -19,11 +19,13 @@ def merge(
     base: Annotated[Path, typer.Argument(help="A local folder of a transformers model, in safetensors.")],
     adapters: Annotated[list[Path], typer.Argument(help="Folders that gp.save wrote, folded in this order.")],
     out: Annotated[Path, typer.Argument(help="A new folder.")],
-    any_base: Annotated[bool, typer.Option("--any-base", help="Only warn if the adapter had another base.")] = False,
+    any_base: Annotated[
+        bool, typer.Option("--any-base", help="Only warn if an adapter had another base.")
+    ] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Fold adapters into a checkpoint on disk, one weight in memory at a time. After a kill, run it again to go on."""
+    """Fold adapters into a checkpoint on disk, one weight in memory at a time. After a kill, run it again to continue."""
     with at_work(debug):
         from graphpeft.store.merge_files import merge_files
 
@@ -37,14 +39,16 @@ def export(
     out: Annotated[Path, typer.Argument(help="A new folder.")],
     adapter: Annotated[list[Path], typer.Option("--adapter", "-a", help="A folder that gp.save wrote; repeatable.")],
     merged: Annotated[bool, typer.Option("--merged", help="Fold the adapters into the weights.")] = False,
-    rows: Annotated[bool, typer.Option("--rows", help="Allow another adapter for each row of a batch.")] = False,
-    compact: Annotated[bool, typer.Option("--compact", help="Keep what the method trains in its own shapes.")] = False,
-    quantize: Annotated[str | None, typer.Option(help="int4 or int8, for the base's weights.")] = None,
+    rows: Annotated[bool, typer.Option("--rows", help="Allow a different adapter for each row of a batch.")] = False,
+    compact: Annotated[
+        bool, typer.Option("--compact", help="Make the method's own tensors inputs, instead of LoRA pairs.")
+    ] = False,
+    quantize: Annotated[str | None, typer.Option(help="Quantize the base's weights: int4 or int8.")] = None,
     accuracy_level: Annotated[
-        int, typer.Option(help="Of int4 products: 4 rounds activations to 8 bits, 0 does not.")
+        int, typer.Option(help="For int4 products: 4 rounds activations to 8 bits, 0 does not.")
     ] = 4,
-    opset: Annotated[int, typer.Option(help="Of ONNX; a lower one for older runtimes.")] = 23,
-    verify: Annotated[str, typer.Option(help="off, fast or full.")] = "full",
+    opset: Annotated[int, typer.Option(help="ONNX opset; use a lower one for older runtimes.")] = 23,
+    verify: Annotated[str, typer.Option(help="Checks to run: off, fast or full.")] = "full",
     as_json: AsJson = False,
     print_after: PrintAfter = None,
     dump: Dump = None,
@@ -67,7 +71,7 @@ def doctor(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Say whether an exported folder is whole and an adapter fits it; if not, where and why."""
+    """Check that an exported folder is complete and that its adapters, or one adapter, fit; if not, say where and why."""
     with one_line(debug):
         from graphpeft.runtime.doctor import doctor as look
 
@@ -86,12 +90,12 @@ def run(
         list[str] | None,
         typer.Option("--adapter", "-a", help="NAME, or NAME=STRENGTH; repeatable.", autocompletion=complete.adapters),
     ] = None,
-    tokens: Annotated[int, typer.Option(help="At most this many new tokens.")] = 40,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
-    seed: Annotated[int | None, typer.Option(help="Of the tokens that are drawn.")] = None,
+    tokens: Annotated[int, typer.Option(help="Maximum number of new tokens.")] = 40,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Seed for sampling tokens.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Run an exported folder on a text, with no, one or several adapters."""
+    """Run an exported folder on a text, with none, one or several adapters."""
     with one_line(debug):
         from graphpeft.cli.deploy import answer
 

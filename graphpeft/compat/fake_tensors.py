@@ -15,7 +15,8 @@ import torch
 from torch import fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses import FakeTensor, FakeTensorMode
-from torch.utils._pytree import tree_map_only
+
+from graphpeft.compat.pytree import tree_map_only
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Real text that every Python installation has: docstrings of the standard library, labeled by their area.
 
-The task is to tell from a docstring alone which part of the library it documents. No text stands on both sides of
-the split, nor twice on one, and texts that begin alike count as one.
+The task is to predict from a docstring alone which part of the library it documents. No text occurs in both parts of
+the split, or twice in one, and texts with the same opening count as one.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ AREAS: Mapping[str, str] = {
     "web": "http urllib wsgiref xmlrpc ssl socket socketserver ftplib ipaddress webbrowser cgi html",
     "xml": "xml",
 }
-"""Area of the library -> its top-level modules and packages; names that a Python version lacks are passed over."""
+"""Area of the library -> its top-level modules and packages. Names that a Python version lacks are skipped."""
 
 MIN_AREAS, MIN_TEXTS = 8, 1500
 MIN_WORDS = 5
 OPENING = 8
-"""Texts that begin with the same eight words count as one: `bz2` and `lzma` share docstrings but for a word."""
+"""Texts with the same first eight words count as one: docstrings of `bz2` and `lzma` differ in a single word."""
 
 
 class CorpusError(GraphPeftError):
@@ -45,7 +45,7 @@ class CorpusError(GraphPeftError):
 
 @dataclass(frozen=True)
 class Text:
-    """One docstring: its words, without the name of its module, and the area it comes from."""
+    """One docstring: its words, without its module's name, and its area."""
 
     words: str
     area: str
@@ -53,7 +53,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A labeled split with equally many texts of each area; a label is an index into `areas`."""
+    """A labeled split with the same number of texts per area; a label is an index into `areas`."""
 
     areas: tuple[str, ...]
     train: tuple[Text, ...]
@@ -66,8 +66,8 @@ class Corpus:
 def corpus(seed: int = 0, train: int = 150, test: int = 50, root: Path | None = None) -> Corpus:
     """Collect and split the docstrings found under `root`, by default the running Python's standard library.
 
-    `train` and `test` count the texts of each area; an area that cannot fill both is left out. The result is a
-    function of the sources and the seed.
+    `train` and `test` are texts per area; an area with fewer texts is left out. The result depends only on the sources
+    and the seed.
 
     Raises:
         CorpusError: fewer than 8 areas are left, or fewer than 1,500 texts were found in all.
@@ -81,7 +81,7 @@ def corpus(seed: int = 0, train: int = 150, test: int = 50, root: Path | None = 
         raise CorpusError(
             f"{root}: {len(found)} docstrings, and {len(areas)} areas with at least {train + test}; the demo needs "
             f"{MIN_TEXTS} and {MIN_AREAS}. Usually this Python comes without the sources of its standard library (an "
-            "embedded or zipped build, or a distribution that packs them apart). Run the demo with a full CPython 3.10 "
+            "embedded or zipped build, or a distribution that packages them separately). Run the demo with a full CPython 3.10 "
             "or later, such as one from python.org, pyenv, uv or conda."
         )
     return Corpus(
@@ -103,13 +103,13 @@ def docstrings(root: Path) -> Iterator[Text]:
 
 
 def clean(docstring: str, names: tuple[str, ...]) -> str:
-    """The docstring on one line, without the names in its module's path: they would give the label away."""
+    """The docstring on one line, without the names in its module's path, which would reveal the label."""
     pattern = "|".join(rf"\b_*{re.escape(name.lstrip('_'))}\b" for name in names)
     return " ".join(re.sub(pattern, " ", docstring, flags=re.IGNORECASE).split())
 
 
 def unique(texts: Iterator[Text]) -> list[Text]:
-    """The texts whose opening words did not occur before, in any area."""
+    """The texts whose opening words did not occur in an earlier text of any area."""
     first: dict[str, Text] = {}
     for text in texts:
         first.setdefault(" ".join(re.findall(r"\w+", text.words.lower())[:OPENING]), text)

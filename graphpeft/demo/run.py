@@ -19,11 +19,11 @@ from graphpeft.demo.steps import QUICK, RECIPES, Size, adapt, fold, prepare, shi
 
 
 def main(out: Path, seed: int = 0, quick: bool = False, console: Console | None = None) -> None:
-    """Train two adapters on a real encoder and real text, fold one, ship both; leave all files and figures in `out`.
+    """Train two adapters on a real encoder and real text, merge one, export both, and write all files to `out`.
 
     `out` gets the adapters (`rlora`, `lora`), the exported models (`onnx`, `merged`), `loss.png`,
     `results.json`, and `explain.txt`, a table of every adapted weight.
-    `quick` takes few texts and one epoch: a test of the flow, not of the methods.
+    `quick` uses few texts and one epoch: it tests the flow, not the methods.
 
     Raises:
         DemoPackageError: the pretrained encoder or matplotlib is not installed.
@@ -56,7 +56,7 @@ def main(out: Path, seed: int = 0, quick: bool = False, console: Console | None 
 
 @contextmanager
 def step(console: Console, title: str) -> Iterator[None]:
-    """A ruled heading, and below its output the time that the step took."""
+    """Print a heading before a step, and its time after it."""
     console.rule(f"[bold]{title}", align="left")
     start = time.perf_counter()
     yield

@@ -1,4 +1,4 @@
-"""The demo's figures on the terminal, as rich tables and progress bars."""
+"""Show the demo's figures on the terminal, as rich tables and progress bars."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Results = Mapping[str, Any]
 
 @contextmanager
 def progress(console: Console, name: str, steps: int) -> Iterator[Callable[[float], None]]:
-    """A bar over training steps; yields the function to call with the loss after each."""
+    """A progress bar over training steps; yields the function to call with the loss after each step."""
     columns = (
         TextColumn(name),
         BarColumn(),

@@ -1,4 +1,4 @@
-"""The steps of the demo; each returns figures and leaves files, and prints nothing but its progress."""
+"""The steps of the demo. Each returns figures, writes files, and prints only its progress."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Progress = Callable[[str, int], AbstractContextManager[Callable[[float], None]]]
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything; texts are counted per area, `length` in tokens."""
+    """Sizes of the run: texts per area, epochs, batch size, and length in tokens."""
 
     train: int = 150
     test: int = 50
@@ -38,7 +38,7 @@ QUICK = Size(train=16, test=10, epochs=1, batch=16, length=24)
 
 @dataclass(frozen=True)
 class Recipe:
-    """One adapter and the learning rate that its method asks for."""
+    """One adapter and a learning rate that suits its method."""
 
     name: str
     rules: str
@@ -50,7 +50,7 @@ RECIPES = (Recipe("rlora", "qv:rlora", 5e-2), Recipe("lora", "qv:lora; mlp:lora"
 
 @dataclass
 class Task:
-    """What the steps share: the model, its texts, and the results so far."""
+    """The state that the steps share: the model, its texts, and the results so far."""
 
     model: Classifier
     training: list[Batch]
@@ -59,12 +59,12 @@ class Task:
 
     @property
     def sample(self) -> dict[str, Tensor]:
-        """An example call for captures: three texts, of a length that is not three."""
+        """An example call for captures: three texts, with a length other than three."""
         return {name: value[:3] for name, value in self.testing[-1].inputs.items()}
 
 
 def prepare(size: Size, seed: int) -> Task:
-    """Collect the texts, load the encoder, fit the head; the head is frozen from here on, so all adapters share it."""
+    """Collect the texts, load the encoder, and fit the head, which is then frozen, so that all adapters share it."""
     texts = corpus(seed, size.train, size.test)
     torch.manual_seed(seed)
     model, tokenizer = load(len(texts.areas))
@@ -85,7 +85,7 @@ def prepare(size: Size, seed: int) -> Task:
 
 
 def adapt(task: Task, recipe: Recipe, size: Size, seed: int, folder: Path, progress: Progress) -> list[float]:
-    """Add one adapter to the model, train it, save it; returns the losses. Adapters that were there before rest."""
+    """Add one adapter to the model, train it and save it; returns the losses. Earlier adapters become inactive."""
     gp.apply(task.model, recipe.rules, inputs=task.sample, name=recipe.name, seed=seed)
     trainable, total = gp.trainable(task.model)
     start = time.perf_counter()
@@ -105,7 +105,7 @@ def adapt(task: Task, recipe: Recipe, size: Size, seed: int, folder: Path, progr
 
 
 def fold(task: Task) -> dict[str, Any]:
-    """Fold the active adapter into the weights and take it out again. Raises `VerifyError` unless every bit is back."""
+    """Merge the active adapter and un-merge it. Raises `VerifyError` unless the weights are restored bit for bit."""
     before = {name: value.clone() for name, value in task.model.state_dict().items()}
     adapted = logits(task.model, task.testing)
     gp.merge(task.model)
@@ -113,12 +113,12 @@ def fold(task: Task) -> dict[str, Any]:
     gp.unmerge(task.model)
     after = task.model.state_dict()
     if before.keys() != after.keys() or not all(torch.equal(before[name], after[name]) for name in before):
-        raise VerifyError("Un-merging left other weights than before the merge; please report this as a bug.")
+        raise VerifyError("Un-merging did not restore the weights from before the merge; please report this as a bug.")
     return {"adapter": RECIPES[-1].name, "difference": (merged - adapted).abs().max().item(), "tensors": len(before)}
 
 
 def ship(task: Task, out: Path) -> dict[str, Any]:
-    """Export the base with both adapters, and the active one merged; compare each with PyTorch on the test texts."""
+    """Export the base with both adapters, and again with the active one merged; compare with PyTorch on test texts."""
     active = RECIPES[-1].name
     swappable = gp.export(task.model, out / "onnx", inputs=task.sample)
     merged = gp.export(task.model, out / "merged", merged=True, inputs=task.sample)
@@ -133,7 +133,7 @@ def ship(task: Task, out: Path) -> dict[str, Any]:
 
 
 def _compare(task: Task, session: gp.Session) -> dict[str, float]:
-    """Accuracy on ONNX Runtime, and the largest distance of its logits from those of the model as it is now."""
+    """Accuracy on ONNX Runtime, and the largest difference of its logits from the model's current ones."""
     outputs = (session.run({name: value.numpy() for name, value in b.inputs.items()}) for b in task.testing)
     found = torch.cat([torch.from_numpy(scores) for (scores,) in (output.values() for output in outputs)])
     difference = (found - logits(task.model, task.testing)).abs().max().item()

@@ -20,7 +20,7 @@ def fit(
     seed: int,
     report: Callable[[float], None] = lambda loss: None,
 ) -> list[float]:
-    """Train what requires gradients with AdamW and a rate that warms up and falls to zero; returns each step's loss.
+    """Train all parameters that require gradients, with AdamW and linear warm-up and decay; returns each step's loss.
 
     `report` is called with the loss after every step.
     """
@@ -30,7 +30,7 @@ def fit(
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         trained, lr=lr, weight_decay=0.0, fused=True
-    )  # one kernel, for there are many small tensors
+    )  # fused into one kernel, because there are many small tensors
     warmup = max(1, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (steps - step) / (steps - warmup + 1))
@@ -52,11 +52,11 @@ def fit(
 
 @torch.no_grad()
 def logits(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
-    """Logits (texts, classes) of all batches, in their order."""
+    """Logits (texts, classes) of all batches, in order."""
     return torch.cat([model(**batch.inputs) for batch in batches])
 
 
 def accuracy(scores: Tensor, batches: Sequence[Batch]) -> float:
-    """Share of texts whose largest logit is at their label."""
+    """The share of texts whose largest logit is their label's."""
     labels = torch.cat([batch.labels for batch in batches])
     return (scores.argmax(1) == labels).float().mean().item()

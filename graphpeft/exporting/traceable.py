@@ -92,9 +92,7 @@ def as_trained(model: nn.Module, names: Sequence[str]) -> Iterator[TraceableMode
 def _held(model: nn.Module, name: str) -> Iterator[tuple[str, dict[str, Tensor]]]:
     seen: set[str] = set()
     for site, chain in chains(model, name).items():
-        what = (
-            "an update relative to the base weight" if chain.needs_base_weight else "a transform of the site's input"
-        )
+        what = "an update relative to the base weight" if chain.needs_base_weight else "a transform of the site's input"
         if chain.needs_base_weight or chain.before is not None:
             raise ExportError(
                 f"{site.weight}: adapter {name!r} is {what}, which zeros in its tensors do not disable. Export without compact, "

@@ -87,7 +87,9 @@ class Work:
                 if self.verify == "full" and acts:
                     part.check_effect(runner, step, before)
             if self.verify == "full" and not any(moved):
-                raise ExportError("The merged adapters do not change any graph's output. Train them, or activate others.")
+                raise ExportError(
+                    "The merged adapters do not change any graph's output. Train them, or activate others."
+                )
 
     def quantize(self, bits: onnx.Bits, accuracy_level: int, names: Sequence[str]) -> None:
         """Replace the graphs by quantized ones, and compare them with the same rounded weights in float.

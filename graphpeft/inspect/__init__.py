@@ -1,1 +1,1 @@
-"""Looking at a model: sites, plans, graphs, differences, reports. Nothing here changes one."""
+"""Inspect a model: sites, plans, graphs, differences and reports. Nothing here changes the model."""

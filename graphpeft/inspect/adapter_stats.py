@@ -1,4 +1,4 @@
-"""What training has made of an adapter, site by site: how far it moved the weight, in how many directions, what gates chose."""
+"""Statistics of a trained adapter, site by site: size and effective rank of the update, and the choices of its gates."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from graphpeft.ir.site import Site
 from graphpeft.rewrite.weight_form import update
 
 DENSE = 1024
-"""Up to this size the singular values of an update that is no product of two thin matrices are computed."""
+"""The largest size at which singular values are computed for an update that is not a product of two thin matrices."""
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """Of one site; `None` is unknown, as on the meta device, or does not apply."""
+    """Statistics of one site; `None` means unknown, as on the meta device, or not applicable."""
 
     update: float | None
     """‖ΔW‖ / ‖W‖, Frobenius norms, over the adapted rows: 0 before training."""
     effective_rank: float | None
-    """exp of the entropy of ΔW's singular values as shares of their sum (Roy and Vetterli, 2007); `None` where ΔW = 0."""
+    """exp of the entropy of ΔW's singular values, normalized to sum 1 (Roy and Vetterli, 2007); `None` where ΔW = 0."""
     kept: int | None
-    """Directions that a rank gate keeps."""
+    """How many directions a rank gate keeps."""
     bits: tuple[int, ...]
-    """Precisions, in the order of the chain's factors, where they are learned or fixed."""
+    """Learned or fixed precisions, in the order of the chain's factors."""
 
 
 @torch.no_grad()
 def numbers(chain: Chain, weight: Tensor, site: Site) -> Numbers:
-    """The numbers of a branch on its base weight, both as they are now."""
+    """The statistics of a branch and its base weight, with their current values."""
     gate = next((part for part in chain.modules() if isinstance(part, RankGate)), None)
     learned = [part for part in chain.modules() if isinstance(part, (LearnedQuantizer, IntCodes))]
     if weight.is_meta or chain.device.type == "meta":
@@ -44,7 +44,7 @@ def numbers(chain: Chain, weight: Tensor, site: Site) -> Numbers:
 
 
 def _effective_rank(chain: Chain, delta: Tensor) -> float | None:
-    """The mean over the matrices, where an update is a stack of them."""
+    """The effective rank, averaged over the matrices of a stacked update."""
     values = _singular(chain, delta)
     if values is None:
         return None
@@ -53,7 +53,7 @@ def _effective_rank(chain: Chain, delta: Tensor) -> float | None:
 
 
 def _singular(chain: Chain, delta: Tensor) -> Tensor | None:
-    """Singular values of ΔW = B A: those of the product of the two triangles of their QR decompositions, r × r."""
+    """Singular values of ΔW = B A, from the r × r product of the R factors of QR decompositions of B and Aᵀ."""
     try:
         with chain.settled():
             a, b = chain.to_lora()

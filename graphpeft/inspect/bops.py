@@ -1,4 +1,4 @@
-"""Bit operations: what multiplying at a reduced precision and rank would cost where hardware could use it."""
+"""Bit operations: the cost of products at reduced precision and rank on hardware that supports them."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from graphpeft.rewrite.state import chains, get_state
 from graphpeft.show.table import table
 
 FULL = 32
-"""Bits of a weight or an activation that nothing rounds."""
+"""Bits of a weight or activation that is not rounded."""
 
 
 @dataclass(frozen=True)
 class Bops:
     """Bit operations per position: Σ multiplications · bits of the weight · bits of the activation. Prints as a table.
 
-    They count what is nominal. Without kernels for low precision nothing gets faster.
+    The counts are nominal: without low-precision kernels nothing gets faster.
     """
 
     adapters: int
     base: int
-    """Of the weights that the adapters act on alone."""
+    """Bit operations of the adapted weights only."""
     reference: Bops | None = None
     """The same with every gate open and 32 bits everywhere."""
 
@@ -44,10 +44,10 @@ class Bops:
 
 
 def bops(model: nn.Module) -> Bops:
-    """Bit operations per position of the active adapters, as evaluation decides their gates, and of the weights they adapt.
+    """Bit operations per position of the active adapters and of the weights they adapt, with gates as in evaluation.
 
-    Σ MACs · b_w · b_a, as in Bayesian Bits (van Baalen et al., 2020), a gated rank counting what it keeps. Raises
-    `AdapterError` for a model without adapters.
+    Σ MACs · b_w · b_a, as in Bayesian Bits (van Baalen et al., 2020); a gated rank counts only the directions it keeps.
+    Raises `AdapterError` for a model without adapters.
     """
     state = get_state(model)
     found = {"now": 0, "full": 0, "base": 0, "whole": 0}
@@ -65,7 +65,7 @@ def bops(model: nn.Module) -> Bops:
 
 
 def _now(entry: Entry, chain: Chain) -> tuple[int, int, int]:
-    """Bit operations of the smaller chain that compacting would make, and bits of the base weight and of the input."""
+    """Bit operations of the chain after `compact`, and bits of the base weight and of the input."""
     method = entry.method.compacted(chain)
     if method is None:
         return 0, FULL, FULL
@@ -78,7 +78,7 @@ def _now(entry: Entry, chain: Chain) -> tuple[int, int, int]:
 
 
 def _bits(part: nn.Module) -> int:
-    """Bits of a factor's weight, or of what a part of the chain rounds."""
+    """Bits of a factor's weight, or of a quantizer in the chain."""
     found = (m.bits for m in part.modules() if isinstance(m, (IntCodes, FakeQuantizer)))
     return next(found, FULL)
 

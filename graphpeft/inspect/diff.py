@@ -1,4 +1,4 @@
-"""What changed between two graphs: operators, parameters, and the lines themselves, equal layers folded into one."""
+"""Compare two graphs: changed operators, parameters and lines, with equal layers collapsed."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Parameter:
-    """Parameters of equal layers that came, went, or have other values or another shape."""
+    """Parameters of equal layers that were added, removed, or changed in values or shape."""
 
     change: str
     """`added`, `removed` or `changed`."""
     name: str
-    """The layer's number as `*`."""
+    """With `*` for the layer's number."""
     shape: str
     layers: tuple[int | None, ...]
     numbers: int
-    """How many numbers all of them hold."""
+    """Total number of elements in all of them."""
 
 
 @dataclass(frozen=True)
 class Hunk:
-    """A stretch of lines that changed, in every one of these layers alike."""
+    """A run of changed lines, identical in all these layers."""
 
     path: str
     lines: tuple[str, ...]
@@ -52,15 +52,15 @@ class Hunk:
 
 @dataclass(frozen=True)
 class Diff(View):
-    """What changed. Prints itself; empty if nothing did."""
+    """The differences of two graphs. Prints itself; false if there are none."""
 
     names: tuple[str, str]
     operators: Mapping[str, tuple[int, int]]
-    """By name, how many were added and how many removed."""
+    """For each operator, how many were added and removed."""
     parameters: tuple[Parameter, ...]
     hunks: tuple[Hunk, ...]
     absent: tuple[str, ...] = ()
-    """Adapted weights that the captured graph does not use: another call might (`inputs=`)."""
+    """Adapted weights that the captured graph does not use; another example call (`inputs=`) might use them."""
 
     def __bool__(self) -> bool:
         return bool(self.operators or self.parameters or self.hunks or self.absent)
@@ -94,14 +94,14 @@ class Diff(View):
 
 
 def diff(before: Any, after: Any = None, *, inputs: Inputs = None, context: int = 2) -> Diff:
-    """What was added, removed and changed from one graph to the other, down to operators and parameters.
+    """Compare two graphs: operators and parameters that were added, removed or changed.
 
     Args:
-        before: whatever `to_networkx` takes: a module, an exported program, an ONNX file or export, a graph. Modules are
+        before: anything `to_networkx` accepts: a module, an exported program, an ONNX file or export, a graph. Modules are
             adapted in place, so to see what a pass does, keep `gp.to_networkx(model, values=True)` from before it.
-        after: the same; without it, an adapted model's base is compared with the model.
-        inputs: an example call, if none can be made from the model's config and `apply` was given none.
-        context: how many lines around a change are shown.
+        after: the same; without it, an adapted model is compared with its base.
+        inputs: an example call; default: the one given to `apply`, or one made from the model's config.
+        context: the number of unchanged lines shown around a change.
 
     Raises: `AdapterError` for a single model without adapters; `CaptureError`, `FileError`.
     """
@@ -125,7 +125,7 @@ def compare(
     names: tuple[str, str] | None = None,
     context: int = 2,
 ) -> Diff:
-    """Compare graphs that `to_networkx` made. With `named`, nodes of one name are known to be the same."""
+    """Compare graphs from `to_networkx`. With `named`, nodes with equal names are the same node."""
     aligned = Aligned(before, after, named)
     pieces = []
     for path in aligned.paths:
@@ -173,7 +173,7 @@ def _signed(added: int, removed: int) -> str:
 
 
 def _hunks(before: list[str], after: list[str], context: int) -> list[list[str]]:
-    """The changed stretches of a unified diff, without its headers."""
+    """The hunks of a unified diff, without headers."""
     hunks: list[list[str]] = []
     if before == after:
         return hunks
@@ -186,7 +186,7 @@ def _hunks(before: list[str], after: list[str], context: int) -> list[list[str]]
 
 
 def _general(path: str, hunk: Iterable[str], aligned: Aligned) -> tuple[str, tuple[str, ...]]:
-    """A hunk with its layer's number taken out and its values numbered from 1, so that equal layers look equal."""
+    """A hunk without its layer's number, and with values numbered from 1, so that equal layers give equal hunks."""
     layer, names = layer_of(path), dict[str, str]()
 
     def renamed(found: re.Match[str]) -> str:

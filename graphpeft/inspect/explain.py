@@ -1,4 +1,4 @@
-"""What is on a model now: its adapters, their sites, how far they have moved, and what their gates have chosen."""
+"""Describe a model's adapters: their sites, the size of their updates, and the choices of their gates."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from graphpeft.show.view import Grid, View
 
 @dataclass(frozen=True)
 class Adapted:
-    """A site of an adapter, as it is now."""
+    """A site of an adapter, in its current state."""
 
     site: Site
     method: str
@@ -37,7 +37,7 @@ class Adapter:
     """`active`, `resting` or `merged`."""
     rules: str
     parameters: int
-    """Of all its sites; a tensor that they share counts once."""
+    """Parameters at all its sites; shared tensors count once."""
     sites: tuple[Adapted, ...]
 
 
@@ -65,10 +65,10 @@ class Explanation(View):
 
 
 def explain(model: nn.Module, fold: bool = True) -> Explanation:
-    """The sites and adapters of an adapted model, equal layers in one line unless `fold` is false.
+    """The adapters of a model and their sites, with equal layers in one line unless `fold` is false.
 
-    `‖ΔW‖/‖W‖` is the Frobenius norm of the update relative to the adapted rows of the weight, largest over the layers
-    that share a line: 0 before training. Beside it stand the effective rank of the update, and what gates have chosen.
+    `‖ΔW‖/‖W‖` is the Frobenius norm of the update relative to the adapted rows of the weight, the largest of the layers
+    in a line; it is 0 before training. Further columns show the effective rank of the update and the choices of gates.
     Raises `AdapterError` for a model without adapters.
     """
     state = get_state(model)
@@ -94,7 +94,7 @@ SITE = ("role", "weight", "rows", "size")
 
 
 def _grid(adapter: Adapter, title: str, fold: bool) -> Grid:
-    """A line for each site, or for each kind of site; columns of numbers that no site has are left out."""
+    """One line per site or group of equal layers; columns of statistics that no site has are left out."""
     grouped: dict[tuple[str, ...], list[Numbers]] = {}
     items = []
     for one in adapter.sites:

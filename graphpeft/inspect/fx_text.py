@@ -1,4 +1,4 @@
-"""A graph of torch.fx as lines of text."""
+"""A torch.fx graph as lines of text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from graphpeft.rewrite.adapters import HOME
 
 
 def lines(graph: fx.Graph) -> list[str]:
-    """One operator a line; inputs and parameters appear where they are used."""
+    """One line per operator; inputs and parameters appear where they are used."""
     return [_line(n) for n in graph.nodes if n.op not in {"placeholder", "get_attr"}]
 
 
@@ -25,5 +25,5 @@ def _line(node: fx.Node) -> str:
 
 
 def tensor(path: str) -> str:
-    """A tensor's path; one of an adapter as `default.q[1].weight`, the tensor of the chain's factor 1."""
+    """A tensor's path. An adapter's tensor is written `default.q[1].weight`, for factor 1 of the chain."""
     return re.sub(r"^(.+)\.factors\.(\d+)\.", r"\1[\2].", path.removeprefix(f"{HOME}."))

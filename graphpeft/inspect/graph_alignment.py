@@ -1,4 +1,4 @@
-"""Which node of one graph is which of another, and both graphs as lines that differ only where the graphs do."""
+"""Align the nodes of two graphs, and write both graphs as lines that differ only where the graphs do."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 class Aligned:
-    """Operators are aligned module by module, in the order in which they run, by what they are and not what they read.
+    """Aligns operators module by module, in execution order, by operator and arguments but not by operands.
 
-    What they read is compared afterwards, by the names of the first graph: an operator that now reads something else is a
-    changed line.
+    Operands are compared afterwards, by their names in the first graph: an operator that reads something else is a changed
+    line.
     """
 
     def __init__(self, before: MultiDiGraph[str], after: MultiDiGraph[str], named: bool) -> None:
@@ -36,7 +36,7 @@ class Aligned:
         self.original = {called: name for name, called in self.called.items()}
 
     def _pairs(self, one: list[str], other: list[str], named: bool) -> dict[str, str]:
-        """For nodes of the second graph the first's; others get names that the first does not use."""
+        """Map nodes of the second graph to names in the first; new nodes get names that the first does not use."""
         first, second = (
             [_look(graph, n) for n in names] for graph, names in zip(self.graphs, (one, other), strict=True)
         )
@@ -51,19 +51,19 @@ class Aligned:
         return found | {name: f"{name}_new" for name in other if name not in found and name in taken}
 
     def _outside(self) -> dict[str, str]:
-        """Inputs, weights and constants are the same by what they are called, or hold."""
+        """Inputs, weights and constants match by name."""
         one = {_held(self.graphs[0], name): name for name in self.graphs[0]}
         held = ((name, _held(self.graphs[1], name)) for name in self.graphs[1])
         return {name: one[key] for name, key in held if key is not None and key in one}
 
     def lines(self, path: str) -> tuple[list[str], list[str]]:
-        """A module's operators in both graphs. Values are called `%name`, each by the name that it has in the first."""
+        """A module's operators in both graphs. Values are written `%name`, with the names of the first graph."""
         one, other = (group.get(path, []) for group in self.groups)
         before = [_line(self.graphs[0], name, path, {}) for name in one]
         return before, [_line(self.graphs[1], name, path, self.called) for name in other]
 
     def stem(self, called: str, path: str) -> str:
-        """What a value of that name is: its operator; `x` where it comes from outside of the module's block."""
+        """A short name for a value: its operator, or `x` if it comes from outside of the module's block."""
         original = self.original.get(called, called)
         about = next(
             graph.nodes[name] for graph, name in zip(self.graphs, (called, original), strict=True) if name in graph
@@ -79,7 +79,7 @@ def _block(path: str) -> tuple[str, int | None]:
 
 
 def _grouped(graph: MultiDiGraph[str]) -> dict[str, list[str]]:
-    """Operators by the module that ran them, an adapter's by the module that it adapts."""
+    """Operators by the module that runs them; an adapter's operators by the module that it adapts."""
     found: dict[str, list[str]] = {}
     for name, about in graph.nodes(data=True):
         if about["kind"] in {"op", "output"}:
@@ -109,12 +109,12 @@ def _operand(graph: MultiDiGraph[str], name: str, path: str, called: dict[str, s
     about = graph.nodes[name]
     if about["kind"] == "weight":
         return tensor(shown(about).removeprefix(f"{path}."))
-    named = about.get("adapter") and about["kind"] in {"constant", "input"}  # an adapter's constant, or a slot for one
+    named = about.get("adapter") and about["kind"] in {"constant", "input"}  # an adapter's constant, or a slot
     return str(about["op"]).removeprefix(f"{path}.") if named else f"%{called.get(name, name)}"
 
 
 def operands(graph: MultiDiGraph[str], name: str) -> list[str]:
-    """The nodes that a node reads, in the order of its arguments' text."""
+    """The nodes that a node reads, in the order of its argument text."""
     text = graph.nodes[name].get("arguments", "")
 
     def place(edge: tuple[str, str, str]) -> tuple[int, list[int]]:

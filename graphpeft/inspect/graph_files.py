@@ -1,4 +1,4 @@
-"""Graphs in files that other tools read: DOT for Graphviz, GraphML for yEd and Gephi, JSON for scripts and for `diff`."""
+"""Write graphs for other tools: DOT for Graphviz, GraphML for yEd and Gephi, JSON for scripts and `diff`."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ ADAPTER = "#ffd9a8"
 
 
 def write_graph(graph: MultiDiGraph[str], path: str | os.PathLike[str]) -> None:
-    """Write a graph that `to_networkx` made, in the format that the name's ending says; the file appears whole.
+    """Write a graph from `to_networkx`, in the format of the path's suffix. The file appears complete or not at all.
 
-    Raises `FileError` for another ending.
+    Raises `FileError` for an unknown suffix.
     """
     import networkx
 
     path = Path(path)
     if path.suffix not in FORMATS:
-        raise FileError(f"{path}: no format is known by the ending {path.suffix!r}. Use {', '.join(FORMATS)}.")
+        raise FileError(f"{path}: there is no graph format with the suffix {path.suffix!r}. Use {', '.join(FORMATS)}.")
     aside = path.with_name(f".{path.name}.part")
     try:
         if path.suffix == ".json":
@@ -50,15 +50,15 @@ def read_graph(path: Path) -> MultiDiGraph[str]:
         graph = networkx.node_link_graph(given, edges="edges", directed=True, multigraph=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, networkx.NetworkXError) as error:
         raise FileError(
-            f"{path} holds no graph: {error}. Write one with `graphpeft graph MODEL {path.name}`."
+            f"{path} does not hold a graph: {error}. Write one with `graphpeft graph MODEL {path.name}`."
         ) from error
     if any("kind" not in about or "op" not in about for _, about in graph.nodes(data=True)):
-        raise FileError(f"{path} holds a graph of something else: nodes without `kind` and `op`.")
+        raise FileError(f"{path} holds a graph that graphpeft did not write: its nodes lack `kind` and `op`.")
     return graph
 
 
 def dot(graph: MultiDiGraph[str]) -> str:
-    """The graph in Graphviz's language, modules as nested clusters, adapters in color."""
+    """The graph in Graphviz's language, with modules as nested clusters and adapters in color."""
     import pydot
 
     root = pydot.Dot("graph", graph_type="digraph", rankdir="TB", fontname="sans-serif")
@@ -76,7 +76,7 @@ def dot(graph: MultiDiGraph[str]) -> str:
 
 
 def _cluster(clusters: dict[str, Any], path: str) -> Any:
-    """The cluster of a module inside those of the modules around it."""
+    """A module's cluster, nested in its parents' clusters."""
     import pydot
 
     if path not in clusters:

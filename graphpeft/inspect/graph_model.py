@@ -1,4 +1,4 @@
-"""The one form in which graphs are drawn, compared, written to files, and asked questions: what a node's attributes mean."""
+"""Attributes of graph nodes, in the one form that all views use to draw, compare, write and query graphs."""
 
 from __future__ import annotations
 
@@ -9,42 +9,42 @@ from graphpeft.rewrite.adapters import HOME
 
 
 class Node(TypedDict, total=False):
-    """Attributes of a node. What does not apply is left out, but for `kind` and `op`."""
+    """A node's attributes. `kind` and `op` are always there; others only if they apply."""
 
     kind: str
     """`input`, `weight`, `constant`, `op` or `output`."""
     op: str
     """The operator's plain name."""
     arguments: str
-    """Its arguments as text, with `%` for each edge that enters: `%, [%, %], dim=1`."""
+    """Its arguments as text, with `%` for each incoming edge: `%, [%, %], dim=1`."""
     path: str
-    """The module that ran it, from the root; of an inserted node the adapter's branch below that module."""
+    """Path from the root of the module that runs it; for an inserted node, of the adapter's branch in that module."""
     type: str
     """The class of that module."""
     layer: int
-    """The number of the repeated block that it is in."""
+    """The index of its repeated block."""
     shape: str
     dtype: str
     source: str
-    """`file.py:line` of the model's code."""
+    """`file.py:line` in the model's code."""
     code: str
-    """That line."""
+    """The text of that line."""
     weight: str
-    """Of a node that reads a parameter: its name in `state_dict()`. Of a projection: the parameter's."""
+    """For a weight or a projection: the parameter's name in `state_dict()`."""
     values: int
     """A checksum of a weight's values."""
     numbers: int
-    """How many numbers a weight holds."""
+    """The number of elements of a weight."""
     role: str
     site: str
-    """Of an inserted node: the weight that it adapts."""
+    """For an inserted node: the weight that it adapts."""
     adapter: str
-    """Of an inserted node: the adapter's name."""
+    """For an inserted node: the adapter's name."""
     rule: str
     method: str
 
 
 def shown(about: Mapping[str, Any]) -> str:
-    """A parameter's name; an adapter's below the module that it adapts, wherever it is kept."""
+    """A parameter's name for display; an adapter's parameter is placed below the module that it adapts."""
     weight, adapter = about["weight"], about.get("adapter")
     return f"{about['path']}.{weight.partition(f'{HOME}.{adapter}.')[2].partition('.')[2]}" if adapter else str(weight)

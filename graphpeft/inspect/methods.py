@@ -1,4 +1,4 @@
-"""What the methods are, as a table: chain, what is trained, whether an adapter folds and lowers to LoRA, paper."""
+"""The adapter methods as a table: chain, trained parameters, whether they merge and lower to LoRA, and paper."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from graphpeft.rules.rule import coerce
 from graphpeft.show.view import Grid, View
 
 SAMPLE = Site("q", "q.weight", None, False, 0, (768, 768))
-"""The site that a chain is shown for."""
+"""The site for which chains are built and shown."""
 
 
 def chain_text(chain: Chain) -> str:
-    """The factors as they are written, the last one applied first: `Diag · Dense* · Diag · Dense*`, * for frozen.
+    """The factors, with the last one applied first: `Diag · Dense* · Diag · Dense*`, where * means frozen.
 
-    Transforms of a factor's weight stand in brackets, what depends on the base weight around the whole.
+    Transforms of a factor's weight are in brackets; a weight rule is written around the whole chain.
     """
 
     def one(factor: nn.Module) -> str:
@@ -38,7 +38,7 @@ def chain_text(chain: Chain) -> str:
 
 
 def lowers_text(chain: Chain) -> str:
-    """`rank 8`, the rank of the equal plain LoRA pair, or `no`."""
+    """`rank 8`, the rank of the equivalent plain LoRA pair, or `no`."""
     try:
         return f"rank {chain.to_lora()[0].shape[0]}"
     except AdapterError:
@@ -53,21 +53,21 @@ class Described:
     chain: str
     merges: bool
     as_plain_lora: str
-    """`rank 8`, the rank of an exactly equal pair at 768 × 768, or `no`."""
+    """`rank 8`, the rank of an exactly equivalent pair at 768 × 768, or `no`."""
     paper: str
     options: tuple[dict[str, Any], ...]
-    """Name, default, and what is accepted."""
+    """Name, default, and accepted values of each option."""
     trained: int | None = None
-    """What it trains on the model that was asked about; `None` where it cannot, or no model was given."""
+    """Trained parameters on the given model; `None` if the method does not fit it, or without a model."""
 
 
 @dataclass(frozen=True)
 class Methods(View):
-    """The methods as a table, and their options as another."""
+    """A table of the methods, and one of their options."""
 
     described: tuple[Described, ...]
     target: str | None
-    """Where a model was counted."""
+    """The target whose trained parameters were counted."""
 
     def blocks(self) -> Iterator[Grid | str]:
         counts = [f"trained at {self.target}"] if self.target else []
@@ -87,9 +87,9 @@ class Methods(View):
 
 
 def methods(found: tuple[nn.Module, SearchResult] | None = None, target: str = "qv") -> Methods:
-    """All methods; with a model and its sites, also what each with its defaults trains at `target`.
+    """All methods; with a model and its sites, also how many parameters each trains at `target` by default.
 
-    Raises `MatchError` if the model has no such sites, `RuleError` if `target` is none.
+    Raises `MatchError` if the model has no such sites, `RuleError` if `target` is invalid.
     """
     told = []
     for name in names():
@@ -107,5 +107,5 @@ def methods(found: tuple[nn.Module, SearchResult] | None = None, target: str = "
 def _trained(found: tuple[nn.Module, SearchResult], rule: str) -> int | None:
     try:
         return make_plan(*found, coerce(rule)).trainable
-    except AdapterError:  # such as a divisor that a width of this model does not have
+    except AdapterError:  # for example, an option that must divide a width of this model
         return None

@@ -1,7 +1,7 @@
-"""Graphs as networkx knows them: one form for what is drawn, compared, written to files, and asked questions.
+"""Build networkx graphs, the one form that all views use to draw, compare, write and query graphs.
 
-A node carries plain strings and numbers only, so that every format takes it; an edge carries the port that it enters, for
-`sub(a, b)` is not `sub(b, a)`. Nodes stand in the order in which they run. What the attributes mean is in `graph_model.Node`.
+Nodes carry only strings and numbers, so that every file format accepts them. Edges carry the port that they enter, because
+`sub(a, b)` is not `sub(b, a)`. Nodes are in execution order. `graph_model.Node` documents their attributes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def network(rewritten: Rewrite, adapted: bool = True, values: bool = False) -> MultiDiGraph[str]:
-    """The graph of a rewrite, after it or (`adapted=False`) before. Parts that were captured apart stand side by side."""
+    """The graph after a rewrite, or (`adapted=False`) before. Parts that were captured separately are not connected."""
     import networkx
 
     graph: MultiDiGraph[str] = networkx.MultiDiGraph(name=rewritten.name)
@@ -50,7 +50,7 @@ class _Builder:
         self.model, self.values = rewritten.model, values
         self.branches = {branch.path: branch for branch in rewritten.branches}
         self.parameters = dict(rewritten.model.named_parameters(remove_duplicate=False))
-        self.roles: dict[int, list[str]] = {}  # by the parameter: a tied one has several names
+        self.roles: dict[int, list[str]] = {}  # by parameter: a tied one has several names
         for site in rewritten.found.sites:
             for place in (site, *site.tied):
                 if place.role != "other":
@@ -85,7 +85,7 @@ class _Builder:
                 graph.nodes[name].update(role="+".join(dict.fromkeys(roles)), weight=read["weight"])
 
     def hold(self, graph: MultiDiGraph[str], node: fx.Node, part: CapturedGraph, read: set[str]) -> None:
-        """The parameters of what is called as a whole, but for those that the graph reads by themselves."""
+        """Add the parameters of a branch that is called as a module, except those that the graph reads itself."""
         whole = node.op == "call_module" or "val" not in node.meta
         branch = part.model.get_submodule(str(node.target)) if whole else None
         prefix = f"{part.path}." if part.path else ""
@@ -107,7 +107,7 @@ class _Builder:
 
 
 def checksum(tensor: torch.Tensor) -> int:
-    """The same for equal values; CRC-32 of the bytes, of a quantized tensor those of its floats."""
+    """CRC-32 of a tensor's bytes; a quantized tensor is dequantized first. Equal values give equal checksums."""
     tensor = dequantize(tensor) if library(tensor) == "torchao" else tensor
     return zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
@@ -115,7 +115,7 @@ def checksum(tensor: torch.Tensor) -> int:
 def _inserted(branch: Branch) -> Node:
     entry = branch.entry
     path = branch.path
-    if not branch.place.owner:  # all adapters of a whole graph are in its root, whatever they adapt
+    if not branch.place.owner:  # in a graph module, the root holds all adapters
         path = f"{branch.place.weight.rpartition('.')[0]}.{HOME}.{branch.adapter}.{branch.place.role}"
     return {
         "path": path,
@@ -141,7 +141,7 @@ def _op(node: fx.Node, model: nn.Module) -> str:
 
 
 def _arguments(node: fx.Node) -> tuple[str, list[tuple[str, fx.Node]]]:
-    """The arguments' text, with `%` for each node, and these nodes by port."""
+    """The arguments' text with `%` for each node, and these nodes with their ports."""
     edges: list[tuple[str, fx.Node]] = []
 
     def show(read: fx.Node, port: str) -> str:

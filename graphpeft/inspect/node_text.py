@@ -1,4 +1,4 @@
-"""How every view writes a node: `%name = op(arguments)`, and how values and tensors stand among the arguments."""
+"""The text of a node in all views: `%name = op(arguments)`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def statement(name: str, op: str, arguments: str, output: bool = False) -> str:
 
 
 def arguments(node: fx.Node, show: Callable[[fx.Node, str], str]) -> str:
-    """A node's arguments; `show` writes a node among them, given its port: `1`, `0.2` within a list, or a name."""
+    """A node's arguments as text. `show(node, port)` writes a node; a port is `1`, `0.2` in a list, or a keyword."""
 
     def written(value: Any, port: str) -> str:
         if isinstance(value, fx.Node):

@@ -1,4 +1,4 @@
-"""An ONNX graph as networkx knows it, with the attributes of `graph_model.Node`."""
+"""Convert an ONNX graph to networkx, with the attributes of `graph_model.Node`."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ if TYPE_CHECKING:
     from networkx import MultiDiGraph
 
 FEW = 64
-"""An initializer of so many numbers or fewer is a constant of the graph's own, such as a shape."""
+"""An initializer with at most this many elements counts as a constant, such as a shape."""
 
 
 def read(path: Path, values: bool = False) -> MultiDiGraph[str]:
-    """The graph of an `.onnx` file, or of each in a folder, side by side. Raises `FileError`."""
+    """The graph of an `.onnx` file, or the unconnected graphs of all files in a folder. Raises `FileError`."""
     import networkx
 
     paths = sorted(path.glob("*.onnx")) if path.is_dir() else [path]
     if not paths:
-        raise FileError(f"{path} holds no .onnx file. Pass a folder that gp.export wrote, or an .onnx file.")
+        raise FileError(f"{path} has no .onnx file. Pass a folder that gp.export wrote, or an .onnx file.")
     graph: MultiDiGraph[str] = networkx.MultiDiGraph(name=path.name)
     for each in paths:
         try:
             model = ir.load(each)
-        except Exception as error:  # a parser's errors, and the system's
+        except Exception as error:  # from the parser or the operating system
             raise FileError(
-                f"{each} cannot be read as an ONNX graph: {error}. Is it whole, and an .onnx file?"
+                f"{each} cannot be read as an ONNX graph: {error}. Check that it is a complete .onnx file."
             ) from error
         _add(graph, model, f"{each.stem}/" if len(paths) > 1 else "", values)
     return graph
@@ -51,14 +51,14 @@ def network(model: ir.Model, values: bool = False) -> MultiDiGraph[str]:
 
 
 def as_ir(model: Any) -> ir.Model:
-    """A graph of ONNX in any of its forms. Raises `FileError` for anything else."""
+    """An ONNX model as `ir.Model`. Raises `FileError` for anything else."""
     if isinstance(model, ir.Model):
         return model
     if isinstance(model, onnx.ModelProto):
         return ir.serde.deserialize_model(model)
     raise FileError(
-        f"A {type(model).__name__} has no graph to look at. Pass a module, an exported program, an .onnx file, a folder that "
-        f"gp.export wrote, a .json graph, or a graph of networkx."
+        f"A {type(model).__name__} has no graph to inspect. Pass a module, an exported program, an .onnx file, a folder that "
+        f"gp.export wrote, a .json graph, or a networkx graph."
     )
 
 
@@ -83,7 +83,7 @@ def _add(graph: MultiDiGraph[str], model: ir.Model, prefix: str, values: bool) -
 
 
 def _outside(value: ir.Value, given: bool, values: bool) -> Node:
-    """What a graph is given, or holds."""
+    """The attributes of an input or initializer."""
     about: Node = {"kind": "input", "op": str(value.name), "arguments": "", **_shape(value)}
     if ".lora_" in str(value.name) and given:
         about["adapter"] = "slot"
@@ -119,7 +119,7 @@ def _node(node: ir.Node) -> Node:
 
 
 def _scopes(text: str) -> Iterator[str]:
-    """The path of the module that a node was translated from, below the wrapper that was exported."""
+    """The path of the module that a node was translated from, relative to the model inside the exported wrapper."""
     try:
         scopes = ast.literal_eval(text)
     except (SyntaxError, ValueError):

@@ -1,4 +1,4 @@
-"""What a pass works on, as lines of text and as counts of operators. Read off as it is: nothing is captured for it."""
+"""The subject of a pass as lines of text and operator counts, read from its current state without a capture."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ NO_OP = {"placeholder", "get_attr", "output"}
 
 @singledispatch
 def listing(subject: Any) -> list[str]:
-    """Lines of a module, program, graph, ONNX model, plan or sites; of anything else none."""
+    """Lines of a module, program, graph, ONNX model, plan or sites; none for anything else."""
     return []
 
 
 @singledispatch
 def ops(subject: Any) -> Counter[str]:
-    """Operators of a graph by name; of a module with adapters those that the adapters add to its owners' graphs."""
+    """A graph's operators by name; for a module with adapters, the operators that adapters add to owners' graphs."""
     return Counter()
 
 
 def listed(subject: Any) -> bool:
-    """Whether there is anything to show of a subject."""
+    """Whether a subject can be listed."""
     return listing.dispatch(type(subject)) is not listing.dispatch(object)
 
 
 def alike(one: Any, other: Any) -> bool:
-    """Whether two subjects are listed in the same way, so that their lines can be compared."""
+    """Whether two subjects are of the same kind, so that their lines can be compared."""
     return listing.dispatch(type(one)) is listing.dispatch(type(other))
 
 
-# -- graphs of torch.fx --------------------------------------------------------------------------------------------
+# -- torch.fx graphs -----------------------------------------------------------------------------------------------
 
 
 @listing.register
@@ -99,7 +99,7 @@ def _tensor(value: torch.Tensor) -> str:
 
 @listing.register
 def _(subject: nn.Module) -> list[str]:
-    """The owners of adapters, each with its graph and its adapters' tensors; other modules as one number."""
+    """Each owner of adapters, with its graph and its adapters' tensors; other modules only as a parameter count."""
     owners = list(_owners(subject))
     inside = {id(p) for _, _, adapters in owners for p in adapters.parameters()}
     count = sum(p.numel() for p in subject.parameters() if id(p) not in inside)
@@ -142,13 +142,13 @@ def _tensors(adapters: Adapters) -> list[str]:
 
 
 def _graph(owner: nn.Module, adapters: Adapters) -> fx.Graph | None:
-    """The owner's rewritten graph, while an adapter runs in it."""
+    """The owner's rewritten graph, if an adapter runs in it."""
     running = isinstance(owner, fx.GraphModule) or bool(adapters.running())
     return cast("fx.Graph | None", getattr(owner, "graph", None)) if running else None
 
 
 def _shown(owner: nn.Module, adapters: Adapters) -> list[tuple[str, str]]:
-    """Weights that the owner shows as weight + delta, outside of any graph, and the branches that make delta."""
+    """Weights that the owner exposes as weight + delta, outside of any graph, and the branches that compute delta."""
     if isinstance(owner, fx.GraphModule):
         return []
     return [(s.weight.rpartition(".")[2], path) for s, _, path in adapters.running() if s.form == "weight"]

@@ -1,4 +1,4 @@
-"""`gp.plan`: what `gp.apply` would do."""
+"""`gp.plan`: show what `gp.apply` would do."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def plan(
     expect: int | None = None,
     fold: bool = True,
 ) -> Plan:
-    """What `apply` would do: a table of sites, methods and parameter counts, and what became of each rule.
+    """What `apply` would do: a table of sites, methods and parameter counts, and the outcome of each rule.
 
-    Equal layers print as one line unless `fold` is false. Changes nothing; raises as `apply` does.
+    Equal layers print as one line unless `fold` is false. Changes nothing; raises the errors of `apply`.
     """
     module = as_module(model)
     return make_plan(module, find_base_sites(module, inputs), coerce(rules), expect, fold)

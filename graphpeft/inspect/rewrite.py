@@ -1,8 +1,8 @@
-"""A model's whole graph before and after its adapters, by the passes that rewrite it: what there is to look at.
+"""A model's whole graph before and after its adapters are inserted.
 
-The base is captured; the branches of active adapters are then put into a copy of its graph by the same surgery that puts
-them into owners (`owner.adapt`). So both graphs name their common nodes alike, and every inserted node says where it
-belongs, which no second capture could.
+The base is captured once. The branches of active adapters are then inserted into a copy of its graph by the same code that
+rewrites owners (`owner.adapt`). So common nodes have the same names in both graphs, and every inserted node records its
+adapter and site. A second capture could give neither.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from graphpeft.rewrite.state import chains, example, find_state, inactive
 
 @dataclass(frozen=True)
 class CapturedGraph:
-    """One captured graph of a model; most models have just one, that of the root."""
+    """One captured graph of a model; most models have only one, for the root."""
 
     path: str
     model: nn.Module
     before: fx.Graph
     after: fx.Graph
     constants: frozenset[str]
-    """Nodes of buffers and lifted constants."""
+    """Names of the nodes of buffers and lifted constants."""
 
 
 @dataclass(frozen=True)
@@ -50,46 +50,46 @@ class Branch:
     entry: Entry
     place: Site
     path: str
-    """Below the root."""
+    """Path from the root."""
     chain: Chain
 
 
 @dataclass(frozen=True)
 class Rewrite:
-    """The graphs of a model with and without its active adapters, and all that the search through the base found."""
+    """A model's graphs with and without its active adapters, and the result of the site search in the base."""
 
     model: nn.Module
     found: SearchResult
     parts: tuple[CapturedGraph, ...]
     branches: tuple[Branch, ...]
     absent: tuple[str, ...]
-    """Adapted weights that none of the graphs uses, as an example call with other inputs might."""
+    """Adapted weights that no graph uses; an example call with other inputs might use them."""
 
     @property
     def name(self) -> str:
-        """The model's class, also where the root itself is adapted."""
+        """The name of the model's class, even if the root itself is adapted."""
         kind = type(self.model)
         return str(getattr(kind, "base_class", kind).__name__)
 
 
 def rewrite(model: nn.Module | ExportedProgram, inputs: Inputs = None) -> Rewrite:
-    """Capture a model's base, and put its active adapters into the graph. The model is not changed.
+    """Capture a model's base, and insert its active adapters into a copy of the graph. The model does not change.
 
-    While adapters are merged the graph stays the base's: the weights alone are others. Raises `CaptureError`.
+    For a merged model both graphs are the base's; only the weights differ. Raises `CaptureError`.
     """
     module = as_module(model)
     with base_view(module):
         found = find_sites(capture_programs(_base(module), example(module, inputs)))
     branches = tuple(_branches(module))
     served: set[tuple[nn.Module, nn.Parameter]] = set()
-    with inactive(module):  # an owner may show an adapted weight under the weight's own name
+    with inactive(module):  # an active owner may expose the adapted weight under the base weight's name
         parts = tuple(_part(path, program, module, branches, served) for path, program in found.programs.items())
     absent = [b.place.weight for b in branches if (b.chain, get_parameter(module, b.place.weight)) not in served]
     return Rewrite(module, found, parts, branches, tuple(absent))
 
 
 def _base(module: nn.Module) -> nn.Module:
-    """A graph module has its base graph at hand; other modules are captured with their adapters at rest."""
+    """A graph module with its base graph; other modules are captured themselves, with their adapters inactive."""
     adapters = home(module)
     if isinstance(module, fx.GraphModule) and adapters is not None and adapters.base_graph is not None:
         return fx.GraphModule(module, copy.deepcopy(adapters.base_graph))
@@ -124,7 +124,7 @@ def _part(
         parameter = get_parameter(root, branch.place.weight)
         if (branch.chain, parameter) in served or not branch.path.startswith(prefix):
             continue
-        site = replace(branch.place, owner="")  # here the whole graph is what is rewritten
+        site = replace(branch.place, owner="")  # here the whole graph acts as the owner
         if adapt(after, uses, site, branch.chain, branch.path.removeprefix(prefix), parameter):
             served.add((branch.chain, parameter))  # places of a tied weight share the parameter
     fill_shapes(after, model)
@@ -132,7 +132,7 @@ def _part(
 
 
 def _read_weights(graph: fx.Graph, program: Program) -> None:
-    """Let a graph read its parameters by their names in the model, where a capture has made them inputs."""
+    """Replace parameters that the capture lifted to inputs by `get_attr` nodes with their names in the model."""
     names = {node.name: name for node, name in program.weights.items() if node.op == "placeholder"}
     for node in list(graph.nodes):
         if node.op == "placeholder" and node.name in names:

@@ -1,4 +1,4 @@
-"""What a model has of each role, in a line each; what it has not, and why; and what no example call ran."""
+"""List the roles that a model has, the roles it lacks and why, and the parts that no example call ran."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class Role:
     role: str
     sites: int
     layers: int
-    """How many repeated blocks have such a site."""
+    """The number of repeated blocks with such a site."""
     weight: str
     rows: Rows | None
-    """The first site's part of a fused weight; `None` where the weight is the role's alone."""
+    """The first site's rows of a fused weight; `None` if the role has the whole weight."""
     size: str
     form: str
     others: tuple[str, ...]
-    """The other weights' names, the layer's number as `*`."""
+    """The other weights' names, with `*` for the layer's number."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Unseen:
 
     path: str
     weights: int
-    """How many matrices (and larger tensors) it holds."""
+    """The number of weights in it with two or more axes."""
     reason: str
 
 
@@ -76,7 +76,7 @@ class Overview:
 
 
 def overview(model: nn.Module, found: SearchResult) -> Overview:
-    """The roles of a model, from a search through it. `other` stands for projections without a role, and comes last."""
+    """The roles of a model, from its site search. `other` means projections without a role, and is listed last."""
     grouped: dict[tuple[str, str], list[Site]] = {}
     for site in sorted(found.sites, key=lambda s: s.role == "other"):
         grouped.setdefault((role_text(site), site.form), []).append(site)
@@ -93,7 +93,7 @@ def _role(role: str, sites: list[Site]) -> Role:
 
 
 def _unseen(model: nn.Module, found: SearchResult) -> Iterator[Unseen]:
-    """Matrices that were not reached, counted by the outermost module of which none was."""
+    """Weights that no example call reached, counted per outermost module without any reached weight."""
     reached = {id(get_parameter(model, name)) for name in found.reached}
     matrices = {name: id(p) in reached for name, p in model.named_parameters() if p.dim() > 1}
     partly = {path for name, seen in matrices.items() if seen for path in _paths(name)}
@@ -106,7 +106,7 @@ def _unseen(model: nn.Module, found: SearchResult) -> Iterator[Unseen]:
 
 
 def _paths(name: str) -> list[str]:
-    """The paths of the modules that hold a parameter, outermost first, and of itself."""
+    """The paths of the modules around a parameter, outermost first, and its own path."""
     parts = name.split(".")
     return [".".join(parts[:n]) for n in range(len(parts) + 1)]
 

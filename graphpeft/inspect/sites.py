@@ -1,4 +1,4 @@
-"""`gp.sites`: every projection of a model, and the role that its graph gives it."""
+"""`gp.sites`: list every projection of a model with its role."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Sites(View, Sequence[Site]):
 
     items: tuple[Site, ...]
     unreached: Mapping[str, str] = field(default_factory=dict)
-    """Parts of the model that no example call ran, so that nothing is known of them, and why."""
+    """Parts of the model that no example call ran, and why. Their sites are unknown."""
 
     @overload
     def __getitem__(self, index: int) -> Site: ...
@@ -49,7 +49,7 @@ class Sites(View, Sequence[Site]):
 
 @plain()
 def sites(model: nn.Module | ExportedProgram, inputs: Inputs = None) -> Sites:
-    """Every projection of the model and the role that its graph gives it. Raises `CaptureError`."""
+    """Every projection of the model, with the role that dataflow assigns to it. Raises `CaptureError`."""
     module = as_module(model)
     found = find_base_sites(module, inputs)
     return Sites(found.sites, found.unreached)

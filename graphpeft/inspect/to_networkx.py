@@ -1,4 +1,4 @@
-"""`gp.to_networkx`: whatever holds a graph, as networkx knows it."""
+"""`gp.to_networkx`: convert anything that holds a graph to networkx."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 def to_networkx(model: Any, inputs: Inputs = None, *, adapted: bool = True, values: bool = False) -> MultiDiGraph[str]:
-    """A model's graph as a `networkx.MultiDiGraph`, its active adapters in it unless `adapted` is false.
+    """A model's graph as a `networkx.MultiDiGraph`, with its active adapters unless `adapted` is false.
 
     Args:
-        model: a module or an exported program; what `graphpeft.export` wrote, as a folder, an `.onnx` file or an
-            `onnx_ir.Model`; a `.json` file that `write_graph` wrote; or a graph of networkx, which is returned.
-        inputs: an example call, if none can be made from the model's config and `apply` was given none.
-        values: also note checksums of the weights, so that a comparison sees which have changed.
+        model: a module or an exported program; an export as a folder, an `.onnx` file or an `onnx_ir.Model`; a `.json`
+            file that `write_graph` wrote; or a networkx graph, which is returned as is.
+        inputs: an example call; default: the one given to `apply`, or one made from the model's config.
+        values: also record checksums of the weights, so that a comparison shows which ones changed.
 
     Raises: `CaptureError`, `FileError`.
     """

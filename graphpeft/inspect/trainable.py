@@ -1,4 +1,4 @@
-"""`gp.trainable`: how many parameters train."""
+"""`gp.trainable`: count the parameters that train."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from torch import nn
 
 
 def trainable(model: nn.Module) -> tuple[int, int]:
-    """(trainable, total) parameters of a model; a tensor that is shared counts once."""
+    """(trainable, total) parameter counts of a model; shared tensors count once."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return sum(n for n, required in sizes if required), sum(n for n, _ in sizes)

@@ -1,4 +1,4 @@
-"""Watch passes at work: a table of them, their graphs before and after in a folder, after some on the screen, progress."""
+"""Watch passes run: a table of all passes, dumps of their graphs before and after, printed graphs, and a progress bar."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ INDEX = "steps.json"
 
 
 class WatchError(GraphPeftError, ValueError):
-    """A watch names a pass that does not exist, or a folder that it may not write to."""
+    """The watched pass does not exist, or the dump folder cannot be written."""
 
 
 @dataclass
 class Record:
-    """A step that was seen: its operators before and after, what it took, and how it ended."""
+    """A recorded step: its operators before and after, its time, and its error."""
 
     name: str
     path: tuple[str, ...]
@@ -38,14 +38,14 @@ class Record:
     before: Counter[str]
     after: Counter[str] = field(default_factory=Counter)
     compared: bool = False
-    """Whether what came out is of the kind that went in, so that `delta` says what the pass did."""
+    """Whether the result and the subject are of the same kind, so that `delta` is meaningful."""
     seconds: float = 0.0
     error: str | None = "did not end"
     files: list[str] = field(default_factory=list)
 
     @property
     def delta(self) -> dict[str, int]:
-        """Operators more, or less, by name."""
+        """Change in the number of operators, by name."""
         if not self.compared:
             return {}
         return {op: n for op in {**self.before, **self.after} if (n := self.after[op] - self.before[op])}
@@ -58,7 +58,7 @@ class Record:
 
 @dataclass
 class Seen:
-    """The steps that a watch has seen, in the order in which they began. Prints as a table."""
+    """The recorded steps, in the order in which they began. Prints as a table."""
 
     steps: list[Record] = field(default_factory=list)
 
@@ -80,20 +80,20 @@ def _delta_text(one: Record) -> str:
 def watch(
     dump: str | Path | None = None, print_after: str | Iterable[str] = (), progress: bool = False
 ) -> Iterator[Seen]:
-    """Within this context see every pass: of `apply`, `merge`, `export` and all others, in this thread.
+    """Within this context record every pass of this thread, in `apply`, `merge`, `export` and all other calls.
 
     Args:
-        dump: a folder, new or of an earlier dump, that gets a table (`steps.txt`, `steps.json`) and for every pass what it
-            worked on, as text: `05-insert.before.txt`, `05-insert.after.txt` and `05-insert.diff`, or, where nothing
-            changed, `02-capture.txt`.
+        dump: a folder, new or with an earlier dump. It gets a table (`steps.txt`, `steps.json`) and each pass's subject as
+            text: `05-insert.before.txt`, `05-insert.after.txt` and `05-insert.diff`, or, if nothing changed,
+            `02-capture.txt`.
         print_after: names of passes, or "all": print the graph after each to standard error.
-        progress: show what is at work on standard error, if that is a terminal.
+        progress: show the current pass on standard error, if that is a terminal.
 
-    Yields what was seen, which prints as a table of seconds and changes in operators. An outer pass's seconds include what
-    watching its inner ones costs.
+    Yields the recorded steps, which print as a table of seconds and changes in operators. The seconds of an outer pass
+    include the cost of recording its inner passes.
 
     Raises:
-        WatchError: there is no such pass, or the folder holds something else. After the passes: nothing could be written.
+        WatchError: there is no such pass, the folder holds something else, or, after the passes, the dump failed.
     """
     wanted = _known(print_after)
     folder = None if dump is None else _Folder(Path(dump))
@@ -121,7 +121,7 @@ def _known(names: str | Iterable[str]) -> frozenset[str]:
 
 
 class _Guarded:
-    """A watcher that never raises: its first error ends it, and is kept for when the passes are done."""
+    """A watcher that never raises: its first error stops it, and is stored until the passes are done."""
 
     def __init__(self, inner: Watcher) -> None:
         self.inner = inner
@@ -145,7 +145,7 @@ class _Guarded:
 
 
 class _Recorder:
-    """Makes records, and text where somebody wants it."""
+    """Records steps, and writes or prints their text on request."""
 
     def __init__(self, folder: _Folder | None, printed: frozenset[str]) -> None:
         self.seen = Seen()
@@ -187,7 +187,7 @@ class _Folder:
             raise WatchError(f"{path}: cannot dump there: {error}. Name a folder that can be written.") from error
 
     def _clear(self) -> None:
-        """Delete an earlier dump, by its own list of files."""
+        """Delete the files of an earlier dump, as listed in its index."""
         if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
             return
         try:
@@ -195,13 +195,13 @@ class _Folder:
             files = [INDEX, "steps.txt", *(name for one in told["graphpeft_steps"] for name in one["files"])]
         except (OSError, ValueError, KeyError, TypeError):
             raise WatchError(
-                f"{self.path} exists and is no earlier dump, so nothing is written there. Name a new folder."
+                f"{self.path} exists and is not an earlier dump, so nothing is written there. Name a new folder."
             ) from None
         for name in files:
             (self.path / Path(name).name).unlink(missing_ok=True)
 
     def index(self, seen: Seen) -> None:
-        """The table. Written after every step, so that it is there if the process dies in the next."""
+        """Write the table. This happens after every step, so that it survives a crash in the next one."""
         told = {"graphpeft_steps": [one.as_dict() for one in seen.steps]}
         (self.path / INDEX).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
         (self.path / "steps.txt").write_text(f"{seen}\n", encoding="utf-8")
@@ -222,7 +222,7 @@ class _Folder:
 
 @contextmanager
 def _progress(file: TextIO) -> Iterator[_Bar]:
-    # The file is named, as a capture hides what others write to standard error.
+    # Write to the given file: during a capture, `sys.stderr` itself is redirected to hide messages.
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -234,7 +234,7 @@ def _progress(file: TextIO) -> Iterator[_Bar]:
 
 
 class _Bar:
-    """One line: what is at work, how much of it is done where that is known, the time since the beginning."""
+    """A progress line: the current pass, how much of it is done if known, and the elapsed time."""
 
     def __init__(self, shown: Progress) -> None:
         self.shown = shown

@@ -1,4 +1,4 @@
-"""Why is there no adapter on this layer? Or why is there one: what a weight is to the graph, and what each rule says of it."""
+"""Explain why a weight has an adapter or none: its role in the graph, and the outcome of each rule."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ from graphpeft.show.view import Grid, View
 
 @dataclass(frozen=True)
 class Reason:
-    """What is known of one weight, or of equal ones in several layers."""
+    """The explanation for one weight, or for equal weights in several layers."""
 
     weight: str
-    """Its name, the layer's number as `*` where it stands for several."""
+    """Its name, with `*` for the layer's number if it stands for several layers."""
     shape: tuple[int, ...]
     role: str
-    """Its role, and the rows that play it; empty for what is no projection."""
+    """Its role and the rows with that role; empty if it is not a projection."""
     place: str
-    """Line and code of the model that use it."""
+    """Location and text of the line in the model's code that uses it."""
     adapters: tuple[str, ...]
-    """Adapters that are on it."""
+    """The adapters on it."""
     because: tuple[str, ...]
-    """What the rules say of it, or why no rule can."""
+    """The outcome of each rule, or why no rule can match it."""
     remedy: str
-    """A rule that would take it."""
+    """A rule that would match it."""
     layers: tuple[int | None, ...] = ()
 
 
 @dataclass(frozen=True)
 class Why(View):
-    """One answer for each kind of weight. Prints as a paragraph for each."""
+    """One explanation per kind of weight. Prints as paragraphs."""
 
     reasons: tuple[Reason, ...]
 
@@ -69,13 +69,13 @@ class Why(View):
 
 
 def why(model: nn.Module | ExportedProgram, path: str, rules: Any = None, *, inputs: Inputs = None) -> Why:
-    """Why a weight has an adapter or none.
+    """Explain why a weight has an adapter or none.
 
     Args:
-        model: adapted, or plain.
+        model: a model with or without adapters.
         path: a weight's or module's name, such as `model.layers.3.mlp.up_proj`, or a glob such as `*.up_proj`.
-        rules: what `apply` would be given; without them the rules of the adapters that are on the model.
-        inputs: an example call, if none can be made from the model's config.
+        rules: rules as for `apply`; default: the rules of the model's adapters.
+        inputs: an example call; default: made from the model's config.
 
     Raises: `MatchError` if the model has no weight of such a name, with the nearest names; `RuleError`, `CaptureError`.
     """
@@ -120,7 +120,7 @@ class _Reasons:
                     self.places.setdefault(key, (location(user, owner), code_of(user, owner)))
 
     def of(self, name: str, adapters: dict[str, Any]) -> Iterator[Reason]:
-        """A weight has a reason for each role that it, or some rows of it, play."""
+        """One reason for each role of the weight or of some of its rows."""
         sites = [s for s in self.found.sites if self.tied[s.weight] == self.tied[name]]
         for site in sites:
             on = [n for n, a in adapters.items() if any(e.site.key == site.key for e in a.entries)]

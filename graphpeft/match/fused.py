@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
+from graphpeft.compat import pytree
 from graphpeft.ir.site import Rows
 from graphpeft.match.dataflow import Dataflow
 from graphpeft.match.products import op

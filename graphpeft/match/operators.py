@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
+from graphpeft.compat.operators import is_aten
 from graphpeft.match.products import CONVOLUTIONS, PRODUCTS, SAME, op
 
 ATTENTION = frozenset({"scaled_dot_product_attention"})
@@ -46,7 +47,7 @@ BARRIERS = PRODUCTS | ATTENTION | SOFTMAX
 
 def pointwise(node: fx.Node) -> bool:
     """Whether the operator works element by element (torch's own tag says so)."""
-    tagged = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+    tagged = is_aten(node.target) and torch.Tag.pointwise in node.target.tags
     return tagged or op(node) in {"hardswish", "silu", "selu", "softplus", "where"}
 
 

@@ -13,6 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
+from graphpeft.compat.operators import is_aten, plain_name
+
 GROUPED = frozenset({"_grouped_mm", "grouped_mm", "grouped_mm_fallback"})
 CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
 MATMULS = frozenset({"mm", "matmul", "bmm"})
@@ -32,8 +34,8 @@ def op(node: fx.Node) -> str:
         return str(node.target)
     if node.op != "call_function":
         return node.op
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.name.split("::")[1]
+    if is_aten(node.target):
+        return plain_name(node.target)
     return getattr(node.target, "__name__", str(node.target))
 
 

@@ -1,7 +1,8 @@
-"""One file per method, found by its file; other packages add theirs by the entry point `graphpeft.methods`.
+"""One file per method, found by its file name; other packages add methods by the entry point `graphpeft.methods`.
 
-A method is known by name as soon as its class is made (see `Method`). So importing every module beside this one makes all of
-graphpeft's own known, and those of a package become known when its entry point is loaded, at the first look at a name.
+A method is registered when its class is created (see `Method`). So importing every module in this folder registers all
+of graphpeft's own methods. Those of a package are registered when its entry point is loaded, at the first lookup that
+needs it.
 """
 
 import pkgutil
@@ -21,7 +22,7 @@ def builtin() -> tuple[type[Method], ...]:
 
 
 def __getattr__(name: str) -> type[Method]:
-    """The classes by their own names, as in `graphpeft.methods.LoRA`."""
+    """The method classes by their own names, as in `graphpeft.methods.LoRA`."""
     found = next((method for method in builtin() if method.__name__ == name), None)
     if found is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""What a method is: a frozen dataclass of options that declares a chain for a site, known by a name in rules."""
+"""A method: a frozen dataclass of options that declares a chain for a site. Rules use its name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from graphpeft.ir.site import Site
 
 @dataclass(frozen=True)
 class Where:
-    """A condition on an option's value, for use in `Annotated`, and how to say it."""
+    """A condition on an option's value, for use in `Annotated`, and its description."""
 
     holds: Callable[[Any], bool]
     text: str
@@ -32,16 +32,16 @@ Probability = Annotated[float, Where(lambda p: 0 <= p < 1, "float in [0, 1)")]
 
 @dataclass(frozen=True)
 class Summary:
-    """A method's line in the tables of README and docs."""
+    """A method's row in the tables of README and docs."""
 
     update: str = ""
-    """ΔW in symbols; `*` marks what is frozen."""
+    """ΔW in symbols; `*` marks frozen tensors."""
     trained: str = ""
-    """How many numbers are trained per site, by its features `in` and `out`."""
+    """The number of trained parameters per site, in terms of its features `in` and `out`."""
     start: str = "0"
     """The update before training."""
     as_lora: str = ""
-    """What `gp.lower` makes of it."""
+    """The result of `gp.lower`."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,15 @@ class Method:
     """Base of all methods. A subclass is a frozen dataclass with a `name`, a `paper`, options and a `chain`.
 
     Options are fields annotated with `int`, `float`, `bool`, `str`, `Literal`, `None`, an `Annotated` of these
-    such as `Rank`, a `tuple[..., ...]` of one of them, or a union; their values are checked on construction (`RuleError`).
+    such as `Rank`, a `tuple[..., ...]` of one of them, or a union. Their values are checked on construction (`RuleError`).
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
     summary: ClassVar[Summary] = Summary()
     examples: ClassVar[Mapping[str, int | None]] = {}
-    """Rules with small options, and the rank of a trained update, `None` where the base weight decides it. Tests run them."""
+    """Rules with small options, each with the rank of a trained update, or `None` if the base weight decides it. Tests
+    run them."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -74,11 +75,12 @@ class Method:
         raise NotImplementedError
 
     def compacted(self, chain: Chain) -> Method | None:
-        """This method as small as the gates of a trained chain leave it; `None` if they leave nothing of the update."""
+        """This method reduced to what the gates of a trained chain keep; `None` if they keep nothing of the update."""
         return self
 
     def text(self, given: Iterable[str] = ()) -> str:
-        """As written in a rule: `lora(r=4)`, with the options named in `given` and those that are not the default."""
+        """The method as written in a rule: `lora(r=4)`, with the options in `given` and those that differ from the
+        default."""
         given = tuple(given)
         changed = (option.name for option in options(type(self)) if getattr(self, option.name) != option.default)
         written = ", ".join(f"{name}={_literal(getattr(self, name))}" for name in dict.fromkeys((*given, *changed)))
@@ -92,12 +94,12 @@ _METHODS: dict[str, type[Method]] = {}
 
 
 GROUP = "graphpeft.methods"
-"""The entry points by which a package adds methods; each names a `Method` or a module of methods."""
+"""The entry point group by which a package adds methods; each entry names a `Method` or a module of methods."""
 
 
 @cache
 def _installed() -> None:
-    """Load what installed packages add. A class registers itself when it is made."""
+    """Load the methods of installed packages. A class registers itself when it is created."""
     for entry in entry_points(group=GROUP):
         try:
             entry.load()
@@ -136,7 +138,7 @@ class Option:
 
     @property
     def accepts(self) -> str:
-        """What a value may be, in words: `int >= 1`, `float > 0 or none`."""
+        """The accepted values in words: `int >= 1`, `float > 0 or none`."""
         return _describe(self.type)
 
     def check(self, value: object) -> None:
@@ -155,7 +157,7 @@ def options(method: type[Method]) -> tuple[Option, ...]:
 
 
 def check_rank(method: Method, r: int, site: Site) -> None:
-    """Raise `AdapterError` if r exceeds the site's smaller width, where there is nothing more to decompose."""
+    """Raise `AdapterError` if r exceeds the site's smaller width, the number of directions in its decomposition."""
     if r > min(site.shape):
         raise AdapterError(
             f"`{method}` asks for rank {r} of {site.weight} ({site.role}), which is {site.outputs} × {site.inputs} and has no "

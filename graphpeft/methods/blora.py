@@ -35,24 +35,25 @@ Fixed = Annotated[
 
 @dataclass(frozen=True)
 class BLoRA(Method):
-    """ΔW = (α / r) · B̂ · diag(Ê ⊙ g) · Â, the hats being learned precisions, g learned rank gates (Meo et al., 2024).
+    """ΔW = (α / r) · B̂ · diag(Ê ⊙ g) · Â, with learned precisions (the hats) and learned rank gates g (Meo et al.,
+    2024).
 
-    Each of B, E and A is rounded to 2, 4, 8, 16 or 32 bits on a learned range, and g keeps the first k of r directions;
-    what is rounded and kept is decided by hard concrete gates, random in training and fixed in evaluation. The training
-    loss takes `gp.penalty(model)`: `lambda_bits` times the expected number of open bit gates of each tensor, or with
-    `cost=bop` times its expected bit operations, and `lambda_rank` times the mean probability of the rank gates (with
-    `nested`, of each together with those before it). Gates and ranges have rates of their own and no weight decay:
-    `gp.parameter_groups`. Afterwards `gp.compact` makes a smaller adapter of what the gates left: rank k, and of tensors
-    below 32 bits integers. `gp.bops` counts bit operations.
+    Each of B, E and A is rounded to 2, 4, 8, 16 or 32 bits on a learned range, and g keeps the first k of r directions.
+    Hard concrete gates decide both; they are random in training and fixed in evaluation. Add `gp.penalty(model)` to the
+    training loss: `lambda_bits` times the expected number of open bit gates of each tensor, or with `cost=bop` times
+    its expected bit operations, plus `lambda_rank` times the mean probability of the rank gates (with `nested`, of each
+    together with those before it). Gates and ranges have their own learning rates and no weight decay:
+    `gp.parameter_groups`. After training, `gp.compact` makes a smaller adapter of what the gates keep: rank k, and
+    integers for tensors below 32 bits. `gp.bops` counts bit operations.
 
-    A and B start at N(0, 0.02²), and every entry of E at `start`: at 0, as in AdaLoRA, the update is zero (the authors'
-    code draws E at random) and the first gradient reaches E alone. With `drop`, B, E and A may end at no bits, and the
-    site goes. With `quantize=base` the site reads W at a learned precision too, and with `all` also its input x, which makes the
-    adapter one that does not merge (the authors' code rounds intermediate results as well). `bits` fixes the precisions, of
-    B, E, A and as far as they are rounded W and x, and the rank is r then: what `compact` leaves.
+    A and B start at N(0, 0.02²), and every entry of E at `start`. At 0, as in AdaLoRA, the update is zero (the authors'
+    code draws E at random) and the first gradient reaches E alone. With `drop`, B, E and A may end at zero bits, which
+    removes the site. With `quantize=base` the site also reads W at a learned precision, and with `all` its input x too;
+    such an adapter cannot be merged (the authors' code also rounds intermediate results). `bits` fixes the precisions
+    of B, E, A and, if they are rounded, of W and x, and fixes the rank to r; `compact` makes such a method.
 
-    Trains r · (inputs + 1 + outputs) numbers per site and 12 + 3 + r - 1 gates and ranges. See `graphpeft.chain.ladder`
-    about a patent on learned bit widths.
+    Trains r · (inputs + 1 + outputs) numbers per site and 12 + 3 + r - 1 gates and ranges. `graphpeft.chain.quantizers`
+    mentions a patent on learned bit widths.
     """
 
     name: ClassVar[str] = "blora"
@@ -88,11 +89,11 @@ class BLoRA(Method):
         rounded = 3 + ("adapter", "base", "all").index(self.quantize)
         if self.bits is not None and len(self.bits) != rounded:
             raise RuleError(
-                f"blora: option bits = {self.bits} has to give {rounded} precisions with quantize={self.quantize}, in the order "
-                f"B, E, A, W, x. Usually `quantize` was changed alone."
+                f"blora: option bits = {self.bits} must give {rounded} precisions with quantize={self.quantize}, in the order "
+                f"B, E, A, W, x. Usually only `quantize` was changed."
             )
         if self.drop and self.quantize != "adapter":
-            raise RuleError("blora: drop=true needs quantize=adapter: a site that goes would read W and x unrounded.")
+            raise RuleError("blora: drop=true needs quantize=adapter: a dropped site would read W and x unrounded.")
 
     def chain(self, site: Site) -> Chain:
         B = self._at(0, Dense(site.outputs, self.r, normal(0.02)))
@@ -127,5 +128,5 @@ class BLoRA(Method):
         r, bits = gate.kept(), tuple(ladder.bits() for ladder in ladders)
         if 0 in bits:
             return None
-        # The scale stays α / r of the rank that was trained.
+        # The scale stays α / r with the trained rank r.
         return replace(self, r=r, alpha=self.alpha and self.alpha * r / self.r, bits=bits, drop=False)

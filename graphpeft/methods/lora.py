@@ -16,7 +16,7 @@ from graphpeft.methods.base import Method, Positive, Probability, Rank, Summary
 class LoRA(Method):
     """ΔW = (α / r) · B · A: a trained pair of matrices through a bottleneck of r features (Hu et al., 2022).
 
-    `alpha=None` stands for α = r, a scale of 1. With `rslora` the scale is α / √r, which keeps the size of the
+    `alpha=None` means α = r, a scale of 1. With `rslora` the scale is α / √r, which keeps the size of the
     update independent of a large rank (Kalajdzievski, 2023). Trains r · (inputs + outputs) numbers per site.
     """
 

@@ -18,9 +18,9 @@ class MELoRA(Method):
     """ΔW = s · diag(B₁ … Bₙ) · diag(A₁ … Aₙ): n mini adapters of rank r, of total rank n · r (Ren et al., 2024).
 
     Mini adapter i maps chunk i of the inputs to chunk i of the outputs; other parts of ΔW stay zero. `r` is the rank of
-    each, or a tuple with one rank for each. `alpha=None` stands for a scale of 1; otherwise s is α / mini-rank, as in the
-    authors' code, or with `scale=total` α / total rank, as in some others, which is n times smaller. Trains
-    r · (inputs + outputs) numbers per site, whatever n. Raises `AdapterError` where n does not divide both widths.
+    each, or a tuple with one rank for each. `alpha=None` means a scale of 1; otherwise s is α / mini-rank, as in the
+    authors' code, or with `scale=total` α / total rank, as in other implementations, which is n times smaller. Trains
+    r · (inputs + outputs) numbers per site for every n. Raises `AdapterError` where n does not divide both widths.
     """
 
     name: ClassVar[str] = "melora"
@@ -70,6 +70,6 @@ class MELoRA(Method):
         if common % self.n:
             admissible = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
             raise AdapterError(
-                f"`{self}` cannot split {site.weight} ({site.role}), which is {site.outputs} × {site.inputs}: n has to divide "
+                f"`{self}` cannot split {site.weight} ({site.role}), which is {site.outputs} × {site.inputs}: n must divide "
                 f"both. Admissible n: {admissible}."
             )

@@ -17,7 +17,7 @@ from graphpeft.methods.base import Method, Positive, Probability, Rank, Summary,
 class PiSSA(Method):
     """ΔW = s · (B · A − B₀ · A₀), with s · B₀ · A₀ the best approximation of W of rank r (Meng et al., 2024).
 
-    The paper subtracts it from the base weight; here that is part of the update, and the base weight is untouched.
+    The paper subtracts it from the base weight; here this is part of the update, and the base weight is untouched.
     `alpha`, `rslora` and `dropout` as in LoRA. Trains r · (inputs + outputs) numbers per site. Raises `AdapterError`
     for r above min(inputs, outputs).
     """

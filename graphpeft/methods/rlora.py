@@ -14,14 +14,14 @@ from graphpeft.methods.base import Method, Rank, Summary
 
 @dataclass(frozen=True)
 class RLoRA(Method):
-    """ΔW = diag(out) · C_o · diag(mid) · C_i, the C being randomized Hadamard transforms (Lei et al., 2024).
+    """ΔW = diag(out) · C_o · diag(mid) · C_i, where the C are randomized Hadamard transforms (Lei et al., 2024).
 
     This is a reconstruction from the paper's abstract; its full text was not available. The abstract says that a
     randomized Walsh-Hadamard transform replaces LoRA's pair of projections and leaves far fewer trained numbers.
     Assumed here: the transform is the SRHT of the first author's earlier work (Lei & Lan, 2020), the trained part
     is VeRA's two diagonals (Kopiczko et al., 2024), and entries of C have VeRA's size, √(2 / fan-in).
 
-    `train` says what is trained between and around the transforms; ΔW is zero at the start with each:
+    `train` selects what is trained between and around the transforms; ΔW is zero at the start in every case:
 
     | `train` | ΔW | trained numbers per site |
     |---|---|---|
@@ -31,9 +31,9 @@ class RLoRA(Method):
     | `core` | C_o · core · C_i, `core` a dense r × r matrix | r² |
     | `b_only` | B · C_i, `B` a dense outputs × r matrix | r · outputs |
 
-    `rows` says which r rows of a Hadamard matrix H_a ⊗ H_b make C: `grid` takes some rows of H_a times some of H_b,
-    which is several times cheaper, `uniform` any. A rank above the order of a site's transforms, which is at least its
-    number of features, is cut to that order.
+    `rows` selects the r rows of a Hadamard matrix H_a ⊗ H_b that make C: `grid` takes the products of some rows of H_a and
+    some of H_b, which is several times cheaper; `uniform` takes any rows. A rank above the order of a site's transforms,
+    which is at least its number of features, is reduced to that order.
     """
 
     name: ClassVar[str] = "rlora"

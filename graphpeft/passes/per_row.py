@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from graphpeft.capturing.capture import Inputs, example_call, inference_view
 from graphpeft.capturing.samples import analysis_config
+from graphpeft.compat.pytree import tree_leaves, tree_map
 from graphpeft.errors import AdapterError
 from graphpeft.rewrite.adapters import home, places
 from graphpeft.rewrite.rows import Assignment, Rows

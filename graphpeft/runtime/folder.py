@@ -181,4 +181,6 @@ def _refuse_foreign(target: Path) -> None:
     except (FileError, KeyError, TypeError, AttributeError):
         raise ExportError(f"{target}: the folder exists, and graphpeft's export did not write it. {remedy}") from None
     if foreign := sorted(present - {REPORT, *listed}):
-        raise ExportError(f"{target}: an earlier export, but {foreign[0]!r} is not part of it and would be lost. {remedy}")
+        raise ExportError(
+            f"{target}: an earlier export, but {foreign[0]!r} is not part of it and would be lost. {remedy}"
+        )

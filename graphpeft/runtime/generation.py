@@ -29,14 +29,14 @@ class Generator:
     ) -> None:
         self.graph, self.temperature, self.top_k, self.top_p = graph, temperature, top_k, top_p
         if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-            raise AdapterError(
-                f"top_k={top_k}, top_p={top_p}: top_k must be at least 1, and top_p in (0, 1]."
-            )
+            raise AdapterError(f"top_k={top_k}, top_p={top_p}: top_k must be at least 1, and top_p in (0, 1].")
         if not (temperature >= 0 and np.isfinite(temperature)) or (seed is not None and seed < 0):
             raise AdapterError(f"temperature={temperature}, seed={seed}: both must be finite and at least 0.")
         self.past = [name for name in graph.inputs if name.startswith("past_key_values.")]
         if not self.past:
-            raise AdapterError(f"{graph.path}: this graph has no KV cache; export the model with cache=True to generate.")
+            raise AdapterError(
+                f"{graph.path}: this graph has no KV cache; export the model with cache=True to generate."
+            )
         if "logits" not in graph.outputs:
             raise AdapterError(
                 f"{graph.path}: this graph outputs {graph.outputs[0]!r}, and no logits to choose tokens from."

@@ -148,7 +148,9 @@ class Graph:
             if len(tensor.shape) != len(want) or any(
                 isinstance(size, int) and size != got for size, got in zip(want, tensor.shape, strict=True)
             ):
-                raise FileError(f"{where} has shape {list(tensor.shape)}, but its slot has {list(want)}. {MISMATCH_HINT}")
+                raise FileError(
+                    f"{where} has shape {list(tensor.shape)}, but its slot has {list(want)}. {MISMATCH_HINT}"
+                )
             if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
                 raise FileError(f"{where} has values that are not finite. Train the adapter again, or export it anew.")
         self._check_ranks(tensors, source)

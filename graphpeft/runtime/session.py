@@ -110,7 +110,9 @@ class Session:
         stem = _stem(path, self.graphs)
         name = stem if name is None else name
         if name in self._adapters:
-            raise AdapterError(f"{path}: this session already has an adapter {name!r}. Choose another name, with name=.")
+            raise AdapterError(
+                f"{path}: this session already has an adapter {name!r}. Choose another name, with name=."
+            )
         if not any_base:
             checked_base(path.with_name(f"{stem}.json"), self._last.base)
         loaded = {}

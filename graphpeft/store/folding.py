@@ -114,7 +114,9 @@ def _endless(
 ) -> AdapterError:
     bad = [each.adapter for each, delta in zip(updates, deltas, strict=True) if not torch.isfinite(delta).all()]
     if bad:
-        cause = f"the update of {bad[0]} has them. Usually training diverged: take an earlier checkpoint of the adapter."
+        cause = (
+            f"the update of {bad[0]} has them. Usually training diverged: take an earlier checkpoint of the adapter."
+        )
     elif not torch.isfinite(weight).all():
         cause = "the base weight itself has them. Copy the base again, or leave this weight out of the rules."
     else:

@@ -1,4 +1,4 @@
-"""What only training needs: noise, penalties of the loss, events, and parameter groups."""
+"""Training tools: noise, loss penalties, events, and parameter groups."""
 
 from typing import TYPE_CHECKING, Any
 

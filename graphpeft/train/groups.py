@@ -1,4 +1,4 @@
-"""Parameter groups for an optimizer: LoRA+ rates, and rates of their own for noise, gates and ranges."""
+"""Parameter groups for an optimizer: LoRA+ learning rates, and separate rates for noise, gates and ranges."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def parameter_groups(
     noise_lr: float = 1e-2,
     gate_lr: float = 1e-2,
 ) -> list[dict[str, Any]]:
-    """Every parameter that trains, once, in groups as `torch.optim` takes them; groups without any are left out.
+    """Every parameter that trains, exactly once, in groups for `torch.optim`; empty groups are left out.
 
-    `lora_plus` multiplies the rate of each chain's leftmost trained factor, LoRA's B (LoRA+: Hayou et al., 2024,
-    arXiv:2402.12354, who take 16). The standard deviations of noise have `noise_lr`, gates and ranges have `gate_lr`, and
-    none of them any weight decay. Raises `RuleError` for rates that are not above 0.
+    `lora_plus` multiplies the learning rate of each chain's leftmost trained factor, LoRA's B (LoRA+: Hayou et al., 2024,
+    arXiv:2402.12354, who use 16). Standard deviations of noise use `noise_lr`; gates and ranges use `gate_lr`; none of
+    these has weight decay. Raises `RuleError` for rates that are not above 0.
     """
     for name, value in {"lr": lr, "lora_plus": lora_plus, "noise_lr": noise_lr, "gate_lr": gate_lr}.items():
         if not value > 0:

@@ -1,9 +1,13 @@
-"""PAC-Bayes regularization of any adapter: Gaussian noise on what it trains, and the divergence from where it began.
+"""PAC-Bayes regularization of any adapter: Gaussian noise on the trained tensors, and their KL divergence from a prior.
 
     loss(θ + σ ε) + (KL + c) / (m γ) + 3/2 K² γ
 
-(PAC-tuning: Liu et al., EMNLP 2023, arXiv:2310.17588, from which RLoRA's regularizer is taken to descend). The prior of
+(PAC-tuning: Liu et al., EMNLP 2023, arXiv:2310.17588; RLoRA's regularizer is assumed to derive from it). The prior of
 each tensor is centered on its initial value. Evaluation, merging, saving and export use the mean θ.
+
+The noise is a transform on each trained factor: the factor computes with θ + σ ε in place of θ, and nothing else changes.
+A forward pre-hook on the root model draws ε once per training forward pass, so every use of a weight in that pass,
+including recomputation under gradient checkpointing, sees the same noise. `penalty` adds the KL to the loss.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from torch import Tensor, nn
 
 from graphpeft.chain import Noise, Weighted
 from graphpeft.chain.seeds import generator
+from graphpeft.compat.hooks import has_pre_hook, remove_pre_hook
 from graphpeft.compat.sharded import gathered, refuse_sharded
 from graphpeft.errors import AdapterError, RuleError
 from graphpeft.rewrite.owner import relower
@@ -28,34 +33,33 @@ from graphpeft.train.tensors import trained, weighted
 
 @dataclass
 class PAC:
-    """The objective's numbers. `attach` it after `gp.apply` and before the optimizer is made.
+    """The objective and its settings. `attach` it after `gp.apply` and before you create the optimizer.
 
-    `gamma` of some 10² to 10⁴ is a temperature: the bound then holds, and says little. With `gamma="optimal"` it is the
-    minimizer √(2 (KL + c) / (3 m)) / K, at which few examples pull an adapter back to where it began. `sigma` is the
-    noise's initial standard deviation; zero-initialized tensors have no scale of their own to take it from.
+    A `gamma` of about 10² to 10⁴ acts as a temperature: the bound holds, but is uninformative. `gamma="optimal"` is the
+    minimizer √(2 (KL + c) / (3 m)) / K; with few examples it pulls an adapter back to its initial value. `sigma` is the
+    noise's initial standard deviation, for all tensors, because zero-initialized ones have no scale to derive it from.
 
-    Each tensor, and each matrix of stacked experts, has a prior of its own variance λ². With `prior="closed"` that is the
-    one that minimizes the KL; with "trained", as in PAC-tuning, log λ is a parameter that starts there. Neither it nor σ
-    belongs to the adapter's file.
+    Each tensor, and each matrix of stacked experts, has a prior with its own variance λ². With `prior="closed"` λ
+    minimizes the KL; with "trained", as in PAC-tuning, log λ is a parameter that starts there. Adapter files contain
+    neither λ nor σ.
     """
 
     examples: int
     """m, the number of training examples."""
     gamma: float | Literal["optimal"] = 1000.0
     K: float = 1.0
-    """How far losses spread: E exp(γ (mean − loss)) ≤ exp(3/2 K² γ²). See `graphpeft.train.estimate_K`."""
+    """The spread of the losses: E exp(γ (mean − loss)) ≤ exp(3/2 K² γ²). See `graphpeft.train.estimate_K`."""
     sigma: float = 0.03
     confidence: float = 0.05
     """The probability with which the bound may fail; c = ln(1 / confidence)."""
     prior: Literal["closed", "trained"] = "closed"
     seed: int = 0
-    """Of the noise, where `step` is set."""
+    """Seed of the noise, used if `step` is set."""
     frozen: bool = False
-    """In the second stage σ is fixed, the noise stays and the KL is dropped."""
+    """The second stage: σ is fixed, the noise stays, and the KL is dropped."""
     step: int | None = None
-    """Without one each forward pass of the model in training draws new noise. With one the noise is a function of
-    `(seed, step)`: set it before each optimizer step to give all micro-batches, and all processes, the same.
-    `AdapterCallback` does so."""
+    """If `None`, each training forward pass draws new noise. Otherwise the noise is a function of `(seed, step)`: set it
+    before each optimizer step so that all micro-batches and processes see the same noise, as `AdapterCallback` does."""
 
     def __post_init__(self) -> None:
         gamma = 1.0 if self.gamma == "optimal" else self.gamma
@@ -68,10 +72,10 @@ class PAC:
             raise RuleError(f"PAC: prior = {self.prior!r} is neither 'closed' nor 'trained'.")
 
     def attach(self, model: nn.Module, name: str | None = None) -> PAC:
-        """Put noise on every trained tensor of the adapter (the active ones without a name); returns itself.
+        """Put noise on every trained tensor of the adapter (by default of all active ones); returns itself.
 
-        Raises `AdapterError`, and changes nothing, if an adapter has such an objective already or trains what is not the
-        weight of a factor, or if the model is merged.
+        Raises `AdapterError`, and changes nothing, if an adapter already has a PAC objective or trains a tensor that is not
+        a factor's weight, or if the model is merged.
         """
         refuse_merged(model, "attach noise")
         refuse_sharded(model, "attach noise", "Attach it before fully_shard or accelerator.prepare.")
@@ -80,19 +84,19 @@ class PAC:
         factors = {factor: stacked for each in chosen for factor, stacked in trained(model, each).items()}
         for each in chosen:
             if state.adapters[each].objective is not None:
-                raise AdapterError(f"Adapter {each!r} has a PAC objective already. Call its detach(model) first.")
+                raise AdapterError(f"Adapter {each!r} already has a PAC objective. Call its detach(model) first.")
         for factor, stacked in factors.items():
             noise = Noise(factor.weight, self.sigma, trained_prior=self.prior == "trained", stacked=stacked)
             factor.with_transforms(noise.train(factor.training).requires_grad_(factor.weight.requires_grad))
         for each in chosen:
             state.adapters[each].objective = self
-        if not any(hook is _redraw for hook in model._forward_pre_hooks.values()):
+        if not has_pre_hook(model, _redraw):
             model.register_forward_pre_hook(_redraw)
         _relower(model, chosen)
         return self
 
     def detach(self, model: nn.Module) -> None:
-        """Take the noise off again; what was trained stays, as the mean."""
+        """Remove the noise; the trained means stay."""
         state = get_state(model)
         for factor in dict.fromkeys(factor for factor, _ in self._noises(model)):
             kept = [t for t in factor.applied if not isinstance(t, Noise)]
@@ -104,20 +108,19 @@ class PAC:
             state.adapters[name].objective = None
         _relower(model, mine)
         if not any(adapter.objective for adapter in state.adapters.values()):
-            for key in [key for key, hook in model._forward_pre_hooks.items() if hook is _redraw]:
-                del model._forward_pre_hooks[key]
+            remove_pre_hook(model, _redraw)
 
     def freeze(self, model: nn.Module) -> None:
-        """The second stage: σ is fixed, the noise stays, the KL is dropped. Calling it again changes nothing.
+        """Start the second stage: σ is fixed, the noise stays, and the KL is dropped. Calling it again has no effect.
 
-        DistributedDataParallel calls σ unused from then on, and needs `find_unused_parameters=True`, Trainer's default.
+        From then on σ is unused, so DistributedDataParallel needs `find_unused_parameters=True`, Trainer's default.
         """
         self.frozen = True
         for _, noise in self._noises(model):
             noise.requires_grad_(False)
 
     def redraw(self, model: nn.Module) -> None:
-        """New noise, or that of `step`; the model's forward pass in training calls it."""
+        """Draw new noise, or the noise of `step`; the model calls this in every training forward pass."""
         for place, (_, noise) in enumerate(self._noises(model)):
             stream = ("noise", str(self.step), str(place))
             noise.redraw(None if self.step is None else int(generator(self.seed, *stream).randint(2**31)))
@@ -129,7 +132,7 @@ class PAC:
             return torch.stack([noise.kl(factor.weight) for factor, noise in self._noises(model)]).sum()
 
     def penalty(self, model: nn.Module) -> Tensor:
-        """What the bound adds to the training loss; zero in the second stage."""
+        """The bound's terms beside the training loss; zero in the second stage."""
         kl = self.kl(model)
         if self.frozen:
             return torch.zeros_like(kl)
@@ -140,9 +143,9 @@ class PAC:
         return whole / (self.examples * self.gamma) + 1.5 * self.K**2 * self.gamma
 
     def bound(self, model: nn.Module, loss: float) -> float:
-        """An upper bound of the expected loss, from the training loss under noise, at the γ that makes it least.
+        """An upper bound of the expected loss, from the training loss under noise, at the γ that minimizes it.
 
-        It is one if m independent examples were trained on, K is true of the losses, and γ had been fixed before.
+        It is valid if the m training examples are independent, K holds for the losses, and γ was fixed in advance.
         """
         with torch.no_grad():
             whole = float(self.kl(model)) - float(torch.tensor(self.confidence).log())
@@ -160,7 +163,7 @@ def _relower(model: nn.Module, adapters: tuple[str, ...]) -> None:
 
 
 def _redraw(model: nn.Module, inputs: Any) -> None:
-    """One draw for each forward pass of the whole model: a weight used twice, or recomputed, sees the same noise."""
+    """Draw noise once per forward pass of the whole model, so that a weight used twice, or recomputed, sees the same."""
     state = find_state(model)
     if model.training and state is not None and not state.merged:
         for objective in objectives(model).values():

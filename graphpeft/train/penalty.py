@@ -1,4 +1,4 @@
-"""What adapters add to the training loss, and an optimizer that adds its gradient once per step."""
+"""The adapters' penalty on the training loss, and an optimizer hook that adds its gradient once per step."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from graphpeft.chain import Transform
+from graphpeft.compat.hooks import step_pre_hooks
 from graphpeft.compat.sharded import gathered
 from graphpeft.rewrite.state import branches, chains, get_state
 from graphpeft.train.tensors import weighted
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def objectives(model: nn.Module) -> dict[str, PAC]:
-    """The objectives of the active adapters, each under the first adapter that has it."""
+    """The active adapters' objectives, each under the name of the first adapter that has it."""
     state = get_state(model)
     found = {name: state.adapters[name].objective for name in state.active}
     first = {id(objective): name for name, objective in reversed(found.items()) if objective is not None}
@@ -27,9 +28,9 @@ def objectives(model: nn.Module) -> dict[str, PAC]:
 
 
 def penalty(model: nn.Module) -> Tensor:
-    """What the active adapters' transforms and objectives add to the loss: a differentiable scalar, 0 if nothing.
+    """The penalty of the active adapters' transforms and objectives: a differentiable scalar, 0 if there are none.
 
-    Of a model sharded by FSDP2 it is computed in every process from gathered tensors, and its gradients are the shards'.
+    On a model sharded by FSDP2 every process computes it from gathered tensors, and its gradients go to the shards.
     Raises `AdapterError` for a model without adapters.
     """
     active = get_state(model).active
@@ -49,15 +50,15 @@ def _penalty(model: nn.Module, active: tuple[str, ...]) -> Tensor:
 
 
 def add_penalties(model: nn.Module, optimizer: Optimizer) -> RemovableHandle:
-    """Add the gradient of `penalty` before every step of the optimizer; the handle's `remove` ends it.
+    """Add the gradient of `penalty` before every step of the optimizer, until `remove` of the returned handle is called.
 
-    It counts once per step, however many micro-batches were accumulated, after a `GradScaler` unscaled the gradients and
-    after they were clipped: the penalty's own gradient is not clipped. The optimizer may be wrapped, as by accelerate. A
-    second call for the same model and optimizer returns the same handle.
+    It is added once per step, regardless of the number of accumulated micro-batches, after a `GradScaler` has unscaled the
+    gradients and after clipping: the penalty's own gradient is not clipped. The optimizer may be wrapped, as accelerate
+    does. A second call for the same model and optimizer returns the same handle.
     """
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner
-    for hook in optimizer._optimizer_step_pre_hooks.values():
+    for hook in step_pre_hooks(optimizer):
         if isinstance(hook, _Adder) and hook.model is model:
             return hook.handle
     adder = _Adder(model)
@@ -66,7 +67,7 @@ def add_penalties(model: nn.Module, optimizer: Optimizer) -> RemovableHandle:
 
 
 class _Adder:
-    """A hook of an optimizer that can be recognized."""
+    """The optimizer hook, as a class so that a second `add_penalties` recognizes it."""
 
     handle: RemovableHandle
 

@@ -14,15 +14,15 @@ from graphpeft.train.penalty import add_penalties, objectives, penalty
 
 
 class AdapterCallback(TrainerCallback):
-    """Give it to a Trainer whose model is the one that `gp.apply` was called on: `callbacks=[AdapterCallback(*events)]`.
+    """A callback for a Trainer whose model `gp.apply` adapted: `callbacks=[AdapterCallback(*events)]`.
 
-    While it trains, the gradient of `gp.penalty` is added once per optimizer step, after clipping: it is not clipped itself.
-    PAC's noise is drawn once per step, the same for all its micro-batches and in every process, and the same again when the
-    run is resumed there. `events` (see `graphpeft.train.events`) fire before each step and after the last.
+    The gradient of `gp.penalty` is added once per optimizer step, after clipping, so it is not clipped itself. PAC's noise
+    is drawn once per step. It is the same in all micro-batches and processes, and in a run resumed at that step. `events`
+    (see `graphpeft.train.events`) fire before each step and after the last.
 
-    Logs of the loss also have `penalty`, and of a PAC objective `pac_kl` and `pac_bound`, with the adapter's name behind if
-    there are several. Trainer calls reporters such as TensorBoard before later callbacks: to have these there too, put
-    this one first, in `trainer.callback_handler.callbacks`.
+    Logs of the loss also contain `penalty`, and for a PAC objective `pac_kl` and `pac_bound`, with the adapter's name as a
+    suffix if there are several. Trainer calls reporters such as TensorBoard before later callbacks; to report these values
+    too, move this callback to the front of `trainer.callback_handler.callbacks`.
 
     Raises `AdapterError` when training begins, if the model has no adapters.
     """
@@ -32,7 +32,7 @@ class AdapterCallback(TrainerCallback):
         self._handle: RemovableHandle | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        self._release()  # of a run that broke off
+        self._release()  # left by an interrupted run
         self._handle = add_penalties(given["model"], given["optimizer"])
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
@@ -53,7 +53,7 @@ class AdapterCallback(TrainerCallback):
         if "loss" in logs:
             found = _report(given["model"], logs["loss"])
             logs.update(found)
-            state.log_history[-1].update(found)  # a copy of the logs, made before
+            state.log_history[-1].update(found)  # Trainer copied the logs there before this callback
 
     def _release(self) -> None:
         if self._handle is not None:

@@ -65,7 +65,9 @@ def translate(
     assert program is not None
     model: ir.Model = program.model
     if model.opset_imports[""] != opset:
-        raise ExportError(f"opset={opset} was requested, but torch.onnx wrote {model.opset_imports['']}. Request that one.")
+        raise ExportError(
+            f"opset={opset} was requested, but torch.onnx wrote {model.opset_imports['']}. Request that one."
+        )
     _tidy(model, PREFIX + prefix)
     return model
 

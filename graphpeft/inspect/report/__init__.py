@@ -1,4 +1,4 @@
-"""A report as one HTML file: what is collected from a model, and the page that shows it."""
+"""A report on a model in one HTML file: collect its data, and render the page."""
 
 from __future__ import annotations
 

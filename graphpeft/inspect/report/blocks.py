@@ -1,4 +1,4 @@
-"""A model's graph in pieces that fit a screen: repeated blocks, equal ones folded into one, and what is outside of them."""
+"""Split a model's graph into pieces that fit a screen: repeated blocks, with equal ones collapsed, and the rest."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ if TYPE_CHECKING:
     from networkx import MultiDiGraph
 
 Key = tuple[str, int | None]
-"""A block's general path, and its number."""
+"""A block's path with `*` for its index, and the index."""
 Drawn = dict[str, list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
 class Block:
-    """One kind of block: its graphs, of the first of the layers that look like this."""
+    """One kind of block, with the graphs of its first layer."""
 
     name: str
-    """With `*` for the number; empty for what is outside of blocks."""
+    """Path with `*` for the index; empty for nodes outside of blocks."""
     layers: tuple[int | None, ...]
     before: Drawn
     after: Drawn
@@ -32,7 +32,7 @@ class Block:
         return f"{self.name}  {layers_text(self.layers)}" if self.name else "outside of blocks"
 
     def node(self, weight: str, role: str, adapter: str) -> str | None:
-        """The node that stands for a site: the last that its adapter inserted, or the projection itself."""
+        """The node that represents a site: the last one that its adapter inserted, or the projection itself."""
         found = [node for node in self.after["nodes"] if node["kind"] == "op"]
         inserted = [
             n for n in found if n["adapter"] and n["site"] == weight and n["role"] == role and n["of"] == adapter
@@ -46,7 +46,7 @@ class Block:
 
 
 def blocks(before: MultiDiGraph[str], after: MultiDiGraph[str]) -> list[Block]:
-    """The blocks of two graphs of a model, in the order in which they run."""
+    """The blocks of two graphs of a model, in execution order."""
     groups = {"before": _grouped(before), "after": _grouped(after)}
     folded: dict[tuple[object, ...], list[Key]] = {}
     for key in dict.fromkeys([*groups["after"], *groups["before"]]):
@@ -61,7 +61,7 @@ def blocks(before: MultiDiGraph[str], after: MultiDiGraph[str]) -> list[Block]:
 
 
 def _grouped(graph: MultiDiGraph[str]) -> dict[Key, list[str]]:
-    """Nodes by block. What no module made, such as an input or a constant, belongs to the block that reads it."""
+    """Nodes by block. A weight or constant without a module belongs to its only reader's block."""
     found: dict[Key, list[str]] = {}
     for name, about in graph.nodes(data=True):
         key = _key(about)
@@ -78,7 +78,7 @@ def _key(about: Mapping[str, Any]) -> Key:
 
 
 def _signature(graph: MultiDiGraph[str], names: list[str]) -> object:
-    """Equal for blocks that look the same: nodes in order, and edges by where they come from in that order."""
+    """A value that is equal for blocks that look the same: nodes in order, and edges by their source's position."""
     number = {name: i for i, name in enumerate(names)}
     return tuple(
         (
@@ -94,7 +94,7 @@ PATHS = frozenset({"path", "weight"})
 
 
 def _drawn(graph: MultiDiGraph[str], names: Iterable[str]) -> Drawn:
-    """A block's nodes and edges, and a node for each value that enters or leaves it."""
+    """A block's nodes and edges, plus a node for each value that enters or leaves it."""
     inside = dict.fromkeys(names)
     nodes = [_node(name, graph.nodes[name]) for name in inside]
     edges = []
@@ -134,7 +134,7 @@ def _node(name: str, about: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _edge_node(name: str, kind: str, about: Mapping[str, Any]) -> dict[str, Any]:
-    """Where a value comes from or goes to, outside of the block."""
+    """A node for a value that enters or leaves the block."""
     path = about.get("path", "")
     shown = {**_node(name, about), "kind": kind, "module": "", "adapter": "", "of": "", "weight": "", "site": ""}
     return shown | {"op": path.rpartition(".")[2] or about["op"]}

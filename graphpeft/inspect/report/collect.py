@@ -1,4 +1,4 @@
-"""All that a report shows, as plain values: what the page draws, and what a script can read."""
+"""Collect the data of a report as plain values, for the page and for scripts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PACKAGES = ("graphpeft", "torch", "transformers", "onnxruntime")
 
 
 def collect(model: nn.Module, inputs: Inputs = None, check: Level = "fast") -> Data:
-    """The report on a model, adapted or not, as values that JSON can hold. Raises `CaptureError`."""
+    """The data of a report on a model, with or without adapters, as JSON-compatible values. Raises `CaptureError`."""
     rewritten = rewrite(model, inputs)
     drawn = blocks(network(rewritten, adapted=False), network(rewritten))
     state = find_state(rewritten.model)
@@ -85,7 +85,7 @@ def _verification(model: nn.Module, state: State | None, inputs: Inputs, check: 
         return []
     try:
         checks = verify(model, example(model, inputs), check).checks
-    except GraphPeftError as error:  # a report is to show what is wrong
+    except GraphPeftError as error:  # the report shows the failure
         return [{"check": "verification", "result": "failed", "figure": str(error)}]
     return [{"check": name, "result": "ok" if good else "failed", "figure": text} for name, good, text in checks]
 
@@ -119,7 +119,7 @@ def _site(name: str, entry: Entry, chain: Chain, now: Numbers, drawn: list[Block
 
 
 def _row(site: Site, drawn: list[Block], adapter: str = "") -> Data:
-    """What every site has, and where it is drawn."""
+    """The fields of every site, and the block and node that show it."""
     block, layer = block_of(site.weight), layer_of(site.weight)
     number = next((i for i, one in enumerate(drawn) if one.name == block and layer in one.layers), 0)
     row = site_row(site)
@@ -145,7 +145,7 @@ def _skipped(rewritten: Rewrite, state: State | None, drawn: list[Block]) -> Ite
 
 
 def _heat(sites: list[Data]) -> list[Data]:
-    """A map of roles by layers for each number that some site has; of several adapters the largest counts."""
+    """A heat map, roles by layers, for each statistic that some site has; the largest of several adapters counts."""
     found = []
     titles = {"update": "‖ΔW‖ / ‖W‖", "effective_rank": "effective rank", "kept": "rank kept", "mean_bits": "mean bits"}
     for key, title in titles.items():

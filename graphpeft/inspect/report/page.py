@@ -1,4 +1,4 @@
-"""The page of a report: one HTML file that holds its data, its scripts and the libraries that they use."""
+"""Render a report as one HTML file that contains its data, scripts and libraries."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ SCRIPTS = (
     "dom.js", "overview.js", "table.js", "heat.js", "modules.js", "layout.js", "style.js", "graph.js", "details.js",
     "page.js",
 )  # fmt: skip
-"""In the order in which they run: each uses only those before it."""
+"""In execution order: each script uses only earlier ones."""
 
 
 def render(data: dict[str, Any]) -> str:
-    """The page for what `collect` returns."""
+    """The page for the data that `collect` returns."""
     scripts = [_text(f"vendor/{name}") for name in LIBRARIES] + [_text(name) for name in SCRIPTS]
     page = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined)
     return page.get_template("page.html").render(
@@ -34,17 +34,17 @@ def render(data: dict[str, Any]) -> str:
 
 
 def _text(name: str) -> Markup:
-    """A file of ours, which needs no escaping."""
+    """A file of this package, which needs no escaping."""
     return Markup((HERE / name).read_text(encoding="utf-8"))
 
 
 def _hash(script: str) -> str:
-    """The browser runs only scripts with these hashes, so nothing in the data can become one."""
+    """A script's hash for the page's content security policy: the browser runs no other scripts, so data cannot inject any."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no word for infinity and NaN, which a training that diverged leaves behind: they are shown as text."""
+    """Convert infinity and NaN, which diverged training leaves and JSON cannot represent, to text."""
     if isinstance(value, dict):
         return {key: _plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):

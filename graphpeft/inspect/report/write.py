@@ -1,4 +1,4 @@
-"""`gp.report`: a model, its adapters and its graphs on one page."""
+"""`gp.report`: write a page about a model, its adapters and its graphs."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from graphpeft.passes.verify import Level
 
 
 def report(model: nn.Module, path: str | os.PathLike[str], inputs: Inputs = None, *, verify: Level = "fast") -> Path:
-    """Write an HTML file that needs no server and no network; returns its path. It appears whole or not at all.
+    """Write an HTML file that needs no server and no network; returns its path. It appears complete or not at all.
 
-    It shows the rules with what became of them, a table of sites, the graph of each kind of block before and after, and
-    numbers by role and layer: how far updates have moved the weights, their effective ranks, and what gates chose.
+    It shows the rules and their outcomes, a table of sites, the graph of each kind of block before and after, and
+    statistics by role and layer: sizes of updates, their effective ranks, and the choices of gates.
 
     Args:
-        model: adapted or plain; on the meta device the numbers are left out.
-        path: the file to write, which is replaced if there is one.
-        inputs: an example call, if none can be made from the model's config.
-        verify: which checks run for the page (see `graphpeft.verify`).
+        model: a model with or without adapters; on the meta device the statistics are left out.
+        path: the file to write; an existing file is replaced.
+        inputs: an example call; default: made from the model's config.
+        verify: the level of the checks on the page (see `graphpeft.verify`).
 
-    Raises: `CaptureError`; `FileError` for a path that is a folder.
+    Raises: `CaptureError`; `FileError` if the path is a folder.
     """
     target = Path(path)
     if target.is_dir():

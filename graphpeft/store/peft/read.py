@@ -192,7 +192,9 @@ def _lora(
         expected = spot.laid(a, b, torch.empty(b.shape[-2], device="meta") if dora else None)
         wanted |= expected.keys()
         if dora and spot.kind not in ("linear", "conv"):
-            raise NoEquivalent(f"{spot.target}: for a table, PEFT's DoRA normalizes columns and graphpeft's normalizes rows")
+            raise NoEquivalent(
+                f"{spot.target}: for a table, PEFT's DoRA normalizes columns and graphpeft's normalizes rows"
+            )
         if not _fit(expected, tensors, problems):
             continue
         rslora = bool(config.get("use_rslora"))
