@@ -23,16 +23,6 @@ from .inspect.why import why as why
 from .ir.program import Program as Program
 from .ir.site import Site as Site
 from .methods.base import Method as Method
-
-# -- generated: the methods, one a file
-from .methods.blora import BLoRA as BLoRA
-from .methods.dora import DoRA as DoRA
-from .methods.lora import LoRA as LoRA
-from .methods.melora import MELoRA as MELoRA
-from .methods.olora import OLoRA as OLoRA
-from .methods.pissa import PiSSA as PiSSA
-from .methods.rlora import RLoRA as RLoRA
-from .methods.vera import VeRA as VeRA
 from .passes.activate import activate as activate
 from .passes.activate import disabled as disabled
 from .passes.combine import combine as combine
@@ -62,6 +52,15 @@ from .train.penalty import add_penalties as add_penalties
 from .train.penalty import penalty as penalty
 from .train.trainer import AdapterCallback as AdapterCallback
 
+# -- generated: the methods, one a file
+from .methods.blora import BLoRA as BLoRA
+from .methods.dora import DoRA as DoRA
+from .methods.lora import LoRA as LoRA
+from .methods.melora import MELoRA as MELoRA
+from .methods.olora import OLoRA as OLoRA
+from .methods.pissa import PiSSA as PiSSA
+from .methods.rlora import RLoRA as RLoRA
+from .methods.vera import VeRA as VeRA
 # -- end of generated
 
 __version__: str

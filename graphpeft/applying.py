@@ -11,7 +11,6 @@ from graphpeft.ambient import plain
 from graphpeft.capturing.base_view import base_view
 from graphpeft.capturing.capture import Inputs, as_module
 from graphpeft.capturing.survey import capture_programs, find_sites
-from graphpeft.compat.quantized import check_gradient_flow
 from graphpeft.passes import verify as checks
 from graphpeft.passes.activate import activate
 from graphpeft.passes.initialize import initialize
@@ -19,7 +18,7 @@ from graphpeft.passes.insert import insert
 from graphpeft.passes.remove import undone_on_error
 from graphpeft.passes.verify import Level
 from graphpeft.planning.plan import make_plan
-from graphpeft.rewrite.naming import check_name
+from graphpeft.rewrite.naming import check_adaptable
 from graphpeft.rules.rule import Rules, coerce, to_text
 from graphpeft.tracing import as_pass
 
@@ -79,8 +78,7 @@ def apply(
     """
     asked = coerce(rules)
     module = as_module(model)
-    check_name(module, name)
-    check_gradient_flow(module)
+    check_adaptable(module, name)
     with base_view(module):
         captured = capture_programs(module, inputs)
         found = find_sites(captured)

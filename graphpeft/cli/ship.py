@@ -19,9 +19,7 @@ def merge(
     base: Annotated[Path, typer.Argument(help="A local folder of a transformers model, in safetensors.")],
     adapters: Annotated[list[Path], typer.Argument(help="Folders that gp.save wrote, folded in this order.")],
     out: Annotated[Path, typer.Argument(help="A new folder.")],
-    any_base: Annotated[
-        bool, typer.Option("--any-base", help="Only warn if an adapter had another base.")
-    ] = False,
+    any_base: Annotated[bool, typer.Option("--any-base", help="Only warn if an adapter had another base.")] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:

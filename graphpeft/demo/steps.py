@@ -113,7 +113,7 @@ def fold(task: Task) -> dict[str, Any]:
     gp.unmerge(task.model)
     after = task.model.state_dict()
     if before.keys() != after.keys() or not all(torch.equal(before[name], after[name]) for name in before):
-        raise VerifyError("Un-merging did not restore the weights from before the merge; please report this as a bug.")
+        raise VerifyError("Un-merging left other weights than before the merge; please report this as a bug.")
     return {"adapter": RECIPES[-1].name, "difference": (merged - adapted).abs().max().item(), "tensors": len(before)}
 
 

@@ -53,7 +53,7 @@ def compact(model: nn.Module, name: str | None = None) -> nn.Module:
     if not any(made.values()):
         raise AdapterError(
             f"No adapter of {type(model).__name__} has gates that decide a rank or a precision, so there is nothing to "
-            f"compact. Train one that has them: `blora`."
+            f"compact. Train one that has: `blora`."
         )
     for adapter, branches in made.items():
         replace_branches(model, adapter, branches)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from graphpeft.compat.quantized import check_gradient_flow
 from graphpeft.compat.sharded import refuse_sharded
 from graphpeft.errors import AdapterError
 from graphpeft.names import is_name
@@ -33,3 +34,9 @@ def check_name(model: nn.Module, name: str) -> None:
     refuse_sharded(
         model, "add an adapter", "Call gp.apply or gp.load first, and fully_shard or accelerator.prepare after it."
     )
+
+
+def check_adaptable(model: nn.Module, name: str) -> None:
+    """Raise `AdapterError` for what no adapter of that name could be trained on: see `check_name` and `check_gradient_flow`."""
+    check_name(model, name)
+    check_gradient_flow(model)

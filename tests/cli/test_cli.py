@@ -190,7 +190,7 @@ def test_passes_are_printed_and_dumped(folder: str, tmp_path: Path) -> None:
     assert wrong.stderr.startswith("error WatchError: There is no pass 'fnd'. Did you mean 'find'?")
     again = run.invoke(app, ["plan", folder, "q:lora", "--dump", folder])
     assert again.exit_code == 1
-    assert "is no earlier dump" in again.stderr
+    assert "is not an earlier dump" in again.stderr
 
 
 def test_wrong_usage_and_wrong_paths_have_codes_of_their_own(folder: str, tmp_path: Path) -> None:

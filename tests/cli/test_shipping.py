@@ -62,7 +62,7 @@ def test_the_command_says_what_transformers_says(folder: Path) -> None:
 
 
 def test_errors_take_one_line(folder: Path) -> None:
-    for wrong, text in ((["-a", "c"], "there is no adapter 'c'"), (["-a", "a=x"], "'x' is no number")):
+    for wrong, text in ((["-a", "c"], "there is no adapter 'c'"), (["-a", "a=x"], "'x' is not a number")):
         found = CliRunner().invoke(app, ["run", str(folder / "out"), "text", *wrong])
         assert found.exit_code == 1
         assert text in found.output

@@ -52,9 +52,9 @@ def test_a_folder_with_anything_else_is_refused_and_untouched(tmp_path: Path) ->
     (tmp_path / "deploy").unlink()
     (tmp_path / "deploy").mkdir()
     (tmp_path / "deploy" / "thesis.tex").write_text("years of work")
-    refused("no export of graphpeft wrote it")
+    refused("graphpeft's export did not write it")
     (tmp_path / "deploy" / "graphpeft.json").write_text('{"files": {"model.onnx": 1}}')
-    refused("'thesis.tex' is not of it")
+    refused("'thesis.tex' is not part of it")
 
 
 def test_what_arrives_in_the_folder_during_an_export_is_not_lost(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_what_arrives_in_the_folder_during_an_export_is_not_lost(tmp_path: Path)
     export_to_be.__enter__()
     (tmp_path / "deploy").mkdir()
     (tmp_path / "deploy" / "late.txt").write_text("just now")
-    with pytest.raises(ExportError, match="no export of graphpeft wrote it"):
+    with pytest.raises(ExportError, match="graphpeft's export did not write it"):
         export_to_be.__exit__(None, None, None)
     assert [path.name for path in tmp_path.rglob("*")] == ["deploy", "late.txt"]
 
@@ -118,7 +118,7 @@ def test_the_folder_where_one_works_is_not_taken_away(tmp_path: Path, monkeypatc
     (tmp_path / "here" / "inside").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here" / "inside")
     for target in (Path("."), tmp_path / "here"):
-        with pytest.raises(ExportError, match="where this process works"), staged(target):
+        with pytest.raises(ExportError, match="this process's working directory"), staged(target):
             pass
     assert Path.cwd().is_dir()
 

@@ -98,5 +98,5 @@ def test_options_that_exclude_each_other(tmp_path: Path) -> None:
 def test_compact_adapters_do_not_blend(tmp_path: Path) -> None:
     export(hand("qv:vera(r=8)", "qv:vera(r=8)"), tmp_path / "x", inputs=SAMPLE, compact=True, verify="off")
     session = Session(tmp_path / "x")
-    with pytest.raises(AdapterError, match="neither adds up"):
+    with pytest.raises(AdapterError, match="cannot be added or concatenated"):
         session.use({"a": 0.5, "b": 0.5})

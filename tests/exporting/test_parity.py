@@ -62,7 +62,7 @@ def test_a_slot_that_does_nothing_is_named() -> None:
         for limit in (1e-4, 1e4):  # the second: however small the effect is beside the tolerance
             part.limit = limit
             for site in ("wv", "out"):
-                with pytest.raises(ExportError, match=f"{site}: what is fed to this slot alone moves the output by"):
+                with pytest.raises(ExportError, match=f"{site}: filling this slot alone moves the output by"):
                     part.check_slots(Deaf(session, "model", f"{site}.lora_B.weight"), opened.fed)
 
 
@@ -88,7 +88,9 @@ def test_an_adapter_that_cannot_be_told_from_none_is_refused() -> None:
 
 def test_a_swap_that_leaves_the_adapter_before_is_found() -> None:
     sample = [Case("batch 2", SAMPLE)]
-    steps = [parity.ReferenceRun(name, f"adapter {name!r}", [{"output": deployed().want[name]}]) for name in ("a", None, "b")]
+    steps = [
+        parity.ReferenceRun(name, f"adapter {name!r}", [{"output": deployed().want[name]}]) for name in ("a", None, "b")
+    ]
     assert parity.check_swaps(parity.Runner(Session(deployed().folder), "model"), steps, sample, 1e-4).value < CLOSE
 
     class Sticky(parity.Runner):

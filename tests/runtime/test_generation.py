@@ -187,7 +187,7 @@ def test_a_prompt_padded_on_the_right_is_refused() -> None:
 
 
 def test_a_graph_without_a_past_is_refused() -> None:
-    with pytest.raises(AdapterError, match="takes no past; export the model with cache=True"):
+    with pytest.raises(AdapterError, match="has no KV cache; export the model with cache=True"):
         Session(deployed().folder).generate({"input_ids": ids(1, 4)["input_ids"].numpy()})
 
 

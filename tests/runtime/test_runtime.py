@@ -220,7 +220,7 @@ def test_of_two_graphs_the_one_without_slots_decides_nothing(tmp_path: Path) -> 
     randomize(model, "enc")
     gp.export(model, tmp_path / "out", compact=True, verify="off")
     session = Session(tmp_path / "out")
-    with pytest.raises(AdapterError, match="a compact export holds what one method trains"):
+    with pytest.raises(AdapterError, match="a compact export holds one method's own tensors"):
         session.use({"enc": 1.0})
     (tmp_path / "out" / "enc.decoder.onnx_adapter").unlink()
     with pytest.raises(FileError, match=r"enc\.decoder\.onnx_adapter: there is no such file.*one for each graph"):

@@ -219,8 +219,8 @@ Q = "model.layers.1.self_attn.q_proj.weight"
 REFUSED: dict[str, tuple[Callable[[Job], Any], str]] = {
     "truncated shard": (_cut, r"model-00002-of-0000\d\.safetensors is damaged: it has [\d,]+ bytes, and its header"),
     "missing shard": (lambda job: _shard(job).unlink(), r"model-00002-of-0000\d\.safetensors cannot be read: No such"),
-    "no header": (_header, "is damaged: its header is not one of safetensors"),
-    "a shard of another": (_swap, "says that model-00002.* holds .*, and it does not"),
+    "no header": (_header, "is damaged: its header is not a safetensors header"),
+    "a shard of another": (_swap, "says that model-00002.* holds .*, but it does not"),
     "no JSON": (_index("{"), "index.json is not readable JSON"),
     "an index that leaves the folder": (_index('{"weight_map": {"a": "../b.safetensors"}}'), "names .'../b.safet"),
     "no safetensors": (_only_pickle, "holds neither model.safetensors nor .* save_pretrained"),
@@ -236,8 +236,8 @@ REFUSED: dict[str, tuple[Callable[[Job], Any], str]] = {
     ),
     "another config": (_config, r"does not fit LlamaForCausalLM: it adapts model\.layers\.1\."),
     "another shape": (_map(Q, lambda t: t[:32].clone()), r"as \(32, 64\), where its config.json says \(64, 64\)"),
-    "no adapter": (lambda job: (job.adapter / "adapter.json").unlink(), "is no graphpeft adapter"),
-    "output inside": (lambda job: job.inside(), "lies inside of"),
+    "no adapter": (lambda job: (job.adapter / "adapter.json").unlink(), "is not a graphpeft adapter"),
+    "output inside": (lambda job: job.inside(), "is inside .*, whose files are copied"),
     "output exists": (lambda job: job.occupy(job.out), "exists already"),
     "something else's part": (lambda job: job.occupy(job.part), r"out\.part is in the way"),
     "something else's note": (lambda job: job.note.write_text("x"), r"out\.part\.json is in the way"),
@@ -373,9 +373,9 @@ def test_headers_with_other_numbers_are_refused_before_anything_is_written(job: 
         about["data_offsets"] = [float(offset) for offset in about["data_offsets"]]
     text = json.dumps(header).encode()
     shard.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
-    with pytest.raises(FileError, match="its header is not one of safetensors"):
+    with pytest.raises(FileError, match="its header is not a safetensors header"):
         found.merge()
     assert not found.part.exists()
     assert not found.note.exists()
-    with pytest.raises(FileError, match="is no folder to write"):
+    with pytest.raises(FileError, match="cannot be an output folder"):
         gp.merge_files(job.base, job.adapter, "/")

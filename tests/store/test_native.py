@@ -178,13 +178,13 @@ DAMAGE = {
     "tensors cut short": (_cut_tensors, "is not the file that adapter.json describes"),
     "tensors missing": (lambda f: (f / "adapter.safetensors").unlink(), "cannot be read"),
     "description cut short": (_cut_json, "not readable JSON"),
-    "description missing": (lambda f: (f / "adapter.json").unlink(), "no graphpeft adapter"),
+    "description missing": (lambda f: (f / "adapter.json").unlink(), "not a graphpeft adapter"),
     "an empty PEFT adapter": (_foreign_peft, "its peft_type is None"),
     "another JSON": (lambda f: (f / "adapter.json").write_text("[1]"), "not a description of a graphpeft adapter"),
     "a newer version": (_edit(version=99), "Update graphpeft"),
     "an unknown site": (_edit(sites=[{"role": "q"}]), "cannot be understood"),
     "a site tied to itself": (_tied_to_itself, "is tied to itself"),
-    "a site twice": (_twice, "a site is there twice"),
+    "a site twice": (_twice, "a site is listed twice"),
     "tensors of something else": (_other_tensors, "tensors and sites disagree"),
 }
 

@@ -219,7 +219,7 @@ def test_refusals_change_nothing() -> None:
     assert not noises(model)
     model = gp.apply(build("llama"), "q:lora")
     pac = gp.PAC(examples=5).attach(model)
-    with pytest.raises(AdapterError, match="has a PAC objective already"):
+    with pytest.raises(AdapterError, match="already has a PAC objective"):
         pac.attach(model)
     gp.merge(model)
     with pytest.raises(AdapterError, match="Cannot attach noise while default is merged"):

@@ -139,7 +139,9 @@ def test_plain_onnxruntime_runs_a_bank_of_adapters(tmp_path: Path) -> None:
 
 def test_a_graph_that_gives_all_rows_one_adapter_is_found() -> None:
     cases = [Case("batch 4", {"x": X})]
-    steps = [parity.ReferenceRun(use, "", [{"output": running(gated().model, use, {"x": X})}]) for use in ("a", "b", None)]
+    steps = [
+        parity.ReferenceRun(use, "", [{"output": running(gated().model, use, {"x": X})}]) for use in ("a", "b", None)
+    ]
     runner = parity.Runner(Session(gated().folder), "model")
     assert parity.check_rows(runner, steps, cases, 1e-4).value < SUMMED
 
