@@ -91,8 +91,7 @@ def begin(inputs: list[torch.Tensor]) -> torch.Tensor:
     "graphpeft::block", mutates_args=(), schema="(Tensor[] inputs, Tensor[] traced, int call, str path) -> Tensor[]"
 )
 def block(inputs: list[torch.Tensor], traced: list[torch.Tensor], call: int, path: str) -> list[torch.Tensor]:
-    """A block that is left out or, with `traced`, the end of a traced block: `traced` is its `begin` and its
-    outputs."""
+    """A block that is left out or, with `traced` (its `begin` and outputs), the end of a traced block."""
     raise NotImplementedError("graphpeft::block is a temporary marker in a graph and cannot be run")
 
 

@@ -160,8 +160,7 @@ def inference_view(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Suppress the traces that torch logs and the graphs that it prints before it raises: the `CaptureError`
-    suffices."""
+    """Suppress what torch logs and prints before it raises, traces and graphs: the `CaptureError` suffices."""
     loggers = [v for k, v in logging.root.manager.loggerDict.items() if f"{k}.".startswith("torch.")]
     handlers = {h for v in loggers if isinstance(v, logging.Logger) and v.name != "torch.__trace" for h in v.handlers}
     printed = io.StringIO()

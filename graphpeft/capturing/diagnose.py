@@ -88,8 +88,7 @@ CAUSES = (
 
 
 def explain(model: nn.Module, error: Exception, guessed: bool) -> str:
-    """Why `model` cannot be captured, in at most five lines; `guessed` means that the inputs were made from its
-    config."""
+    """Why `model` cannot be captured, in five lines at most; `guessed`: the inputs were made from its config."""
     passed = [_frames(e) for e in _chain(error)]
     frames = next((f for f in passed if any(_is_model_code(frame.f_code) for frame, _ in f)), passed[0])
     path, module = _innermost(model, frames)

@@ -1,5 +1,4 @@
-"""Put the blocks that `blocks.py` left out back into a graph: copies of the first block's nodes, on their own
-weights."""
+"""Put the blocks that `blocks.py` left out back into a graph: copies of the first block, on their own weights."""
 
 from __future__ import annotations
 

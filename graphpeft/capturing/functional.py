@@ -17,8 +17,7 @@ from graphpeft.compat.operators import OperatorBase, is_aten, is_mutable
 
 
 def functional(program: ExportedProgram) -> ExportedProgram:
-    """The same program with writes through views turned into values; unchanged if it has none. Other operators
-    remain."""
+    """The same program, with writes through views turned into values if it has any. Other operators remain."""
     return program.run_decompositions(_WITHOUT_COPY) if any(map(_writes, program.graph.nodes)) else program
 
 
@@ -31,8 +30,7 @@ _WITHOUT_COPY: dict[OperatorBase, Callable[..., Any]] = {torch.ops.aten.copy.def
 
 
 def _writes(node: fx.Node) -> bool:
-    """Whether the node changes a tensor that others read; an in-place activation whose input has no other reader does
-    not."""
+    """Whether the node changes what others read; an in-place activation that alone reads its input does not."""
     if not is_aten(node.target) or not is_mutable(node.target):
         return False
     return torch.Tag.pointwise not in node.target.tags or any(len(a.users) > 1 for a in node.all_input_nodes[:1])

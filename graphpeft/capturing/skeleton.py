@@ -94,14 +94,13 @@ def _config(name: str) -> Any:
 
 
 def _ours(name: str, config: Any) -> Any:
-    """Return the config if its attention is transformers' own: any other value names a repository whose kernels
-    transformers would download."""
+    """Return the config if its attention is transformers' own: any other names a repository of kernels to download."""
     for part in _parts(config):
         asked = getattr(part, "_attn_implementation", None)
         if asked is not None and not (isinstance(asked, str) and re.fullmatch(r"[\w|]+", asked)):
             raise CaptureError(
-                f"{name} asks for the attention {str(asked)[:60]!r} in its config.json, which transformers itself does not have. Remove "
-                f"attn_implementation from the config."
+                f"{name} asks for the attention {str(asked)[:60]!r} in its config.json, which transformers does not have. "
+                f"Remove attn_implementation from the config."
             )
     return config
 

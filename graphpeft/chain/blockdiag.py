@@ -46,8 +46,7 @@ class BlockDiag(Weighted):
 
 
 class MixedBlocks(Factor):
-    """diag(s₁ W₁ … sₙ Wₙ) of blocks with unequal `shapes` (outputs, inputs), assembled into a dense matrix at each
-    use."""
+    """diag(s₁ W₁ … sₙ Wₙ) of blocks with unequal `shapes` (outputs, inputs), made dense at each use."""
 
     def __init__(self, shapes: Sequence[tuple[int, int]], init: Init, scales: Sequence[float] | None = None) -> None:
         outputs, inputs = (sum(sizes) for sizes in zip(*shapes, strict=True))

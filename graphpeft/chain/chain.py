@@ -125,8 +125,7 @@ class Chain(nn.Module):
 
     @property
     def needs_base_weight(self) -> bool:
-        """Whether the update depends on the base weight: `delta` then takes it, and `accumulate` its product with the
-        input."""
+        """Whether the update depends on the base weight: `delta` then takes it, `accumulate` its product with x."""
         return self.reweight is not None
 
     @property
@@ -257,8 +256,7 @@ class Chain(nn.Module):
         return a, self._times * b
 
     def row_scale(self, weight: Tensor) -> Tensor:
-        """The numbers, `(outputs,)`, by which a `needs_base_weight` update beside a projection scales the rows of W +
-        Δ."""
+        """The factors, `(outputs,)`, by which a `needs_base_weight` update beside a projection scales its rows."""
         assert self.reweight is not None, "an update that does not depend on the base weight has no row scale"
         return self.reweight.row_scale(self.pair(), widen(weight))
 

@@ -32,8 +32,7 @@ class Factor(nn.Module):
     """
 
     chained: ClassVar[type[Chain]]
-    """The class `Chain`, because the product of two factors is a chain. chain.py sets it, so that the two files do not
-    import each other."""
+    """The class `Chain`, the type of a product of factors. chain.py sets it, so that neither file imports the other."""
 
     def __init__(self, outputs: int, inputs: int, shared: str | None = None) -> None:
         super().__init__()

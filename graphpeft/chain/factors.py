@@ -49,8 +49,7 @@ class Weighted(Factor):
         return self
 
     def as_codes(self, bits: int) -> Self:
-        """This factor at a fixed precision: below 32 bits the weight is integer codes, which are stored but not
-        trained."""
+        """This factor at a fixed precision: below 32 bits the weight is integer codes, stored but not trained."""
         if bits == 32:
             return self
         shape = self.weight.shape

@@ -22,7 +22,7 @@ Matrix = np.ndarray[Any, np.dtype[np.int8]]
 def hadamard_factors(n: int) -> tuple[int, int]:
     """Orders (a, b), a ≤ b, of two Hadamard matrices whose Kronecker product has the smallest usable order ≥ `n`.
 
-    The transform of order a·b costs a + b multiplications per feature, so a b above 64 must not exceed 12a.
+    The transform of order a·b costs a + b multiplications per feature, so b is at most max(64, 12a).
     """
     return next(split for order in count(n) if (split := _split(order)))
 

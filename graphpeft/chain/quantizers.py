@@ -55,7 +55,7 @@ class LearnedQuantizer(Transform):
     The penalty is `weight` · Σ_b c_b · Π_{j ≤ b} q_j, where q is the probability that a gate is open. Here c_b = 1, or
     with `cost="bop"` c_b = b · (size of the tensor) / (size of the adapter's largest one), which makes the penalty
     proportional to the expected number of bit operations. At least two bits remain, unless `drop` is set: then the
-    tensor may become zero. The sizes are `macs`, the multiply-accumulates per position with the tensor.
+    tensor may become zero. Both sizes are `macs`, the multiply-accumulates per position with the tensor.
     """
 
     def __init__(

@@ -86,8 +86,8 @@ class _Transform(Factor):
         fill(self.right, self.scale * (right if self.adjoint else right.T))
 
     def _transform(self, x: Tensor) -> Tensor:
-        """Apply the Kronecker product to the last axis. `right` includes the scale, so that sums stay small in half
-        precision."""
+        """Apply the Kronecker product to the last axis. `right` has the scale, which keeps half-precision sums
+        small."""
         before = self.grid if self.adjoint and self.grid else self.split
         return torch.matmul(self.left, torch.matmul(x.unflatten(-1, before), self.right)).flatten(-2)
 
@@ -131,8 +131,7 @@ class SRHT(_Transform):
 
 
 class AdjointSRHT(_Transform):
-    """A random frame: a sum of orthogonal directions in R^`outputs` with entries ±`scale`, weighted by the `inputs`
-    features."""
+    """A random frame: `inputs` coefficients of orthogonal directions in R^`outputs` whose entries are ±`scale`."""
 
     adjoint = True
     slots: Tensor

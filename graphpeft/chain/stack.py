@@ -67,8 +67,7 @@ class Stack(Chain):
         )
 
     def forward(self, compute: Callable[..., T], *values: Tensor) -> T:  # type: ignore[override]
-        """Return `compute(*values)`. `functional_call` runs it with the tensors of one matrix in place of the
-        stacks."""
+        """Return `compute(*values)`. `functional_call` runs it with one matrix's tensors in place of the stacks."""
         return compute(*values)
 
     def _each(self, compute: Callable[..., T], *values: Tensor) -> T:

@@ -1,5 +1,4 @@
-"""Functions of a factor's tensor, applied before each use: noise, a quantizer, a gate. They do not change the tensor
-itself."""
+"""Functions applied to a factor's tensor before each use: noise, a quantizer, a gate. The tensor stays as it is."""
 
 from __future__ import annotations
 
@@ -27,8 +26,7 @@ class Transform(nn.Module):
         """Fill the transform's own tensors, after the factor has filled its `weight`."""
 
     def join(self, pool: dict[str, Any]) -> None:
-        """Share common state with the adapter's other transforms through `pool`, which exists while the adapter is
-        inserted."""
+        """Share common state with the adapter's other transforms through `pool`, during the insertion."""
 
     def penalty(self, weight: Tensor | None) -> Tensor | None:
         """The transform's term in the training loss, a scalar, or `None`. `weight` is `None` if the transform acts on

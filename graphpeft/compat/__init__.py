@@ -1,1 +1,1 @@
-"""Private or moving parts of torch, transformers, accelerate and quantizing libraries: one file each, pinned by a test."""
+"""Private or unstable parts of torch, transformers, accelerate and quantizers: one file each, pinned by a test."""

@@ -1,8 +1,8 @@
-"""Modules whose `forward` was replaced on the instance: by accelerate's hooks, which are looked through, or by others.
+"""Modules whose `forward` was replaced on the instance, by accelerate's hooks or by other code.
 
-`accelerate.dispatch_model`, and transformers' `device_map` with it, keep the module's own `forward` under a private name, and
-may keep its weights elsewhere: on the meta device there is none to see but while it runs. All that graphpeft knows of
-accelerate's private names is in this file.
+`accelerate.dispatch_model`, and transformers' `device_map` through it, keep the module's own `forward` under a private
+name. They may also keep its weights elsewhere: then the module has its weights only while it runs, and meta tensors
+otherwise. graphpeft looks through these hooks; no other file uses accelerate's private names.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ import torch
 from torch import nn
 
 INNER, HOOK = "_old_forward", "_hf_hook"
-"""Where a hooked module keeps the bound method that its hook calls, and the hook."""
+"""Attributes in which a hooked module keeps the bound method that its hook calls, and the hook."""
 
 
 def _bound(module: nn.Module) -> list[str]:
-    """Attributes of the instance that are the `forward` of its class: within a hook, or left by one that was removed."""
+    """Attributes of the instance that hold the `forward` of its class: used by a hook, or left by a removed one."""
     own = type(module).forward
     return [name for name in ("forward", INNER) if getattr(module.__dict__.get(name), "__func__", None) is own]
 
 
 def has_instance_forward(module: nn.Module) -> bool:
-    """Whether code on the instance hides that of the class, so that a rewritten class would not be called."""
+    """Whether the instance has another `forward` than its class, so that a rewritten class would not be called."""
     return "forward" in module.__dict__ and not _bound(module)
 
 
 def become(module: nn.Module, kind: type[nn.Module]) -> None:
-    """Give a module another class, whose `forward` a hook around the old one's calls from now on."""
+    """Set the module's class and point accelerate's hook at the new `forward`."""
     bound = _bound(module)
     module.__class__ = kind
     for name in bound:
@@ -40,7 +40,7 @@ def become(module: nn.Module, kind: type[nn.Module]) -> None:
 
 @contextmanager
 def unhooked(model: nn.Module) -> Iterator[None]:
-    """The modules without their hooks for a while: a capture needs no weights, and hooks would fetch them."""
+    """Remove the modules' hooks inside the context: a capture needs no weights, and hooks would load them."""
     held: list[tuple[dict[str, Any], dict[str, Any]]] = []
     for attributes in [module.__dict__ for module in model.modules() if _bound(module)]:
         held.append((attributes, dict(attributes)))
@@ -54,7 +54,7 @@ def unhooked(model: nn.Module) -> Iterator[None]:
 
 
 def offloaded(module: nn.Module) -> bool:
-    """Whether accelerate keeps the module's own weights elsewhere while it does not run."""
+    """Whether accelerate keeps the module's own weights elsewhere while the module does not run."""
     if HOOK not in module.__dict__:
         return False
     from accelerate.utils import has_offloaded_params
@@ -64,7 +64,7 @@ def offloaded(module: nn.Module) -> bool:
 
 @contextmanager
 def materialized(module: nn.Module) -> Iterator[None]:
-    """The module with its own weights where it runs, for a while."""
+    """Load the module's own weights onto its execution device inside the context."""
     if not offloaded(module):
         yield
         return
@@ -75,5 +75,5 @@ def materialized(module: nn.Module) -> Iterator[None]:
 
 
 def device_of(module: nn.Module, weight: torch.Tensor) -> torch.device:
-    """Where a weight of the module is when it runs."""
+    """The device of a weight of the module while the module runs."""
     return torch.device(module.__dict__[HOOK].execution_device) if offloaded(module) else weight.device

@@ -1,8 +1,8 @@
-"""Fake tensors, which torch keeps private: all that graphpeft does with them is in this file.
+"""Fake tensors, which are private to torch: no other file of graphpeft uses them.
 
-A model without weights is captured with fake CPU tensors in place of its parameters on the meta device. Captured as
-it is, it would lose values that its code makes itself: an index such as `x[..., [-2], :]` is created on the device of
-`x`, and a tensor on the meta device holds nothing. Beside a fake CPU tensor it is real.
+To capture a model without weights, fake CPU tensors replace its parameters on the meta device. A capture on the meta
+device itself would lose values that the model's code creates: an index such as `x[..., [-2], :]` is created on the
+device of `x`, and a meta tensor holds no values. Next to a fake CPU tensor, the index is a real tensor.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from graphpeft.compat.pytree import tree_map_only
 
 @contextmanager
 def with_shapes(model: nn.Module, mode: FakeTensorMode | None = None) -> Iterator[Callable[[Any], Any]]:
-    """Replace the model's meta tensors for a while; yields what makes example inputs fit them."""
+    """Replace the model's meta tensors inside the context; yields a function that makes example inputs fit them."""
     stores: list[dict[str, Any]] = [s for m in model.modules() for s in (m._parameters, m._buffers, m.__dict__)]
     held = [(s, n, t) for s in stores for n, t in s.items() if isinstance(t, torch.Tensor) and t.is_meta]
     if not held:
@@ -47,12 +47,12 @@ def with_shapes(model: nn.Module, mode: FakeTensorMode | None = None) -> Iterato
 
 
 def fill_shapes(graph: fx.Graph, owner: nn.Module) -> None:
-    """Give every node that was inserted into an exported graph its `val`, as `torch.export` gave one to the others."""
+    """Give every node inserted into an exported graph a `val`, as `torch.export` did for the other nodes."""
     known = next((v for n in graph.nodes if isinstance(v := n.meta.get("val"), FakeTensor)), None)
     if known is None:
         return
     mode = known.fake_mode
-    with with_shapes(owner, mode):  # weights on the meta device: beside fake CPU tensors they would not do
+    with with_shapes(owner, mode):  # meta weights cannot be mixed with fake CPU tensors
         for node in graph.nodes:
             if "graphpeft" in node.meta and "val" not in node.meta:
                 value = _value(node, owner, mode)
@@ -61,7 +61,7 @@ def fill_shapes(graph: fx.Graph, owner: nn.Module) -> None:
 
 
 def _value(node: fx.Node, owner: nn.Module, mode: FakeTensorMode) -> Any:
-    """What an inserted node returns: a fake tensor, a dtype, or the branch itself, one of whose methods is called."""
+    """The result of an inserted node: a fake tensor, a dtype, or the branch itself if one of its methods is called."""
     if node.op == "get_attr":
         path, _, leaf = str(node.target).rpartition(".")
         held = getattr(owner.get_submodule(path), leaf)
@@ -73,9 +73,10 @@ def _value(node: fx.Node, owner: nn.Module, mode: FakeTensorMode) -> Any:
         return args[0]
     call: Any = getattr(args[0], str(node.target)) if node.op == "call_method" else node.target
     given = args[1:] if node.op == "call_method" else args
-    strict, mode.allow_non_fake_inputs = mode.allow_non_fake_inputs, True  # a branch's method reads its own tensors
+    # A branch's method reads its own, real tensors.
+    strict, mode.allow_non_fake_inputs = mode.allow_non_fake_inputs, True
     try:
-        # Composite operators pass symbolic sizes on only when they are taken apart in Python.
+        # Composite operators propagate symbolic sizes only when they are decomposed in Python.
         with mode, enable_python_dispatcher(), torch.no_grad():
             return call(*given, **kwargs)
     finally:
@@ -87,10 +88,10 @@ def is_fake(tensor: torch.Tensor) -> bool:
 
 
 def has_value(tensor: torch.Tensor) -> bool:
-    """Whether code that is being traced can read the tensor's values: it is real, or a constant that torch knows."""
+    """Whether code can read the tensor's values while it is traced: it is real, or a constant that torch knows."""
     return not isinstance(tensor, FakeTensor) or tensor.constant is not None
 
 
 def storage(tensor: torch.Tensor) -> int:
-    """A number that tensors share if, and only if, they share memory; fake ones have no address to compare."""
+    """A number that tensors share if and only if they share memory; fake tensors have no address to compare."""
     return tensor.untyped_storage()._cdata

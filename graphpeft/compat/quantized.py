@@ -1,7 +1,8 @@
-"""Base weights in few bits: what is known of torchao's tensors and bitsandbytes' modules, and the floats they stand for.
+"""Quantized base weights: torchao's tensors and bitsandbytes' modules, and the float matrices that they represent.
 
-torchao's weight is a tensor of a class of its own in an ordinary `nn.Linear`, with the shape and the dtype of the float that
-it stands for. bitsandbytes' is packed, in a module that alone knows how to use it: such an owner is kept whole.
+A torchao weight is a tensor of a special class in an ordinary `nn.Linear`, with the shape and dtype of its dequantized
+matrix. A bitsandbytes weight is packed, and only its module can use it, so graphpeft calls the module's own forward
+unchanged.
 """
 
 from __future__ import annotations
@@ -22,31 +23,31 @@ Library = Literal["torchao", "bitsandbytes"]
 
 
 def library(weight: Tensor) -> Library | None:
-    """Whose quantized weight this is; `None` for any other. Imports neither package."""
+    """The library that quantized this weight; `None` for any other weight. Imports neither package."""
     if type(weight) is Tensor or type(weight) is nn.Parameter:  # torch.compile cannot ask a class for its module
         return None
     package = type(weight).__module__.partition(".")[0]
     if package == "torchao":
         return "torchao"
-    # What bitsandbytes has not packed yet, or keeps in half precision to train, is in floats.
+    # bitsandbytes has floats where it did not pack a weight yet, or keeps it in half precision for training.
     return "bitsandbytes" if package == "bitsandbytes" and not weight.is_floating_point() else None
 
 
 def packed(module: nn.Module) -> bool:
-    """Whether the module is a linear layer of bitsandbytes, whose weight has neither the shape nor the dtype of the matrix."""
+    """Whether the module is a linear layer of bitsandbytes, whose weight lacks the shape and dtype of its matrix."""
     weight = module._parameters.get("weight")
     return isinstance(module, nn.Linear) and weight is not None and library(weight) == "bitsandbytes"
 
 
 def shape(weight: Tensor, holder: nn.Module) -> tuple[int, ...]:
-    """Of the floats that a weight stands for."""
+    """The shape of the dequantized weight."""
     if packed(holder) and weight is holder._parameters["weight"]:
         return cast(int, holder.out_features), cast(int, holder.in_features)
     return tuple(weight.shape)
 
 
 class Kept:
-    """A packed module as it is without adapters, for its rewritten graph to call and to ask for its weight."""
+    """A packed module without adapters: its rewritten graph calls this, and takes the dequantized weight from it."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -60,7 +61,7 @@ class Kept:
 
 
 def dequantize(weight: Tensor | Kept, holder: nn.Module | None = None) -> Tensor:
-    """The floats that a weight stands for, `(out, in)`; a weight in floats itself. bitsandbytes asks for the module too."""
+    """The dequantized weight, `(out, in)`; a float weight is returned as it is. bitsandbytes needs the module too."""
     if isinstance(weight, Kept):
         return weight.dequantize()
     known = library(weight)
@@ -75,16 +76,16 @@ def dequantize(weight: Tensor | Kept, holder: nn.Module | None = None) -> Tensor
         if holder is not None:
             _put_back(holder)
         found = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
-    else:  # the first forward pass takes the scales from the weight to the module's state
+    else:  # the first forward pass moves the scales from the weight to the module's state
         scales = cast(Any, weight).SCB if cast(Any, weight).SCB is not None else cast(Any, holder).state.SCB
         found = bnb.functional.int8_vectorwise_dequant(weight.data, scales)
     return found
 
 
 def levels(weight: Tensor, holder: nn.Module) -> Tensor | None:
-    """Of 4 bits the numbers that stand in them before they are scaled; `None` for any other weight.
+    """The numbers that the codes of a 4-bit weight stand for, before scaling; `None` for any other weight.
 
-    A CPU's fast kernel rounds scales for good on the first call, so only the levels tell one base from another.
+    On its first call, the fast kernel of a CPU rounds the scales for good, so only these numbers identify a base.
     """
     if not _fours(holder):
         return None
@@ -98,13 +99,14 @@ def levels(weight: Tensor, holder: nn.Module) -> Tensor | None:
 
 
 FAST = "support_avx512bf16_for_cpu"
-"""bitsandbytes' own attribute of a 4-bit layer: whether a pass without gradients may reorder its weight for a fast kernel."""
+"""bitsandbytes' attribute of a 4-bit layer: whether a pass without gradients may permute its weight."""
 
 
 def hold_order(model: nn.Module) -> tuple[str, ...]:
-    """Keep 4-bit layers from reordering their weights, and say which did; those that already have are put back.
+    """Stop 4-bit layers from permuting their weights; returns the layers that did. Restores weights already permuted.
 
-    What is reordered hands no gradient on, even in a later training pass: adapters before it would stop to learn unnoticed.
+    A permuted weight does not propagate gradients, even in a later training pass: adapters in earlier layers would
+    silently stop learning.
     """
     held = [(path, module) for path, module in model.named_modules() if _fours(module) and getattr(module, FAST, False)]
     for _, module in held:
@@ -120,7 +122,7 @@ def release_order(model: nn.Module, held: tuple[str, ...]) -> None:
 
 
 def _put_back(module: nn.Module) -> None:
-    """Take back the order that a CPU's fast kernel asks for, which nothing else can read."""
+    """Undo the permutation for a CPU's fast kernel, which nothing else can read."""
     if getattr(cast(Any, module._parameters["weight"]).quant_state, "packing_format_for_cpu", False):
         module.state_dict()
 
@@ -130,16 +132,16 @@ def _fours(module: nn.Module) -> bool:
 
 
 KEPT = "kept"
-"""Attribute of an adapted owner that is its `Kept`."""
+"""Attribute of an adapted owner that holds its `Kept`."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, kept: Kept) -> Tensor:
-    """A packed module's own forward, in a graph that says which weight it uses, so that it is found as a projection."""
+    """A packed module's own forward as a graph node that names its weight, so that the matcher finds a projection."""
     return kept(x)
 
 
 def kept_graph(owner: nn.Module) -> fx.Graph:
-    """The graph of a packed owner: one call of it as it is."""
+    """The graph of a packed owner: one call of its own forward."""
     graph = fx.Graph()
     x = graph.placeholder("x")
     weight = graph.create_node("get_attr", "weight")
@@ -150,12 +152,12 @@ def kept_graph(owner: nn.Module) -> fx.Graph:
 
 
 def weight_node(projection: fx.Node, weight: fx.Node) -> fx.Node:
-    """The node to take the weight's floats from: of a packed owner's projection its `Kept`."""
+    """The node that gives the dequantized weight: for the projection of a packed owner, its `Kept`."""
     return cast(fx.Node, projection.args[3]) if projection.target is linear else weight
 
 
 class _StandIn(nn.Linear):
-    """What a capture sees of a packed layer; like that, it computes in the dtype of its input."""
+    """Replaces a packed layer in a capture; like that layer, it computes in the dtype of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
@@ -163,7 +165,7 @@ class _StandIn(nn.Linear):
 
 @contextmanager
 def in_floats(model: nn.Module) -> Iterator[None]:
-    """The model with weights in floats for a while, of the quantized ones' shapes and without their values."""
+    """Give the model float weights inside the context, with the dequantized shapes but without values."""
     modules = list(model.modules())
     packs = {child: _stand_in(child) for child in modules if packed(child)}
     children = [(m._modules, n, c) for m in modules for n, c in m._modules.items() if c in packs]
@@ -193,18 +195,18 @@ def _stand_in(module: nn.Module) -> nn.Module:
 
 
 def _valueless(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Parameter:
-    """A parameter on the device that takes no memory: one number seen from everywhere."""
+    """A parameter on the device that takes no memory: a single number, expanded to the shape."""
     return nn.Parameter(torch.zeros((), dtype=dtype, device=device).expand(shape), requires_grad=False)
 
 
 def quantized(model: nn.Module) -> dict[str, Library]:
-    """Every quantized weight of a model by its path, and whose it is."""
+    """Every quantized weight of a model by its path, and its library."""
     found = {name: library(p) for name, p in model.named_parameters()}
     return {name: known for name, known in found.items() if known is not None}
 
 
 def check_gradient_flow(model: nn.Module) -> None:
-    """Raise `AdapterError` if a quantized layer hands no gradient on: adapters before it would train on a part of theirs."""
+    """Raise `AdapterError` if a quantized layer does not propagate gradients to its input."""
     tried: set[tuple[str, str]] = set()
     for path, module in model.named_modules():
         weight = module._parameters.get("weight")
@@ -219,7 +221,7 @@ def check_gradient_flow(model: nn.Module) -> None:
             passes = F.linear(x, weight).requires_grad
         if not passes:
             raise AdapterError(
-                f"{path} is quantized by torchao so that it rounds its input too, and hands no gradient on: adapters before it "
-                f"would be trained on a part of theirs. Train on a base whose weights alone are quantized, as by "
-                f"Int8WeightOnlyConfig; gp.load(model, folder) puts the trained adapter on this one."
+                f"{path} is quantized by torchao so that it rounds its input too, and does not propagate gradients to its input, "
+                f"so adapters in earlier layers would receive only part of theirs. Train on a base with quantized weights alone, "
+                f"as by Int8WeightOnlyConfig; gp.load(model, folder) puts the trained adapter on this one."
             )

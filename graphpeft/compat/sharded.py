@@ -1,4 +1,4 @@
-"""Parameters in shards, as FSDP2 keeps them over several processes: made whole, put back, and written down once."""
+"""Parameters that FSDP2 shards over several processes: gather them, shard them again, and write files once."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch import distributed as dist
 from graphpeft.errors import AdapterError
 
 ELSEWHERE = "Save the adapter with gp.save, in every process, load it on the base in one process, and do it there."
-# torch.distributed's tensors take a second to import: only where there are processes.
+# torch.distributed's tensors take a second to import, so the functions below import them only if there are processes.
 
 
 def sharded(model: nn.Module) -> bool:
-    """Whether the parameters are spread over processes, also while FSDP2 keeps some whole between passes."""
+    """Whether the parameters are sharded over processes, also while FSDP2 keeps some gathered between passes."""
     if not dist.is_available() or not dist.is_initialized():
         return False
     return bool(_units(model)) or any(map(_split, model.parameters()))
@@ -35,29 +35,29 @@ def _split(tensor: Tensor) -> bool:
 
 
 def full_tensor(tensor: Any) -> Tensor:
-    """The tensor with all its values; of a sharded one every process has to ask, and gradients flow back to the shards."""
+    """The full tensor. Every process must call this for a sharded one; gradients flow back to the shards."""
     return tensor.full_tensor() if _split(tensor) else tensor
 
 
 def shard_like(value: Tensor, parameter: Any) -> Tensor:
-    """A whole tensor that every process has, sharded as a parameter of its shape is."""
+    """Shard a full tensor, which every process has, like a parameter of its shape."""
     if not _split(parameter):
         return value
     from torch.distributed.tensor import distribute_tensor
 
-    # Without a source to send it each process takes its part of its own.
+    # Without a source rank, each process takes its shard from its own copy.
     return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def reshard(model: nn.Module) -> None:
-    """Have the shards be the model's parameters again, where FSDP2 kept whole ones after a forward pass."""
+    """Make the shards the model's parameters again, where FSDP2 kept full ones after a forward pass."""
     for unit in _units(model) if sharded(model) else ():
         unit.reshard()
 
 
 @contextmanager
 def gathered(model: nn.Module, inside: Iterable[nn.Module]) -> Iterator[None]:
-    """The parameters of some modules of a sharded model whole for a while; every process has to enter."""
+    """Gather the parameters of some modules of a sharded model inside the context; every process must enter it."""
     _refuse_flat(model)
     if not sharded(model):
         yield
@@ -75,8 +75,8 @@ def gathered(model: nn.Module, inside: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def written(model: nn.Module, folder: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a folder. Of a sharded model every process has to call it, for what is written is gathered while it
-    is written; the first one's is kept, and if that fails, all raise."""
+    """Call `write(folder)`. On a sharded model call it in every process: gathering is collective. Only rank 0's files
+    are kept; its errors are raised everywhere."""
     _refuse_flat(model)
     if not sharded(model):
         write(folder)
@@ -94,7 +94,7 @@ def written(model: nn.Module, folder: Path, write: Callable[[Path], object]) -> 
 
 
 def refuse_sharded(model: nn.Module, action: str, instead: str) -> None:
-    """Raise `AdapterError` if the parameters are spread over processes."""
+    """Raise `AdapterError` if the parameters are sharded over processes."""
     _refuse_flat(model)
     if sharded(model):
         raise AdapterError(
@@ -104,15 +104,15 @@ def refuse_sharded(model: nn.Module, action: str, instead: str) -> None:
 
 
 FLAT = "_is_fsdp_managed_module"
-"""What both kinds of FSDP put on every module in their care. torch keeps it private; a test notices if it moves."""
+"""FSDP1 and FSDP2 set this attribute on every module that they manage. It is private to torch; a test checks it."""
 
 
 def _refuse_flat(model: nn.Module) -> None:
-    """Raise `AdapterError` for a model in FSDP1: its parameters are pieces of one flat tensor, and look like plain ones."""
+    """Raise `AdapterError` for a model in FSDP1, whose parameters are pieces of a flat tensor but look plain."""
     if not dist.is_available() or not dist.is_initialized() or sharded(model):
         return
     if any(getattr(module, FLAT, False) for module in model.modules()):
         raise AdapterError(
-            f"{type(model).__name__} is in FullyShardedDataParallel (FSDP1), whose pieces of parameters nothing else can put "
-            f"together. It trains there; to save, merge or change adapters, shard with fully_shard (FSDP2) instead."
+            f"{type(model).__name__} is in FullyShardedDataParallel (FSDP1), and only FSDP1 can gather its parameters. "
+            f"Training works; to save, merge or change adapters, shard with fully_shard (FSDP2) instead."
         )

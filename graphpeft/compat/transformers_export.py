@@ -1,8 +1,8 @@
-"""transformers' own way to a captured graph, for models that plain `torch.export` refuses.
+"""transformers' own exporter, for models that plain `torch.export` refuses.
 
-Vision towers that read pictures of several sizes in one row split it where the *values* of an input say so. transformers
-knows its models: it computes such inputs beforehand and replaces the splitting code while it exports. The modules that
-own the weights are called as ever, so what the graph says about them holds.
+Vision towers that read images of several sizes in one row split it according to the *values* of an input. transformers
+knows its models: it computes such inputs beforehand and replaces the splitting code during the export. The modules that
+own the weights are called as usual, so the graph is right about them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def export(model: nn.Module, kwargs: dict[str, Any]) -> ExportedProgram:
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it warns of its age with every call
+    logging.set_verbosity_error()  # it prints a warning at every call
     held = {name: model.__dict__[name] for name in ("forward",) if name in model.__dict__}
     try:
         program, _ = DynamoExporter().export_program(model, dict(kwargs), DynamoConfig(dynamic=False))  # type: ignore[arg-type]
@@ -44,7 +44,7 @@ def export(model: nn.Module, kwargs: dict[str, Any]) -> ExportedProgram:
 def translating() -> Iterator[dict[Any, Any]]:
     """Trace and translate to ONNX as transformers does; yields its translations of ATen operators.
 
-    Among what it replaces: attention whose row is masked at every key (padding on the left) gives zeros, as in torch's
+    Among other things it replaces attention: a row masked at every key (padding on the left) gives zeros, as in torch's
     kernels, where ONNX Runtime would spread NaN.
     """
     from transformers.exporters.exporter_onnx import _ONNX_TRANSLATION_TABLE

@@ -1,4 +1,4 @@
-"""Which stored tensor is which weight of a model: transformers renames some while it loads, and makes some from others."""
+"""Which stored tensor is which weight: transformers renames some, and computes some from others, while it loads."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import nn
 
 
 def origins(model: Any, keys: Iterable[str]) -> dict[nn.Parameter, list[tuple[str, bool]]]:
-    """For every parameter of a transformers model the keys of a checkpoint that hold it, under any of its tied names.
+    """For every parameter of a transformers model, the keys of a checkpoint that hold it, under any of its tied names.
 
-    With each key: whether transformers converts the tensor (splits, stacks, permutes it), so that it is not the
-    parameter as it is. A parameter that is made from others may be missing altogether.
+    The flag with each key says whether transformers converts the tensor (splits, stacks, permutes it), so that it
+    differs from the parameter. A parameter that is computed from others may be missing altogether.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-    # The same calls, in the same order of keys, as from_pretrained makes: some renamings remember what they saw.
+    # These are from_pretrained's calls in its order of keys, because some renamings keep state between keys.
     transforms = get_model_conversion_mapping(model)
     renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
     converters = [each for each in transforms if isinstance(each, WeightConverter)]

@@ -1,1 +1,1 @@
-"""Files and folders that are whole or not there, and reading what strangers wrote. Imports no torch."""
+"""Write files and folders completely or not at all, and read untrusted files. Imports no torch."""

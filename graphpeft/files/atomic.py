@@ -1,4 +1,4 @@
-"""Writing files so that a crash at any moment leaves the old one or the new one, never half of either."""
+"""Write files so that a crash at any moment leaves the old file or the new one, never half of either."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def write(path: Path, data: bytes) -> None:
-    """Replace the file at `path` by `data`: written aside, flushed to the disk, then renamed."""
+    """Replace the file at `path` by `data`: write a file beside it, flush it to disk, then rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:

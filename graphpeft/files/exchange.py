@@ -1,6 +1,6 @@
-"""Two folders exchange their names in one step: a kill leaves either as it was, and the place is never empty.
+"""Exchange the names of two folders in one step: a kill leaves either state, and never an empty place.
 
-The operating systems can do it, but Python has no call for it.
+Operating systems can do this, but Python has no call for it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ UNABLE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}
 
 
 def swap_dirs(one: Path, other: Path) -> bool:
-    """Exchange two folders of one file system; false, and nothing done, where the system or the file system cannot.
+    """Exchange two folders of one file system. Returns false, and does nothing, if the system or file system cannot.
 
-    Raises `OSError` where it can, and fails.
+    Raises `OSError` if it can but fails.
     """
     a, b = os.fsencode(one), os.fsencode(other)
     try:

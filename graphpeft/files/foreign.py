@@ -1,6 +1,8 @@
-"""JSON that a stranger may have written: of bounded size and depth, every text in it of one line and no longer than it has to be.
+"""Read JSON that a stranger may have written: bounded in size and depth, with every text a single line of bounded
+length.
 
-What a text means is for others to check, each field by its own rule. None of it ever becomes a name (see `graphpeft.names`).
+The meaning of each text is checked elsewhere, by the rule of its field. No text ever becomes a name (see
+`graphpeft.names`).
 """
 
 from __future__ import annotations
@@ -13,15 +15,17 @@ from typing import Any
 from graphpeft.errors import FileError
 
 MOST_BYTES = 64 << 20
-"""Of a file: some 50,000 sites."""
+"""Largest size of a file: some 50,000 sites."""
 LONGEST, LONGEST_FREE = 1_000, 4 << 20
-"""Characters of a text, and of one that is free: rules for every single layer of a deep model take a megabyte."""
+"""Largest number of characters in a text, and in a free text: rules for every layer of a deep model take a megabyte."""
 
 
 def read_json(path: Path, free: Collection[str] = ()) -> Any:
-    """What a JSON file holds. Fields named in `free`, with all below them, may have long texts, quotes and backslashes.
+    """The content of a JSON file. Fields named in `free`, and all below them, may have long texts, quotes and
+    backslashes.
 
-    Raises `FileError` for a file that cannot be read, is too large, is no JSON, nests too deep, or has text that is not plain.
+    Raises `FileError` if the file cannot be read, is too large, is not JSON, nests too deeply, or has a text that is
+    not plain.
     """
     try:
         if (size := path.stat().st_size) > MOST_BYTES:
@@ -34,7 +38,7 @@ def read_json(path: Path, free: Collection[str] = ()) -> Any:
     for where, text, loose in _texts(content, free):
         if not plain(text, loose):
             raise FileError(
-                f"{path}: {where} holds {shortened(text)!r}, of {len(text)} characters. A text there is one line, not long, "
+                f"{path}: {where} holds {shortened(text)!r}, of {len(text)} characters. A text there must be one short line "
                 f"without quotes. Usually the file was edited or damaged. Copy the folder again, from where you trust it."
             )
     return content
@@ -52,7 +56,7 @@ def shortened(text: str, most: int = 80) -> str:
 
 
 def _texts(content: Any, free: Collection[str]) -> Iterator[tuple[str, str, bool]]:
-    """Every text of a content, keys too: the field at the top that it belongs to, itself, and whether it is free."""
+    """Every text in a content, keys included: its top-level field, the text, and whether it is free."""
     waiting: list[tuple[str, Any, bool]] = [("the file", content, False)]
     while waiting:
         where, value, loose = waiting.pop()

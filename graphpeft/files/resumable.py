@@ -1,8 +1,8 @@
-"""A folder that is whole or not there: it is written beside its place, survives a kill, and is renamed when it is done.
+"""A folder that is complete or absent: it is written beside its place, survives a kill, and is renamed when it is done.
 
-Beside `out` stand `out.part`, the files so far, and `out.part.json`, a note of what they are made from, which comes first
-and goes last. A file is written under another name, flushed to the disk and renamed, so that whatever has its own name is
-finished.
+Beside `out` are `out.part`, the files so far, and `out.part.json`, a note of their sources, which is written first and
+deleted last. Each file is written under another name, flushed to disk and renamed, so every file under its own name is
+complete.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ ASIDE = ".unfinished"
 
 
 def begin(out: Path, sources: Mapping[str, str]) -> Path | None:
-    """The folder to write to, perhaps with finished files in it; `None` if an earlier run did all but take its note away.
+    """The folder to write to, which may hold finished files; `None` if only the note of an earlier run was left to
+    delete.
 
-    `sources` says what the result is made from; a run that was killed goes on only from the same.
-    Raises `FileError` if `out` holds something, or the earlier run was one of something else.
+    `sources` says what the result is made from; a killed run continues only with the same sources. Raises `FileError`
+    if `out` is not empty, or if an earlier run had other sources.
     """
     part, note = _part(out), _note(out)
     noted = _noted(part, note)
@@ -40,8 +41,8 @@ def begin(out: Path, sources: Mapping[str, str]) -> Path | None:
     elif noted != sources:
         other = ", ".join(name for name in sources if noted.get(name) != sources[name]) or "something else"
         raise FileError(
-            f"{part} is what a run left that was stopped, and that run had another {other}. Finish it with what it was "
-            f"started with, or delete it and {note.name}."
+            f"{part} was left by an interrupted run, and that run had another {other}. Finish that run with its own inputs, "
+            f"or delete {part.name} and {note.name}."
         )
     part.mkdir(exist_ok=True)
     for left in part.rglob(f"*{ASIDE}"):
@@ -50,7 +51,7 @@ def begin(out: Path, sources: Mapping[str, str]) -> Path | None:
 
 
 def finish(out: Path) -> None:
-    """Put the finished folder in its place."""
+    """Move the finished folder to its place."""
     part = _part(out)
     for folder in (part, *(path for path in part.rglob("*") if path.is_dir())):
         flush(folder)
@@ -69,7 +70,7 @@ def discard(out: Path) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
-    """A file that gets its name when it is whole and on the disk."""
+    """Open a file that gets its name only when it is complete and on disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ASIDE)
     try:
@@ -84,7 +85,7 @@ def writing(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def background_writer(file: BinaryIO) -> Iterator[Callable[[bytes | memoryview], None]]:
-    """What writes to a file in a thread of its own, so that its caller can make the next piece meanwhile."""
+    """Write to a file in a background thread, while the caller makes the next piece."""
     last: list[Future[int]] = []
 
     def settle() -> None:
@@ -109,7 +110,7 @@ def _note(out: Path) -> Path:
 
 
 def _noted(part: Path, note: Path) -> dict[str, str] | None:
-    """What an earlier run makes its files from; `None` if there was none."""
+    """The sources of an earlier run; `None` if there was none."""
     try:
         return {str(name): str(value) for name, value in json.loads(note.read_text(encoding="utf-8")).items()}
     except FileNotFoundError:
@@ -118,13 +119,11 @@ def _noted(part: Path, note: Path) -> dict[str, str] | None:
         found: Path = part
     except (OSError, ValueError, AttributeError, RecursionError):
         found = note
-    raise FileError(
-        f"{found} is in the way: it is not what a merge leaves. Move it, or name another folder to write to."
-    )
+    raise FileError(f"{found} is in the way: no merge left it there. Move it, or name another folder to write to.")
 
 
 def flush(path: Path) -> None:
-    """A finished file, or the names of the files in a folder, to the disk, where the system can."""
+    """Flush a finished file, or the names of the files in a folder, to disk, where the system can."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except OSError:  # Windows opens no folders

@@ -1,4 +1,4 @@
-"""A folder to write to beside a place, held by its process: what a killed one left is told from what is being written."""
+"""A locked staging folder beside the target; stale ones of killed processes are recognized and deleted."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from graphpeft.files.resumable import ASIDE
 
 try:
     import fcntl
-except ImportError:  # Windows opens no folders: nothing is held there, and nothing taken away
+except ImportError:  # Windows opens no folders: without locks, no stale folder is deleted
     fcntl = None  # type: ignore[assignment]
 
 
 @contextmanager
 def staging_dir(target: Path) -> Iterator[Path]:
-    """A new folder beside `target`, deleted at the end if it is still there. Those of killed processes are deleted first."""
+    """A new folder beside `target`, deleted on exit if it still exists. Those of killed processes are deleted first."""
     _sweep(target)
     fresh, held = _made(target)
     try:
@@ -36,7 +36,7 @@ def _made(target: Path) -> tuple[Path, int | None]:
         fresh = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}{ASIDE}")
         fresh.mkdir()
         held = _hold(fresh, wait=True)
-        if fresh.exists():  # or another process took it for one that was left
+        if fresh.exists():  # otherwise another process deleted it as stale
             return fresh, held
         if held is not None:
             os.close(held)
@@ -51,7 +51,7 @@ def _sweep(target: Path) -> None:
 
 
 def _hold(folder: Path, wait: bool) -> int | None:
-    """A lock on the folder, which ends with the process; `None` if another has it, or the file system has no locks."""
+    """Lock the folder until the process ends; `None` if another process has the lock, or locks do not exist."""
     with suppress(OSError):
         if fcntl is not None:
             handle = os.open(folder, os.O_RDONLY)

@@ -1,1 +1,1 @@
-"""What the rooms hand each other: sites, captured programs, and how the weight of a site is read."""
+"""The data that the other packages exchange: sites, captured programs, and the weight of a site as a matrix."""

@@ -1,4 +1,4 @@
-"""The number of the repeated block that a module or a weight is in: the first component of its path that is a number."""
+"""The layer of a module or a weight: the first component of its path that is a number."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def layer_of(path: str) -> int | None:
 
 
 def block_of(path: str) -> str:
-    """The path of the block, its number as `*`: `model.layers.*`; empty outside of blocks."""
+    """The path of the block with its number as `*`: `model.layers.*`; empty outside of blocks."""
     found = _NUMBER.search(path)
     return f"{path[: found.start()]}{found[1]}*" if found else ""
 

@@ -1,4 +1,4 @@
-"""`Program`: a model captured as an FX graph, and what the matcher needs to know of it."""
+"""`Program`: a model captured as an FX graph, and what the matcher needs to know about it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import fx, nn
 
 @dataclass
 class Program:
-    """A model captured as an FX graph of ATen operators, normalized, with what the matcher needs to know of it."""
+    """A model captured as a normalized FX graph of ATen operators, with what the matcher needs to know about it."""
 
     graph: fx.Graph
     model: nn.Module
@@ -19,6 +19,6 @@ class Program:
     weights: Mapping[fx.Node, str]
     """Parameter nodes and the qualified names of their parameters."""
     constants: Mapping[fx.Node, torch.Tensor]
-    """Nodes of buffers and lifted constants with their real values (on the meta device: without)."""
+    """Nodes of buffers and lifted constants with their real values (on the meta device, without values)."""
     whole: bool
-    """Whether the graph itself is rewritten (`GraphModule`, `ExportedProgram`) rather than owner modules."""
+    """Whether the graph itself is rewritten (`GraphModule`, `ExportedProgram`) instead of owner modules."""

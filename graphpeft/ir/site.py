@@ -1,4 +1,4 @@
-"""`Site`: a place in a model that can be adapted. What the matcher finds, and what plans and files name."""
+"""`Site`: a place in a model that can be adapted. The matcher finds sites; plans and files name them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Rows = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Site:
-    """One weight, or some output rows of it, and the role that the graph gives them."""
+    """One weight, or some of its output rows, with the role that the graph gives them."""
 
     role: str
     """One of the declared roles (`q`, `down`, `embed`...), or `other` for a projection without a role."""
@@ -24,8 +24,8 @@ class Site:
     layer: int | None
     """Index of the repeated block the weight belongs to, or `None`."""
     shape: tuple[int, int]
-    """(out, in) features of the adapted rows: of a convolution (out, in / groups · kernel), of an embedding table
-    (entries, width), of stacked matrices those of one."""
+    """(out, in) features of the adapted rows: (out, in / groups · kernel) for a convolution, (entries, width) for an
+    embedding table, those of one matrix for stacked matrices."""
     form: Literal["branch", "weight"] = "branch"
     """`branch`: a side path is added to the projection's output. `weight`: the weight itself is replaced by weight + delta."""
     owner: str = ""
@@ -35,14 +35,13 @@ class Site:
     transposed: bool = False
     """Whether the weight is stored (in, out), as GPT-2's Conv1D does, instead of (out, in)."""
     stack: int | None = None
-    """How many matrices a three-dimensional weight holds, one for each expert; `None` for a weight that is one."""
+    """The number of matrices in a three-dimensional weight, one for each expert; `None` for a single matrix."""
     tied: tuple[Site, ...] = ()
-    """The same weight seen from the other modules that hold and use it (tied embeddings and head): one adapter acts
-    in all of them."""
+    """The same weight in other modules that use it (tied embeddings and head): one adapter acts in all of them."""
     calls: int = 1
     """How many nodes of the captured graph use the weight."""
     source: str = field(default="", compare=False)
-    """File and line of the model's code that makes the projection, as far as the capture knows it."""
+    """File and line of the model's code that computes the projection, if the capture knows it."""
 
     @property
     def outputs(self) -> int:

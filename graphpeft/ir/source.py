@@ -10,9 +10,10 @@ from torch import fx, nn
 
 
 def frames(node: fx.Node, owner: nn.Module | None = None) -> list[tuple[str, int]]:
-    """Files and lines that led to a node, the innermost last. Frames of torch are left out.
+    """Files and lines that led to a node, innermost last, without the frames of torch.
 
-    So is the own code of a leaf of the model such as GPT-2's Conv1D, if it is the node's `owner`: its caller says more.
+    If `owner` is a leaf of the model with its own code, such as GPT-2's Conv1D, its frame is left out too, because its
+    caller says more.
     """
     found = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
     own = [(file, int(line)) for file, line in found if "torch" not in PurePath(file).parts]
@@ -22,19 +23,19 @@ def frames(node: fx.Node, owner: nn.Module | None = None) -> list[tuple[str, int
 
 
 def location(node: fx.Node, owner: nn.Module | None = None) -> str:
-    """`file.py:line`; empty where the capture knows none."""
+    """`file.py:line`; empty if the capture does not know it."""
     own = frames(node, owner)
     return f"{PurePath(own[-1][0]).name}:{own[-1][1]}" if own else ""
 
 
 def code_of(node: fx.Node, owner: nn.Module | None = None) -> str:
-    """That line itself; empty where its file cannot be read."""
+    """That line itself; empty if its file cannot be read."""
     own = frames(node, owner)
     return linecache.getline(*own[-1]).strip() if own else ""
 
 
 def runner(node: fx.Node, model: nn.Module) -> nn.Module | None:
-    """The innermost module that ran the node, of the model that was captured."""
+    """The innermost module of the captured model that ran the node."""
     stack = [str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
     path = stack[-1].partition("@")[0] if stack else ""
     try:

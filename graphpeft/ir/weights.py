@@ -1,4 +1,4 @@
-"""The numbers of a site's weight: the parameter itself, its values in floats, and the matrix that an update is added to."""
+"""The weight of a site: the parameter itself, its dequantized values, and the matrix to which updates are added."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from graphpeft.ir.site import Rows, Site
 
 
 def get_parameter(model: nn.Module, name: str) -> nn.Parameter:
-    """The parameter of that qualified name itself, even where a module shows an adapted weight under the name.
+    """The parameter of that qualified name itself, even if a module shows an adapted weight under the name.
 
-    Raises `AdapterError` if there is none, as after pruning.
+    Raises `AdapterError` if there is none, for example after pruning.
     """
     path, _, leaf = name.rpartition(".")
     try:
@@ -25,21 +25,20 @@ def get_parameter(model: nn.Module, name: str) -> nn.Parameter:
     if found is None:
         raise AdapterError(
             f"{name} is no parameter of {type(model).__name__} any more. Usually its module was replaced, or a "
-            f"tool has put something else in its place, as pruning does. Take that back first, as by torch.nn.utils.prune.remove."
+            f"tool replaced the parameter, as pruning does. Undo that first, for example with torch.nn.utils.prune.remove."
         )
     return found
 
 
 def float_weight(model: nn.Module, name: str) -> torch.Tensor:
-    """The parameter's numbers in floats, whole and without gradients, wherever they are kept: of a quantized one those that
-    it stands for."""
+    """The parameter's full values in floats, dequantized and without gradients, wherever they are stored."""
     holder = model.get_submodule(name.rpartition(".")[0])
     with materialized(holder):
         return full_tensor(dequantize(get_parameter(model, name), holder)).detach()
 
 
 def site_matrix(model: nn.Module, site: Site) -> torch.Tensor:
-    """The adapted rows of a site's base weight, `(outputs, inputs)`; of stacked matrices `(stack, outputs, inputs)`."""
+    """The adapted rows of a site's base weight, `(outputs, inputs)`; a stack has `(stack, outputs, inputs)`."""
     return as_out_in(float_weight(model, site.weight), *weight_layout(site))
 
 
@@ -47,14 +46,14 @@ WeightLayout = tuple[tuple[int, ...], bool, Rows | None]
 
 
 def weight_layout(site: Site) -> WeightLayout:
-    """How a site's weight is read as a matrix, in values that generated code can hold: see `as_out_in`."""
+    """How to read a site's weight as a matrix, in values that generated code can hold: see `as_out_in`."""
     full = site.full or site.outputs
     shape = (site.inputs, full) if site.transposed else (full, site.inputs)
     return ((site.stack, *shape) if site.stack else shape), site.transposed, site.rows
 
 
 def as_out_in(weight: torch.Tensor | Kept, shape: tuple[int, ...], transposed: bool, rows: Rows | None) -> torch.Tensor:
-    """The adapted rows of a weight, `(outputs, inputs)` or a stack of such."""
+    """The adapted rows of a weight, `(outputs, inputs)` or a stack of such matrices."""
     found = dequantize(weight).reshape(shape)
     found = found.transpose(-1, -2) if transposed else found
     return found if rows is None else torch.cat([found[..., a:b, :] for a, b in rows], -2)

@@ -1,4 +1,4 @@
-"""The pattern language, for those who declare roles of their own: one import, described in docs/patterns.md."""
+"""The pattern language for declaring roles of your own: one import, described in docs/patterns.md."""
 
 from graphpeft.match.dataflow import Dataflow
 from graphpeft.match.declaration import Declaration

@@ -1,6 +1,7 @@
 """A captured graph as the matcher sees it: which nodes are projections, attention products, residual joins.
 
-Everything here is read off operators, operands and shapes. No module or parameter name is ever looked at.
+Everything here is derived from operators, operands and shapes, never from the names of modules or parameters. (The
+pattern `Lookup` looks at the names of the model's inputs, to tell tokens from position and segment ids.)
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from graphpeft.match.products import MATMULS, PRODUCTS, Affine, behind_transpose
 
 
 class Dataflow:
-    """Queries over one captured graph. All are computed once and linear in the graph, or in one block of it."""
+    """Queries over one captured graph. Each is computed once, in time linear in the graph or in one of its blocks."""
 
     def __init__(self, program: Program):
         self.program = program
         self.nodes = [n for n in program.graph.nodes if n.op in {"placeholder", "get_attr", "call_function", "output"}]
         self.order = {n: i for i, n in enumerate(self.nodes)}
         self.probed: dict[Hashable, Rows | None] = {}
-        """Answers of `fused.rows`, by what they depend on."""
+        """Answers of `fused.rows`, keyed by everything that they depend on."""
 
     @cached_property
     def first_paths(self) -> dict[int, str]:
@@ -60,7 +61,7 @@ class Dataflow:
 
     @cached_property
     def affines(self) -> dict[fx.Node, Affine]:
-        """Every projection of an activation by a parameter that an output of the model depends on, in graph order."""
+        """Every projection of an activation by a parameter, in graph order, if an output of the model depends on it."""
         return {n: a for n in self.nodes if n in self.useful and (a := self.read(n)) and a.input in self.active}
 
     @cached_property
@@ -74,7 +75,7 @@ class Dataflow:
 
     @cached_property
     def calls(self) -> Counter[str]:
-        """Per weight, the number of nodes that use it as a projection, of constants too, or look entries up in it."""
+        """For each weight, the number of nodes that project by it, constants included, or look entries up in it."""
         uses = [a.weight for a in self._read.values()] + list(self.tables.values())
         return Counter(self.program.weights[weight] for weight in uses)
 
@@ -88,12 +89,12 @@ class Dataflow:
 
     @cached_property
     def tables(self) -> dict[fx.Node, fx.Node]:
-        """Embeddings that an output depends on, and the parameter each looks entries up in."""
+        """Embeddings that an output depends on, each with the parameter in which it looks entries up."""
         looked = {n: behind_transposes(n.args[0])[0] for n in self.nodes if op(n) == "embedding" and n in self.useful}
         return {n: table for n, table in looked.items() if table in self.program.weights}
 
     def anchors(self, operators: frozenset[str] | None) -> list[fx.Node]:
-        """The nodes of these operators; without any, those where flow stops. Only what an output depends on."""
+        """The nodes with these operators, or with `None` those where flow stops. Only what an output depends on."""
         if operators is None:
             return self._barriers
         return [n for n in self.nodes if op(n) in operators and n in self.useful]
@@ -111,7 +112,7 @@ class Dataflow:
         return op(node) in BARRIERS and not depthwise(node)
 
     def parents(self, node: fx.Node) -> list[fx.Node]:
-        """What the node computes with: its active inputs, indices, masks and what lends but its size or type left out."""
+        """The node's active inputs, without indices, masks and operands that only give a size or dtype."""
         if op(node) in LIKE:
             return [p for p in node.all_input_nodes[:1] if p in self.active]
         return [p for p in node.all_input_nodes if p in self.active and floating(p)]
@@ -121,7 +122,8 @@ class Dataflow:
     ) -> Iterator[tuple[fx.Node, ...]]:
         """Paths from `start` up to each nearest node that stops the flow, `start` first, nearest first.
 
-        A barrier stops it, and so does a node that does not pass `with_transforms`."""
+        The flow stops at a barrier, and at a node that `through` rejects.
+        """
         came_from: dict[fx.Node, fx.Node | None] = {start: None}
         queue = [start]
         for node in queue:
@@ -154,7 +156,7 @@ class Dataflow:
         return found
 
     def origins(self, node: fx.Node) -> set[fx.Node]:
-        """Where an activation comes from: the nearest nodes upstream that stop the flow, or that nothing flows into."""
+        """The sources of an activation: the nearest nodes upstream that stop the flow or have no parents."""
         found: set[fx.Node] = set()
         seen, queue = {node}, [node]
         for n in queue:
@@ -166,9 +168,10 @@ class Dataflow:
         return found
 
     def between(self, start: fx.Node, end: fx.Node) -> list[fx.Node]:
-        """Nodes on the ways that flow takes from `start` (exclusive) to `end` (inclusive), in graph order.
+        """Nodes on the paths of flow from `start` (exclusive) to `end` (inclusive), in graph order.
 
-        A way through another projection or an attention core is none."""
+        Paths through another projection or an attention core do not count.
+        """
         reach = {start}
         low, high = self.order[start], self.order[end]
         for node in self.nodes[low + 1 : high + 1]:
@@ -178,7 +181,7 @@ class Dataflow:
         return [n for n in self.nodes[low + 1 : high + 1] if n in reach and n in needed]
 
     def ancestors(self, node: fx.Node, floor: int, stop: Callable[[fx.Node], bool] = lambda n: False) -> set[fx.Node]:
-        """Active ancestors of `node` no earlier than graph position `floor`, not looking behind nodes that `stop`."""
+        """Active ancestors of `node` at graph position `floor` or later, except behind nodes where `stop` is true."""
         seen: set[fx.Node] = set()
         queue = [node]
         for n in queue:
@@ -192,11 +195,13 @@ class Dataflow:
 
     @cached_property
     def joins(self) -> dict[fx.Node, tuple[fx.Node, fx.Node]]:
-        """Residual joins: an addition of an earlier activation (the bypass) to work that was made from it (the branch).
+        """Residual joins: an addition of an earlier activation (the bypass) to a result computed from it (the branch).
 
-        Every way from the bypass to the branch leads through a product, which sets a join apart from the additions
-        inside an activation function, such as x + 0.0447 x³ in the tanh form of GELU. And the first product reads the
-        bypass as the input of a projection, which sets it apart from a mask or position bias that each layer adds."""
+        Every path from the bypass to the branch leads through a product. This distinguishes a join from the additions
+        inside an activation function, such as x + 0.0447 x³ in the tanh form of GELU. And a projection reads the bypass
+        as its input, before any other product. This distinguishes a join from a mask or a position bias that each layer
+        adds.
+        """
         found: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
         for node in self.nodes:
             if op(node) not in ADD or node not in self.active:
@@ -209,7 +214,7 @@ class Dataflow:
                 continue
             # Parallel branches: (x + f(x)) + g(x) joins g(x) to the bypass of the inner sum.
             inner = [(found[one][0], other) for one, other in (pair, pair[::-1]) if one in found]
-            # Hyper-connections: mix(x) + f(x), where a product with weights made from x mixes several streams.
+            # Hyper-connections: mix(x) + f(x), where a product with weights computed from x mixes several streams.
             inner += [(p, other) for one, other in (pair, pair[::-1]) if self._mixture(one) for p in self.parents(one)]
             for bypass, branch in ((pair[0], pair[1]), *inner):
                 if self._bypasses(bypass, branch):
@@ -232,7 +237,7 @@ class Dataflow:
         return early in made_from and any(self._projects(n, early, floor) for n in made_from)
 
     def _projects(self, node: fx.Node, source: fx.Node, floor: int) -> bool:
-        """Whether `node` multiplies `source`, seen through nothing but normalization and the like, by a parameter."""
+        """Whether `node` projects `source` by a parameter, directly or after normalization and the like."""
         found = None if depthwise(node) else self.read(node)
         if found is None:
             return False
@@ -248,7 +253,7 @@ class Dataflow:
             node = factors[0]
 
     def carried(self, node: fx.Node) -> fx.Node:
-        """The activation behind all that keeps its features: copies, reshapes, fixed factors and normalization."""
+        """The activation behind all that keeps its features: copies, reshapes, fixed factors, normalization."""
         while True:
             behind_it = self.unscaled(node)
             if op(behind_it) in RESHAPES | NORMS and isinstance(behind_it.args[0], fx.Node):
@@ -260,7 +265,7 @@ class Dataflow:
             node = behind_it
 
     def _normalized(self, node: fx.Node) -> fx.Node | None:
-        """x, where the node is x times, over or minus a number per position that is made from x itself."""
+        """x, if the node is x times, over or minus a number per position that is computed from an activation."""
         x, factor = (*node.args, None, None)[:2]
         for one, other in ((x, factor), (factor, x)):
             if isinstance(one, fx.Node) and isinstance(other, fx.Node) and other in self.active:
@@ -270,7 +275,7 @@ class Dataflow:
         return None
 
     def reads(self, node: fx.Node, source: fx.Node) -> bool:
-        """Whether `node` is `source` seen through normalization, casts and the like (nothing that `flow` stops at)."""
+        """Whether `node` is `source` after normalization, casts and the like (nothing that stops the flow)."""
         start, source = strip(node), strip(source)
         if start is source:
             return True

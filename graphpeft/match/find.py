@@ -1,4 +1,4 @@
-"""From a captured graph to its sites: match every declared role, then say which weight, which rows, which owner."""
+"""From a captured graph to its sites: match every declared role, then determine the weight, its rows and its owner."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from graphpeft.tracing import as_pass
 
 @dataclass(frozen=True)
 class SearchResult:
-    """Sites in graph order, and per declaration the nearest miss where nothing matched."""
+    """Sites in graph order, and the nearest miss of each declaration that matched nothing."""
 
     sites: tuple[Site, ...]
     misses: dict[str, Miss]
@@ -37,12 +37,12 @@ class SearchResult:
     unreached: Mapping[str, str] = field(default_factory=dict)
     """Parts of the model that no example call ran, and why."""
     programs: Mapping[str, Program] = field(default_factory=dict, repr=False, compare=False)
-    """What was captured and searched, by the path of the module: the root, and parts that it did not run."""
+    """The captured programs by module path: the root, and parts that its example call did not run."""
 
 
 @as_pass("find", "find each weight's role by dataflow")
 def find(program: Program) -> SearchResult:
-    """All sites of a program. Seconds grow linearly with the graph."""
+    """All sites of a program, in time linear in the graph."""
     flow = Dataflow(program)
     hits: dict[fx.Node, dict[str, list[Bound]]] = {}
     cross: set[fx.Node] = set()  # cross-attention cores, and the projections around them
@@ -70,30 +70,30 @@ def find(program: Program) -> SearchResult:
 def _roles(
     flow: Dataflow, use: Affine, hits: Mapping[str, list[Bound]], misses: dict[str, Miss]
 ) -> list[tuple[str, Rows | None]]:
-    """The roles that one use of a weight plays, and with which rows of it."""
+    """The roles of one use of a weight, each with its rows of the weight."""
     found = []
     for role, bounds in hits.items():
         try:
             rows = _rows(flow, use, bounds, len(hits))
-            if rows != ():  # what it makes is multiplied by zero on the way, or not read after all
+            if rows != ():  # () means that zeros hide its result, or that nothing reads it
                 found.append((_named(role, use), _of_weight(use, rows)))
         except fused.UnknownRowsError as error:
             declaration = next(d.name for d in declarations() if role in d.roles)
             misses[declaration] = Miss(use.node, str(error), 99, failed=True)
     if any(role != "latent" and rows is None for role, rows in found):
-        found = [f for f in found if f[0] != "latent"]  # it makes queries, keys or values directly, too
+        found = [f for f in found if f[0] != "latent"]  # it also computes queries, keys or values directly
     return found or [("other", _of_weight(use, None))]
 
 
 def _named(role: str, use: Affine) -> str:
-    """The MLP of an expert has roles of its own, so that `mlp:lora` means the dense one alone."""
+    """An expert's MLP has roles of its own, so that `mlp:lora` means the dense MLP alone."""
     return f"experts.{role}" if use.kind == "experts" and role in {"gate", "up", "down"} else role
 
 
 def _matches(
     flow: Dataflow, hits: Mapping[fx.Node, Any], misses: dict[str, Miss]
 ) -> Iterator[tuple[Declaration, fx.Node, Match]]:
-    """Every match of every declaration, in order; what a declaration binds is in `hits` before the next one is tried."""
+    """Every match of every declaration, in order. The caller updates `hits` before the next declaration."""
     for declaration in declarations():
         found = []
         for node in flow.anchors(declaration.at):
@@ -108,7 +108,7 @@ def _matches(
 
 
 def _rows(flow: Dataflow, use: Affine, bounds: Sequence[Bound], roles: int) -> Rows | None:
-    """Probe only where some features may be missing: several roles on one projection, or a slice on the way."""
+    """Probe only if some features may be missing: several roles on one projection, or a slice on the path."""
     found: list[Rows | None] = []
     for bound in bounds:
         if bound.seen_from is not use.node and (roles > 1 or partial(flow.between(use.node, bound.seen_from))):
@@ -119,7 +119,7 @@ def _rows(flow: Dataflow, use: Affine, bounds: Sequence[Bound], roles: int) -> R
 
 
 def _of_weight(use: Affine, rows: Rows | None) -> Rows | None:
-    """Output features as rows of the whole weight, of which the projection may use only some."""
+    """Output features as rows of the whole weight, if the projection uses only some of them."""
     if use.first is None:
         return rows
     made = rows or ((0, fused.concrete(use.node.meta["val"].shape)[-1]),)
@@ -139,7 +139,7 @@ def _union(found: Sequence[Rows | None]) -> Rows | None:
 
 
 def _is_cross(flow: Dataflow, match: Match) -> bool:
-    """Whether queries and keys are made from different activations, also where a latent bottleneck lies between."""
+    """Whether queries and keys come from different activations, also through a latent bottleneck."""
     latent = {b.node for b in match.bound.get("latent", ())}
 
     def sources(role: str) -> set[fx.Node]:
@@ -181,14 +181,14 @@ def _site(flow: Dataflow, use: Affine, role: str, rows: Rows | None, cross: bool
 
 
 def _matrix(shape: torch.Size, use: Affine) -> tuple[int, int]:
-    """(out, in) of the matrix that a weight is, with the axes of each side taken together."""
+    """(out, in) of a weight as a matrix, with the axes of each side combined."""
     cut = len(shape) - use.outs if use.transposed else use.outs
     first, last = prod(shape[:cut]), prod(shape[cut:])
     return (last, first) if use.transposed else (first, last)
 
 
 def _merge(one: Site, other: Site) -> Site:
-    """The same weight in the same role at another place of the graph: another call, or another module that holds it."""
+    """Merge two sites of one weight in one role: another call, or another module that holds the weight."""
     tied = one.tied
     if other.weight not in {one.weight, *(t.weight for t in tied)}:
         tied += (other,)
@@ -196,7 +196,7 @@ def _merge(one: Site, other: Site) -> Site:
 
 
 def _one_per_weight(sites: Mapping[tuple[str, str], Site]) -> tuple[Site, ...]:
-    """One site for a table that is also the head, and none called `other` for a weight that has a role elsewhere."""
+    """Make one site of a table that is also the head, and drop `other` for a weight that has a role elsewhere."""
     merged = dict(sites)
     named = {weight for weight, role in sites if role != "other"}
     for (weight, role), site in sites.items():

@@ -1,8 +1,10 @@
 """Which output features of a projection feed an operand? Ask autograd.
 
 A fused projection (GPT-2's `c_attn`, Phi-3's `gate_up_proj`, the per-head layouts of GPT-NeoX, BLOOM and Falcon)
-makes several roles at once. The nodes between the projection and the operand are run on random data, and the
-features with a nonzero gradient are the role's rows. No layout is assumed, so none can be assumed wrongly.
+computes several roles at once, and views, slices and transposes then separate them. Instead of interpreting these
+operators, the probe runs the nodes between the projection and the operand on random data, weights the operand's entries
+at random, and differentiates the sum with respect to the projection's output. The features with a nonzero gradient are
+the rows of the role. No layout is assumed, so none can be assumed wrongly.
 """
 
 from __future__ import annotations
@@ -19,17 +21,17 @@ from graphpeft.match.dataflow import Dataflow
 from graphpeft.match.products import op
 
 DRAWS = 3
-"""Independent draws whose answers are united: a ReLU hides a feature in one draw with probability 2^-positions."""
+"""Number of draws, whose answers are united: a ReLU hides a feature in one with probability 2^-positions."""
 
 
 class UnknownRowsError(Exception):
-    """The way from a projection to an operand cannot be run on stand-in values, so nobody knows which rows it takes."""
+    """The path from a projection to an operand cannot be run on stand-in values, so its rows are unknown."""
 
 
 def rows(flow: Dataflow, affine: fx.Node, operand: fx.Node) -> Rows | None:
     """Runs of output features of `affine` that `operand` depends on; `None` when it depends on all of them.
 
-    Raises `UnknownRowsError` where sizes on the way depend on the input's values, as in a loop over experts."""
+    Raises `UnknownRowsError` if sizes on the path depend on the input's values, as in a loop over experts."""
     key = _signature(flow, affine, operand)
     if key not in flow.probed:
         try:
@@ -37,7 +39,7 @@ def rows(flow: Dataflow, affine: fx.Node, operand: fx.Node) -> Rows | None:
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             reason = str(error).partition("\n")[0]
             raise UnknownRowsError(
-                f"its rows cannot be told, because the way there cannot be run alone: {reason}"
+                f"its rows are unknown, because the nodes in between cannot be run alone: {reason}"
             ) from error
     return flow.probed[key]
 
@@ -53,9 +55,11 @@ def _probe(flow: Dataflow, affine: fx.Node, operand: fx.Node) -> Rows | None:
 
 
 def _signature(flow: Dataflow, affine: fx.Node, operand: fx.Node) -> tuple[Any, ...]:
-    """Equal for probes with equal answers, so that the layers of a deep model share one.
+    """A key, equal for probes with equal answers, so that the layers of a deep model share one probe.
 
-    Floating-point values from outside count by shape, as the probe draws them at random; all others by identity."""
+    Floating-point values from outside the path count by their shape, because the probe draws them at random; all other
+    values count by identity.
+    """
     places = {node: i for i, node in enumerate([affine, *flow.between(affine, operand)])}
 
     def seen(value: Any) -> Any:
@@ -80,7 +84,7 @@ def runs(mask: torch.Tensor) -> Rows:
 
 
 def concrete(shape: Any) -> tuple[int, ...]:
-    """Sizes as integers; a symbolic size gives the size it was traced with, one that depends on data gives 2."""
+    """Sizes as integers: for a symbolic size the size it was traced with, for one that depends on data 2."""
     return tuple(map(_size, shape))
 
 
@@ -91,7 +95,7 @@ def _size(size: Any) -> Any:
 
 
 class Probe:
-    """Runs part of a captured graph, on the CPU, on stand-ins for everything that enters it from outside."""
+    """Runs part of a captured graph on the CPU, with stand-ins for everything that enters it from outside."""
 
     def __init__(self, flow: Dataflow, generator: torch.Generator):
         self.flow, self.generator = flow, generator
@@ -101,7 +105,7 @@ class Probe:
         """Mask over the output features of `affine` that `operand` depends on."""
         leaf = torch.randn(concrete(affine.meta["val"].shape), generator=self.generator).requires_grad_()
         with torch.enable_grad():
-            self.values[affine] = leaf.clone()  # the way may write in place, which a leaf forbids
+            self.values[affine] = leaf.clone()  # nodes on the path may write in place, which autograd forbids on a leaf
             for node in self.flow.between(affine, operand):
                 self.values[node] = self.run(node)
             out = self.values[operand]
@@ -123,7 +127,7 @@ class Probe:
         return self.values[node]
 
     def stand_in(self, node: fx.Node) -> Any:
-        """A value for a node outside the probed path: the real one where it is known without the model's input."""
+        """A value for a node outside the probed path: the real value if the model's input does not determine it."""
         known = self.flow.program.constants.get(node)
         if known is not None and not known.is_meta:
             return known.detach().cpu().float() if known.is_floating_point() else known.detach().cpu()
@@ -134,14 +138,14 @@ class Probe:
             return self.run(node)
         if example.is_floating_point():
             return torch.randn(concrete(example.shape), generator=self.generator)
-        # Indices and masks: recompute them, for a random index would read features that the model does not.
+        # Recompute indices and masks: a random index would read features that the model does not.
         if node.op == "call_function" and op(node) != "embedding":
             return self.run(node)
         return torch.ones(concrete(example.shape), dtype=example.dtype)
 
 
 def _on_cpu(value: Any) -> Any:
-    """The probe runs in float32 on the CPU whatever the model's device and dtype are."""
+    """Dtypes and devices for the probe, which runs in float32 on the CPU whatever the model uses."""
     if isinstance(value, torch.device):
         return torch.device("cpu")
     return torch.float32 if isinstance(value, torch.dtype) and value.is_floating_point else value

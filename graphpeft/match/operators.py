@@ -1,4 +1,4 @@
-"""Sets of operators and what can be said of a single node, by its operator, operands and shapes alone."""
+"""Sets of operators, and predicates on a single node by its operator, operands and shapes alone."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ RESHAPES = frozenset(
     {"view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "expand", "permute", "transpose", "getitem",
      "_unsafe_view", "reshape_as", "view_as", "expand_as", "mT", "numpy_T", "t", "swapaxes", "movedim"}
 )  # fmt: skip
-# Operators that bring positions together.
+# Operators that mix positions.
 MIXING = frozenset(
     {"cumsum", "cumprod", "logcumsumexp", "roll", "pad", "constant_pad_nd", "flip", "associative_scan", "scan", "stack",
      "fft_fft2", "fft_fftn", "fft_rfft"}
 )  # fmt: skip
-# What they return is new: of their operand they take the size, the dtype and the device.
+# Operators that return a new tensor and take only size, dtype and device from their operand.
 FRESH = frozenset(
     {"new_empty", "new_zeros", "new_ones", "new_full", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like",
      "randn_like", "new_empty_strided"}
 )  # fmt: skip
 LIKE = frozenset({"type_as", "to", "expand_as", "view_as", "reshape_as"})
 NORMS = frozenset({"layer_norm", "rms_norm", "batch_norm", "group_norm", "instance_norm", "normalize"})
-# Reductions of which a normalization is made where it is written out.
+# Reductions that a written-out normalization consists of.
 REDUCTIONS = frozenset({"mean", "var", "sum", "amax", "std", "norm", "linalg_vector_norm", "var_mean", "max"})
 
 
@@ -52,7 +52,7 @@ def pointwise(node: fx.Node) -> bool:
 
 
 def floating(node: fx.Node) -> bool:
-    """Whether the node holds numbers to compute with, not indices, masks or sizes."""
+    """Whether the node holds numbers to compute with, instead of indices, masks or sizes."""
     value = node.meta.get("val")
     if isinstance(value, (list, tuple)):
         return any(isinstance(v, torch.Tensor) and v.is_floating_point() for v in value)
@@ -60,7 +60,7 @@ def floating(node: fx.Node) -> bool:
 
 
 def per_position(node: fx.Node) -> bool:
-    """Whether a reduction runs over the features of each position, as in a normalization that is written out."""
+    """Whether a reduction runs over the features of each position, as in a written-out normalization."""
     source = node.args[0]
     value, whole = node.meta.get("val"), source.meta.get("val") if isinstance(source, fx.Node) else None
     value = value[0] if isinstance(value, (list, tuple)) else value
@@ -68,7 +68,7 @@ def per_position(node: fx.Node) -> bool:
 
 
 def depthwise(node: fx.Node) -> bool:
-    """Whether the node is a convolution of each channel by itself, which projects nothing."""
+    """Whether the node is a depthwise convolution, which projects nothing."""
     if op(node) not in CONVOLUTIONS or not isinstance(node.args[1], fx.Node):
         return False
     weight, groups = node.args[1].meta.get("val"), node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)

@@ -1,4 +1,4 @@
-"""Which module owns a projection: tracing a module's own code and finding the projection in it."""
+"""Find the module that owns a projection: trace a module's own code and look for the projection in it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def locate(program: Program, node: fx.Node, weight: str) -> tuple[str, Literal["
 
 
 def _holder(model: nn.Module, path: str, parameter: nn.Parameter) -> str:
-    """The module at or below `path` that has the parameter itself: a tied one is held elsewhere too."""
+    """The module at or below `path` that has the parameter itself: other modules may hold a tied one too."""
     inside = model.get_submodule(path).named_modules(prefix=path)
     return next(name for name, module in inside if any(p is parameter for p in module._parameters.values()))
 
@@ -50,13 +50,13 @@ def _traceable(owner: nn.Module, parameter: nn.Parameter) -> bool:
 
 
 def _bypassed(model: nn.Module, path: str) -> bool:
-    """Whether the module around reads the owner's weight past its `forward`, as the fused path of torch's encoder does."""
+    """Whether the parent reads the owner's weight without calling its `forward`, as torch's fused encoder does."""
     parent = model.get_submodule(path.rpartition(".")[0]) if path else None
     return isinstance(parent, (nn.TransformerEncoderLayer, nn.MultiheadAttention))
 
 
 class _Tracer(fx.Tracer):
-    """Traces a module's own code only: whatever it calls stays a call."""
+    """Traces a module's own code only: calls of submodules stay calls."""
 
     proxy_buffer_attributes = True
 
@@ -65,14 +65,15 @@ class _Tracer(fx.Tracer):
 
 
 CONSTANT = re.compile(r"_tensor_constant\d+")
-"""Attributes in which FX keeps tensors that a module's code makes out of nothing."""
+"""Attributes in which FX stores the tensors that a module's code creates."""
 
 
 def trace(module: nn.Module, keep: bool = False) -> fx.Graph | None:
-    """The module's own FX graph, or `None` where its code cannot be traced or written, or was replaced on the instance.
+    """The module's own FX graph, or `None` if its code cannot be traced or written, or was replaced on the instance.
 
-    Constants that the code makes become attributes of the module; they go again unless `keep` is set, for a graph that
-    is to run."""
+    Tensors that the code creates become attributes of the module. They are deleted again unless `keep` is set, for a
+    graph that will run.
+    """
     if isinstance(module, fx.GraphModule):
         return module.graph
     if has_instance_forward(module):
@@ -84,7 +85,7 @@ def trace(module: nn.Module, keep: bool = False) -> fx.Graph | None:
         graph = _Tracer().trace(module)
         return None if unwritable(graph) else graph
     except Exception:
-        # Tracing runs the module's code on proxies, so anything may be raised; the caller takes the weight form.
+        # Tracing runs the module's code on proxies, so anything may be raised; the caller then uses the weight form.
         return None
     finally:
         if not keep:
@@ -92,7 +93,7 @@ def trace(module: nn.Module, keep: bool = False) -> fx.Graph | None:
 
 
 def forget_constants(module: nn.Module, known: Collection[str] = ()) -> None:
-    """Take the constants that tracing left off the module again, but for those that were there before."""
+    """Delete the constants that tracing left on the module, except the `known` ones."""
     for name in [n for n in module.__dict__ if CONSTANT.fullmatch(n) and n not in known]:
         del module.__dict__[name]
 
@@ -104,12 +105,12 @@ BEHIND = (
 
 
 class Uses:
-    """Where a graph uses its owner's parameters, found in one pass: searched for each, a deep graph would take squares."""
+    """Where a graph uses its owner's parameters, found in one pass: separate searches would take quadratic time."""
 
     def __init__(self, owner: nn.Module, graph: fx.Graph) -> None:
         self.reads: dict[int, list[fx.Node]] = {}
         self.sums: dict[fx.Node, fx.Node] = {}
-        """What branches put on top of nodes, which stay in the graph beneath."""
+        """For each adapted node, the last sum of the node and its branches; the node itself stays in the graph."""
         self._owner = owner
         self._found: dict[nn.Parameter, tuple[list[Affine], list[Lookup], list[fx.Node]]] = {}
         self.place = {node: number for number, node in enumerate(graph.nodes)}
@@ -118,7 +119,7 @@ class Uses:
                 self.reads.setdefault(id(_attribute(owner, str(node.target))), []).append(node)
 
     def of(self, parameter: nn.Parameter) -> tuple[list[Affine], list[Lookup], list[fx.Node]]:
-        """A parameter's projections, lookups and readers, as they were before a branch came in between."""
+        """A parameter's projections, lookups and readers, as they were before a branch was inserted."""
         if parameter not in self._found:
             nodes = self.near(parameter)
             looked = self._owner, nodes, parameter
@@ -126,11 +127,11 @@ class Uses:
         return self._found[parameter]
 
     def forget(self, parameter: nn.Parameter) -> None:
-        """Look again: what its projections read has changed."""
+        """Search again at the next `of`, because the inputs of the parameter's projections have changed."""
         self._found.pop(parameter, None)
 
     def near(self, parameter: nn.Parameter) -> list[fx.Node]:
-        """In graph order, the nodes that read a parameter, and all that may be a product or a lookup with it."""
+        """The nodes that read a parameter, and all nodes that may be a product or a lookup with it, in graph order."""
         found = dict.fromkeys(self.reads.get(id(parameter), ()))
         waiting = list(found)
         while waiting:
@@ -143,7 +144,7 @@ class Uses:
 
 
 def projections(owner: nn.Module, nodes: Iterable[fx.Node], parameter: nn.Parameter) -> list[Affine]:
-    """The projections by `parameter` among some nodes; none if one of them is not plain."""
+    """The projections by `parameter` among some nodes; none if any of them is not plain."""
     is_weight = _reads(owner, parameter)
     read = (read_affine(n, is_weight) for n in nodes if n.op in {"call_function", "call_method"})
     found = [a for a in read if a]
@@ -160,13 +161,13 @@ class Lookup:
 
 
 def lookups(owner: nn.Module, nodes: Iterable[fx.Node], parameter: nn.Parameter) -> list[Lookup]:
-    """Those of the nodes that pick rows of `parameter`."""
+    """The nodes that pick rows of `parameter`."""
     is_weight = _reads(owner, parameter)
     return [found for n in nodes if (found := read_lookup(n, is_weight))]
 
 
 def read_lookup(node: fx.Node, is_weight: Callable[[fx.Node], bool]) -> Lookup | None:
-    """`node` as an embedding by a parameter, or `None`. One that renormalizes its rows is none: it is not linear."""
+    """`node` as an embedding by a parameter, or `None`. With `max_norm` it does not count: it is not linear."""
     if op(node) != "embedding":
         return None
     functional = node.target is nn.functional.embedding
@@ -187,7 +188,7 @@ def read_lookup(node: fx.Node, is_weight: Callable[[fx.Node], bool]) -> Lookup |
 
 
 def readers(owner: nn.Module, nodes: Iterable[fx.Node], parameter: nn.Parameter) -> list[fx.Node]:
-    """Those of the nodes that hand `parameter` to the rest of their graph."""
+    """The nodes that pass `parameter` to the rest of their graph."""
     return list(filter(_reads(owner, parameter), nodes))
 
 

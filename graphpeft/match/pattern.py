@@ -1,9 +1,9 @@
-"""The pattern language: small values that describe how an activation was made, read from its user upwards.
+"""The pattern language: small values that describe how an activation was computed, read from its user upward.
 
     ATTENTION = sdpa(Q, K, V) | matmul(flow(softmax(flow(matmul(Q, K)))), V)
 
-A pattern is matched at a node and looks upstream only. It gives a `Match` (what was bound to which name) or a
-`Miss` (how far it came, at which node it stopped, and why). Reasons are formatted only when they are printed.
+A pattern is matched at a node and looks upstream only. The result is a `Match` (what was bound to which name) or a
+`Miss` (how far the match got, at which node it stopped, and why).
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class Match:
 
 @dataclass(frozen=True)
 class Miss:
-    """Why a pattern does not match. `depth` counts the steps that did, so that near misses can be ranked."""
+    """Why a pattern does not match. `depth` counts the steps that matched, which ranks near misses."""
 
     node: fx.Node
     reason: str
     depth: int = 0
     failed: bool = False
-    """The structure is there; a condition on it failed."""
+    """The structure matched, but a condition on it failed."""
 
     def __bool__(self) -> bool:
         return False
@@ -169,7 +169,7 @@ class AffineOp(Pattern):
 
 @dataclass(frozen=True)
 class Maybe(Pattern):
-    """`pattern` holds, or nothing is bound."""
+    """`pattern` matches, or nothing is bound."""
 
     pattern: Pattern
 
@@ -179,7 +179,7 @@ class Maybe(Pattern):
 
 @dataclass(frozen=True)
 class Each(Pattern):
-    """`pattern` holds at one or more of the tensor operands, whichever."""
+    """`pattern` matches at one or more of the tensor operands."""
 
     pattern: Pattern
 
@@ -192,7 +192,7 @@ class Each(Pattern):
 
 @dataclass(frozen=True)
 class Unbound(Pattern):
-    """`pattern` holds; what it binds is somebody else's."""
+    """`pattern` matches, but its bindings are dropped: they belong to another pattern."""
 
     pattern: Pattern
 
@@ -211,14 +211,14 @@ class Fixed(Pattern):
 
 @dataclass(frozen=True)
 class Lookup(Pattern):
-    """An embedding table whose entries the model's input names directly, bound to `name`."""
+    """An embedding table, bound to `name`, whose entries are selected directly by the model's input."""
 
     name: str
 
     def at(self, flow: df.Dataflow, node: fx.Node) -> Result:
         ids = [a for a in node.all_input_nodes if a in flow.active]
         source = flow.carried(ids[0]) if ids else node
-        # Positions and segments are inputs too, but no vocabulary.
+        # Position and segment ids are inputs too, but not tokens; only the name of the input distinguishes them.
         if node not in flow.tables or source.op != "placeholder" or re.search("position|type", source.name):
             return Miss(node, "the entries looked up are not the tokens of an input of the model")
         return Match({self.name: (Bound(node, node),)})

@@ -1,7 +1,7 @@
 """Reading projections: which nodes multiply an activation by a parameter, and how the parameter is laid out.
 
-`linear`, `addmm`, `mm`, `matmul`, `bmm`, `einsum`, convolutions and the grouped products of expert layers all say the
-same thing in different words: output features = weight · input features. Nothing here looks at names.
+`linear`, `addmm`, `mm`, `matmul`, `bmm`, `einsum`, convolutions and the grouped products of expert layers all compute
+output features = weight · input features. Nothing here looks at names.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ GROUPED = frozenset({"_grouped_mm", "grouped_mm", "grouped_mm_fallback"})
 CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
 MATMULS = frozenset({"mm", "matmul", "bmm"})
 PRODUCTS = frozenset({"linear", "addmm", "baddbmm", "einsum", "convolution"}) | MATMULS | CONVOLUTIONS | GROUPED
-# Operators that only rename, move or keep their first operand's values: what they return *is* that operand.
+# Operators that only rename, move or keep their first operand's values: their result *is* that operand.
 SAME = frozenset(
     {"to", "_to_copy", "type_as", "alias", "detach", "detach_", "contiguous", "clone", "dropout", "lift_fresh_copy"}
 )
 TRANSPOSES = frozenset({"t", "transpose", "permute", "numpy_T", "mT", "T"})
 PICKS = frozenset({"select", "index", "index_select", "getitem", "unsqueeze"})
-"""How one expert's matrix is taken out of a stack."""
+"""Operators that take one expert's matrix out of a stack."""
 
 
 def op(node: fx.Node) -> str:
@@ -54,9 +54,9 @@ class Affine:
     """How many axes of the weight hold the output features; a convolution or an einsum may spread them."""
     kind: Literal["linear", "conv", "experts"] = "linear"
     first: int | None = None
-    """The first row of the weight that is used, where only some are (the packed weight of `nn.MultiheadAttention`)."""
+    """The first row of the weight that is used, if only some are (the packed weight of `nn.MultiheadAttention`)."""
     plain: bool = True
-    """Whether input and output features are last axes, so that a side path can do what a change of the weight does."""
+    """Whether input and output features are last axes, so that a side path is equivalent to a change of the weight."""
 
     @property
     def pointwise(self) -> bool:
@@ -65,7 +65,7 @@ class Affine:
 
 
 def behind_transposes(node: fx.Node, picks: bool = False) -> tuple[fx.Node, int]:
-    """The node behind transposes, casts, copies (and picks from a stack), and how many transposes there were."""
+    """The node behind transposes, casts, copies (and picks from a stack), and the number of transposes."""
     flips = 0
     through = TRANSPOSES | SAME | (PICKS if picks else frozenset())
     while node.args and isinstance(node.args[0], fx.Node):
@@ -94,7 +94,7 @@ def read_affine(node: fx.Node, is_weight: Callable[[fx.Node], bool]) -> Affine |
 
 
 def added_to(node: fx.Node) -> fx.Node | None:
-    """What a projection's product is added to within its operator: the bias of `linear`, the first operand of `addmm`."""
+    """The tensor to which a projection adds its product: the bias of `linear`, the first operand of `addmm`."""
     name = op(node)
     if name == "linear":
         found = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
@@ -104,7 +104,7 @@ def added_to(node: fx.Node) -> fx.Node | None:
 
 
 def _factors(name: str, node: fx.Node) -> list[tuple[Any, Any, bool | None]]:
-    """(activation, weight, whether the weight stands left; `None` for `linear`, which transposes it) to try."""
+    """Triples to try: activation, weight, whether the weight is on the left (`None` for `linear`)."""
     args = list(node.args)
     if name == "linear":
         return [(args[0], args[1] if len(args) > 1 else node.kwargs.get("weight"), None)]
@@ -133,7 +133,7 @@ def _product(node: fx.Node, x: Any, w: Any, left: bool | None, is_weight: Callab
     if not is_weight(root) or root is x or _dim(root) != (3 if kind == "experts" else 2):
         return None
     stored_in_out = left is False
-    # Where the code scales the weight or the product, a side path that is not scaled would say something else.
+    # If the code scales the weight or the product, an unscaled side path would not be equivalent.
     factors = [node.kwargs.get(name, 1) for name in ("alpha", "beta")]
     plain = kind == "linear" and not left and first is None and not scaled and factors == [1, 1]
     transposed = stored_in_out ^ (flips % 2 == 1)
@@ -141,7 +141,7 @@ def _product(node: fx.Node, x: Any, w: Any, left: bool | None, is_weight: Callab
 
 
 def _some_rows(node: fx.Node) -> tuple[fx.Node, int | None]:
-    """The node of which this one is a run of rows, and the first of them."""
+    """If `node` slices rows of another node, that node and the first row; otherwise `node` and `None`."""
     source = node.args[0] if node.args else None
     if not isinstance(source, fx.Node):
         return node, None

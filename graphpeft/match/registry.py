@@ -1,4 +1,4 @@
-"""What roles there are: declarations that bind them, built in, installed with another package, or registered here."""
+"""The declared roles: built in, installed with another package, or registered at run time."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from graphpeft.match.pattern import Pattern, Unbound
 from graphpeft.match.roles import DECLARED
 
 GROUP = "graphpeft.roles"
-"""The entry points by which a package declares roles; each names a `Declaration` or a list of them."""
+"""The entry point group by which a package declares roles; each entry names a `Declaration` or a list of them."""
 
 LETTERS = frozenset("qkvo")
-"""Roles whose letters a target may run together: `qv`, `qkvo`."""
+"""Roles whose letters a target may combine: `qv`, `qkvo`."""
 
 ALIASES = {
     "attn": ("q", "k", "v", "o"),
@@ -29,15 +29,15 @@ ALIASES = {
 }
 
 RESERVED = (*ALIASES["experts"], "other")
-"""Roles that the search gives to projections in a stack, and to those that no declaration binds."""
+"""Roles that the search itself assigns: to projections in a stack, and to projections that no declaration binds."""
 
 
 _REGISTERED: list[Declaration] = []
 
 
 def declarations() -> tuple[Declaration, ...]:
-    """Every declaration, in the order in which they are tried: those from outside before the built-in ones that take
-    the rest. Raises `RuleError` when a package declares roles that cannot be loaded, or that clash with others."""
+    """Every declaration in the order of trial: those of other packages come before the built-in `rest` declarations.
+    Raises `RuleError` when a package declares roles that cannot be loaded or that clash with others."""
     builtin = DECLARED
     known = {d.name: (d, "graphpeft") for d in builtin}
     outside = [*_installed(), *((d, "register()") for d in _REGISTERED)]
@@ -49,16 +49,17 @@ def declarations() -> tuple[Declaration, ...]:
 
 
 def roles() -> tuple[str, ...]:
-    """Every role that some declaration binds, the roles of stacked weights too."""
+    """Every role that some declaration binds, and the roles of stacked weights."""
     named = [role for declaration in declarations() for role in declaration.roles]
     return tuple(dict.fromkeys([*named, *ALIASES["experts"]]))
 
 
 def register(declaration: Declaration) -> None:
-    """Declare roles for this process, from now on: rules accept them and every search looks for them.
+    """Declare roles for this process: from now on rules accept them and every search looks for them.
 
-    The same declaration again changes nothing. Raises `RuleError` for a name or a role that exists already, for a role
-    that rules would read as something else, and for a pattern that binds what `declaration.roles` does not list.
+    Registering the same declaration again changes nothing. Raises `RuleError` for a name or a role that exists already,
+    for a role that rules would read as something else, and for a pattern that binds names missing from
+    `declaration.roles`.
     """
     check(declaration, "register()", [*((d, "graphpeft") for d in DECLARED), *((d, "register()") for d in _REGISTERED)])
     if declaration not in _REGISTERED:
@@ -66,12 +67,12 @@ def register(declaration: Declaration) -> None:
 
 
 def opened(word: str) -> tuple[str, ...]:
-    """The roles that one word of a target stands for: an alias, a run of the letters q k v o, or a role."""
+    """The roles that one word of a target means: an alias, a run of the letters q k v o, or a role."""
     return ALIASES.get(word, tuple(word) if set(word) <= LETTERS else (word,))
 
 
 def check(declaration: Declaration, source: str, known: Iterable[tuple[Declaration, str]]) -> None:
-    """Raise `RuleError` unless the declaration, which comes from `source`, can stand beside the `known` ones."""
+    """Raise `RuleError` unless the declaration from `source` is compatible with the `known` ones."""
     if not isinstance(declaration, Declaration):
         raise RuleError(f"{source} gives a {type(declaration).__name__}, which declares no role. Give a Declaration.")
     about = f"The declaration {declaration.name!r} from {source}"
@@ -88,7 +89,7 @@ def check(declaration: Declaration, source: str, known: Iterable[tuple[Declarati
     for role in declaration.roles:
         check_name(role)
         if role in RESERVED:
-            raise RuleError(f"{about} binds {role!r}, which graphpeft itself gives out. Choose another role name.")
+            raise RuleError(f"{about} binds {role!r}, which graphpeft itself assigns. Choose another role name.")
     if unlisted := set(bound(declaration.pattern)) - set(declaration.roles):
         raise RuleError(
             f"{about} lists the roles {', '.join(declaration.roles) or 'none'}, but its pattern binds "
@@ -97,7 +98,7 @@ def check(declaration: Declaration, source: str, known: Iterable[tuple[Declarati
 
 
 def check_name(role: str) -> None:
-    """Raise `RuleError` for a role that rules could not name, or would read as something else."""
+    """Raise `RuleError` for a role that rules cannot name, or would read as something else."""
     if opened(role) != (role,):
         raise RuleError(f"A role cannot be called {role!r}: rules read that as {' + '.join(opened(role))}.")
     if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", role, re.ASCII):
@@ -105,7 +106,7 @@ def check_name(role: str) -> None:
 
 
 def bound(pattern: Pattern) -> Iterator[str]:
-    """The names that a pattern may bind, as far as its parts are fields of dataclasses."""
+    """The names that a pattern may bind, if its parts are fields of dataclasses."""
     if isinstance(pattern, Unbound):
         return
     parts: dict[str, Any] = {f.name: getattr(pattern, f.name) for f in fields(pattern)} if is_dataclass(pattern) else {}
@@ -119,7 +120,7 @@ def bound(pattern: Pattern) -> Iterator[str]:
 
 @cache
 def _installed() -> tuple[tuple[Declaration, str], ...]:
-    """What installed packages declare, each with its source in words; loaded once."""
+    """The declarations of installed packages, each with a text that names its source; loaded once."""
     found = []
     for entry in entry_points(group=GROUP):
         source = f"{entry.dist.name if entry.dist else 'an unknown package'} (entry point {entry.name} = {entry.value})"

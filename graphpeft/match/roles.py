@@ -1,4 +1,4 @@
-"""The roles, declared. The matcher behind them knows no architecture, and neither does this file."""
+"""The roles, declared. Neither the matcher nor this file knows any architecture."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from graphpeft.match.walk import elementwise, flow, join, mixed, seen
 
 
 def apart(flow: Dataflow, match: Match) -> str | None:
-    """Gate and up are two projections, or separate rows of one: x · sigmoid(x) alone is no gated MLP."""
+    """Gate and up must be two projections, or separate rows of one: x · sigmoid(x) alone is not a gated MLP."""
     gate, up = match.bound["gate"], match.bound["up"]
     if len(gate) != 1 or len(up) != 1:
         return "gate and up are not one projection each"
@@ -70,7 +70,7 @@ def linear(flow: Dataflow, match: Match) -> str | None:
 
 
 def private(flow: Dataflow, match: Match) -> str | None:
-    """A latent bottleneck is read by one projection and nothing else but attention itself."""
+    """One projection, and otherwise only attention itself, reads a latent bottleneck."""
     for bound in match.bound["latent"]:
         readers = flow.readers(bound.node)
         if len(readers & flow.affines.keys()) != 1 or readers & flow.joins.keys():
@@ -91,7 +91,7 @@ def added(flow: Dataflow, match: Match) -> str | None:
 
 
 def pooled(flow: Dataflow, match: Match) -> str | None:
-    """A learned query pools what one projection each makes of the keys and the values."""
+    """A fixed query, as in pooling by a learned query, needs one projection each for keys and values."""
     if match.bound.get("q"):
         return None
     keys, values = (match.bound.get(role, ()) for role in "kv")

@@ -1,4 +1,4 @@
-"""The patterns that look further than one node: they walk upstream to the nearest barriers, or around a residual."""
+"""Patterns that look further than one node: they walk upstream to the nearest barriers, or around a residual."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _EACH = SAME | ops.RESHAPES | ops.PARTIAL | ops.NORMS | ops.REDUCTIONS
 
 @dataclass(frozen=True)
 class Flow(Pattern):
-    """`pattern` holds at one or more of the nearest barriers upstream, whatever work lies between."""
+    """`pattern` matches at one or more of the nearest barriers upstream, whatever lies between."""
 
     pattern: Pattern
 
@@ -34,9 +34,9 @@ class Flow(Pattern):
 
 @dataclass(frozen=True)
 class Elementwise(Pattern):
-    """`pattern` holds at the nearest barriers upstream, at all of them, and only work on each position by itself lies
-    between (element-wise, normalization, reshaping), or a convolution of each channel by itself; `activated` asks for
-    (True) or forbids (False) a non-linear function among it."""
+    """`pattern` matches at all of the nearest barriers upstream, and only work within each position lies between
+    (element-wise operators, normalization, reshaping) or depthwise convolutions. `activated` requires (True) or forbids
+    (False) a non-linear function there."""
 
     pattern: Pattern
     activated: bool | None = None
@@ -58,7 +58,7 @@ class Elementwise(Pattern):
 
     @classmethod
     def _by_position(cls, node: fx.Node) -> bool:
-        """A global norm may scale what is made by position, but cannot be the only way."""
+        """As `_through`, but no reduction over positions: a global norm may only scale what other paths bring."""
         return cls._through(node) and (op(node) not in ops.REDUCTIONS or ops.per_position(node))
 
     @staticmethod
@@ -67,7 +67,7 @@ class Elementwise(Pattern):
 
 
 def _seen_from(node: fx.Node, end: fx.Node, result: Match) -> Match:
-    """The match with `node` noted as the operand that the projection found at `end` flows into."""
+    """The match, with `node` recorded as the operand that the projection at `end` feeds."""
     return Match(
         {
             name: tuple(replace(b, seen_from=node) if b.node is end else b for b in bounds)
@@ -78,7 +78,7 @@ def _seen_from(node: fx.Node, end: fx.Node, result: Match) -> Match:
 
 @dataclass(frozen=True)
 class Seen(Pattern):
-    """`pattern` holds behind copies, reshapes, fixed factors and normalization."""
+    """`pattern` matches behind copies, reshapes, fixed factors and normalization."""
 
     pattern: Pattern
 
@@ -112,8 +112,8 @@ class Join(Pattern):
 
 @dataclass(frozen=True)
 class Mixed(Pattern):
-    """Positions are mixed somewhere upstream, before the next residual join, and not by an attention core: by a scan,
-    a shift, a convolution or a product of two activations. Binds the projections that all this starts from."""
+    """Before the next residual join upstream, a scan, a shift, a convolution or a product of two activations mixes
+    positions, and no attention core does. Binds the projections at which this work begins."""
 
     name: str
 

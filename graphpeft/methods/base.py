@@ -56,8 +56,7 @@ class Method:
     paper: ClassVar[str]
     summary: ClassVar[Summary] = Summary()
     examples: ClassVar[Mapping[str, int | None]] = {}
-    """Rules with small options, each with the rank of a trained update, or `None` if the base weight decides it. Tests
-    run them."""
+    """Small rules, each with the rank of its trained update (`None`: the base weight decides it). Tests run them."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -79,7 +78,7 @@ class Method:
         return self
 
     def text(self, given: Iterable[str] = ()) -> str:
-        """The method as written in a rule: `lora(r=4)`, with the options in `given` and those that differ from the
+        """The text of the method in a rule: `lora(r=4)`, with the `given` options and those that are not the
         default."""
         given = tuple(given)
         changed = (option.name for option in options(type(self)) if getattr(self, option.name) != option.default)
@@ -151,7 +150,7 @@ def options(method: type[Method]) -> tuple[Option, ...]:
     """The options that a method accepts, in order."""
     required = [field.name for field in fields(method) if field.default is MISSING]
     if required:
-        raise RuleError(f"{method.name}: option {required[0]} needs a default; {method.name!r} alone has to be a rule.")
+        raise RuleError(f"{method.name}: option {required[0]} needs a default; {method.name!r} alone must be a rule.")
     hints = get_type_hints(method, include_extras=True)
     return tuple(Option(method.name, field.name, hints[field.name], field.default) for field in fields(method))
 

@@ -1,1 +1,1 @@
-"""Rules and sites make a plan; and why a rule or a role has no site."""
+"""Make a plan from rules and sites, and explain why a rule or a role has no site."""

@@ -1,4 +1,4 @@
-"""Why a rule or a role has no site: how the search ended, how near it came, and at which line of the model's code."""
+"""Why a rule or a role has no site: how the search ended, its nearest miss, and the model's line there."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from graphpeft.show.sites import role_text
 
 @dataclass(frozen=True)
 class Near:
-    """The place at which a search stopped, or (with a site) at which a role's neighbor is."""
+    """The place where a search stopped, or (with a site) the place of a role's neighbor."""
 
     place: str
-    """`file.py:line` of the model's code, or the node's name where the capture knows no line."""
+    """`file.py:line` of the model's code, or the node's name if the capture knows no line."""
     node: str
-    """The operator, and the shape of what it returns."""
+    """The operator, and the shape of its result."""
     code: str
-    """The line of code itself; empty where its file cannot be read."""
+    """The line of code itself; empty if its file cannot be read."""
     reason: str
 
     def __str__(self) -> str:
@@ -45,7 +45,7 @@ class Near:
 
 @dataclass(frozen=True)
 class Absence:
-    """Why roles that one declaration binds have no site. Prints as a sentence, and the nearest place below it."""
+    """Why roles of one declaration have no site. Prints as a sentence, with the nearest place below it."""
 
     roles: tuple[str, ...]
     outcome: Literal["no match", "condition failed", "matched without it", "undeclared"]
@@ -59,7 +59,7 @@ class Absence:
 
 
 def absences(model: nn.Module, found: SearchResult, roles: Iterable[str]) -> tuple[Absence, ...]:
-    """Why each of these roles that has no site has none; roles with the same reason share an entry."""
+    """Why each of these roles without a site has none; roles with the same reason share an entry."""
     present = roles_present(found)
     declared = {role: d for d in declarations() for role in d.roles}
     grouped: dict[tuple[str, bool], list[str]] = {}
@@ -74,7 +74,7 @@ def absences(model: nn.Module, found: SearchResult, roles: Iterable[str]) -> tup
 
 
 def _beside(found: SearchResult, declaration: Declaration) -> list[Site]:
-    """The sites of a declaration's roles, in stacks too."""
+    """The sites of a declaration's roles, those of stacked weights included."""
     return [s for s in found.sites if plain(s.role) in declaration.roles]
 
 
@@ -98,7 +98,7 @@ def _absence(
 
 
 def nothing(model: nn.Module, found: SearchResult, rule: Rule) -> str:
-    """The whole message for a rule that selects no site: the reason, the nearest miss, and rules that select some."""
+    """The message for a rule that selects no site: the reason, the nearest miss, and rules that do select sites."""
     name = type(model).__name__
     if rule.glob is not None and not any(rule.names(p) for s in found.sites for p in (s, *s.tied)):
         return _no_path(model, found, rule)
@@ -133,7 +133,7 @@ def _try(found: SearchResult, rule: Rule) -> str:
 
 
 def _unseen(found: SearchResult) -> list[str]:
-    """Parts of the model that were not captured, in a line each."""
+    """One line for each part of the model that was not captured."""
     return [f"not seen: {path or 'the whole model'}: {_first(why)}" for path, why in found.unreached.items()]
 
 
@@ -163,14 +163,14 @@ def _near(model: nn.Module, miss: Miss) -> Near:
 
 
 def _seen(model: nn.Module, site: Site) -> Near | None:
-    """Where the neighbor of a missing role is; `None` where the capture knows no line."""
+    """The place of a missing role's neighbor; `None` if the capture knows no line."""
     files = {inspect.getsourcefile(type(m)) or "" for m in model.modules() if type(m).__module__ != "builtins"}
     code = line_of(site.source, files)
     return Near(site.source, "", code, f"{site.role} is {site.weight}") if site.source else None
 
 
 def line_of(place: str, files: Iterable[str]) -> str:
-    """The code at `file.py:line`, read from the one of these files that it names; empty where there is none."""
+    """The code at `file.py:line`, read from whichever of the files has that name; empty if none has."""
     name, _, number = place.rpartition(":")
     path = next((f for f in files if PurePath(f).name == name), "")
     return linecache.getline(path, int(number)).strip() if path and number.isdecimal() else ""

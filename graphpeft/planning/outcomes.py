@@ -1,4 +1,4 @@
-"""What became of each rule: the sites that it took, those that it names but leaves out, and searches that came near."""
+"""The outcome of each rule: sites that it takes, sites that it leaves out, and searches that came near."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Tally:
     rule: str
     matched: int
     skipped: tuple[tuple[str, int], ...]
-    """Reasons why sites that the target names were left out, and of how many."""
+    """Why sites that the target names were left out, and how many."""
     rejected: tuple[Absence, ...]
-    """Roles of the target that no site has although a search came near one."""
+    """Roles of the target without a site, if a search came near one."""
 
     @property
     def notes(self) -> list[str]:
@@ -36,7 +36,7 @@ class Tally:
 
 
 def tally(model: nn.Module, found: SearchResult, rules: Sequence[Rule]) -> tuple[Tally, ...]:
-    """One for each rule, in their order."""
+    """One `Tally` for each rule, in the order of the rules."""
     made = []
     for rule in rules:
         named = [site for site in found.sites if any(rule.names(place) for place in (site, *site.tied))]

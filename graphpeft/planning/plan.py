@@ -1,4 +1,4 @@
-"""Rules × sites → a plan: what would be adapted with what, counted before anything is touched."""
+"""Rules × sites → a plan: which method each site would get, counted before anything is changed."""
 
 from __future__ import annotations
 
@@ -28,38 +28,38 @@ from graphpeft.tracing import as_pass
 
 @dataclass(frozen=True)
 class Entry:
-    """One site, the method it gets, and the text of the rule that says so."""
+    """One site, its method, and the text of the rule that selects it."""
 
     site: Site
     method: Method
     rule: str
 
     def build(self) -> Chain:
-        """The site's branch with empty tensors: as wide as the weight, and for a stack one for each of its matrices."""
+        """The site's branch with empty tensors: as wide as the weight, and with one chain per matrix for a stack."""
         chain = self.method.chain(self.site)
         if self.site.rows:
             chain = Scatter(self.site.full, self.site.rows) @ chain
         return Stack(chain, self.site.stack) if self.site.stack else chain
 
     def parameters(self) -> int:
-        """How many numbers the site's branch trains."""
+        """The number of parameters that the site's branch trains."""
         with torch.device("meta"):
             return self.build().trainable()
 
     def rank(self) -> int:
-        """An upper bound of the rank of the site's update."""
+        """An upper bound on the rank of the site's update."""
         with torch.device("meta"):
             return self.build().rank
 
     def form(self) -> str:
-        """The form that the site takes: an update relative to the base weight may ask for the weight form."""
+        """The site's form: an update that depends on the base weight may require the weight form."""
         with torch.device("meta"):
             return self.site.form if self.build().has_side_path else "weight"
 
 
 @dataclass(frozen=True)
 class Plan(View):
-    """A table of sites with their methods. Prints itself; nothing has been changed by making it."""
+    """A table of sites with their methods. Prints itself; making it changes nothing."""
 
     model: str
     rules: tuple[Rule, ...]
@@ -69,16 +69,16 @@ class Plan(View):
     base: int = field(repr=False)
     """Parameters of the base model."""
     tallies: tuple[Tally, ...] = field(repr=False)
-    """What became of each rule."""
+    """The outcome of each rule."""
     fold: bool = field(default=True, repr=False)
-    """Whether equal layers are printed in one line."""
+    """Whether equal layers are printed on one line."""
 
     def __len__(self) -> int:
         return len(self.entries)
 
     @property
     def trainable(self) -> int:
-        """Numbers trained, over all sites; a tensor that sites share counts once."""
+        """The number of trained parameters over all sites; a tensor that sites share counts once."""
         shared: dict[str, int] = {}
         own = 0
         with torch.device("meta"):
@@ -144,7 +144,7 @@ class Plan(View):
 
 SITE = ("role", "weight", "rows", "size")
 COUNTS = ("rule", "matched", "skipped", "rejected")
-"""Of each rule: sites that it takes, sites that it names but leaves out, and roles that a search only came near."""
+"""For each rule: sites that it takes, sites that it names but leaves out, and roles that a search only came near."""
 
 
 def _factors(chain: Chain) -> list[Scatter]:
@@ -190,7 +190,7 @@ def make_plan(
 
 
 def _reason(site: Site, rules: Sequence[Rule]) -> str:
-    """Why no rule took a site: of a rule that names its role what else it asks, otherwise that none names it."""
+    """Why no rule took a site: the qualifier that excludes it, or else that no rule names its role."""
     close = [r.selects(site) for r in rules if any(r.names(p) for p in (site, *site.tied))]
     return next(
         (r for r in close if r), "no rule names this role" if site.role != "other" else "a projection without a role"

@@ -1,4 +1,4 @@
-"""What to try instead of a rule that selects nothing: rules near it that do select sites."""
+"""Alternatives to a rule that selects nothing: similar rules that do select sites."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from graphpeft.rules.rule import Rule, parse
 
 
 def suggestions(found: SearchResult, rule: Rule, most: int = 2) -> list[str]:
-    """Rules near `rule` that do select sites, the nearest first."""
+    """Rules similar to `rule` that do select sites, the nearest first."""
     method = rule.method.text(rule.options)
     good: list[str] = []
     for target in _targets(found, rule):
@@ -24,8 +24,8 @@ def suggestions(found: SearchResult, rule: Rule, most: int = 2) -> list[str]:
 
 
 def _targets(found: SearchResult, rule: Rule) -> Iterator[str]:
-    """Without the qualifiers or with the nearest path; else other roles of the same declarations, then of a block, then
-    weights without a role."""
+    """Targets to try: without the qualifiers, or with the nearest path; otherwise other roles of the same declarations,
+    then those of a block, then weights without a role."""
     if rule.glob is not None:
         yield rule.target
         yield from (f"path({path})" for path in alike(rule.glob, found)[:1])
@@ -47,7 +47,7 @@ def _targets(found: SearchResult, rule: Rule) -> Iterator[str]:
 
 
 def _joined(roles: Iterable[str]) -> Iterator[str]:
-    """These roles as one target, by their alias where there is one: `mlp`, `qv`, `up+down`."""
+    """These roles as one target, by their alias if there is one: `mlp`, `qv`, `up+down`."""
     given = tuple(roles)
     alias = next((a for a, opened in ALIASES.items() if set(opened) == set(given)), None)
     if given:
@@ -55,7 +55,7 @@ def _joined(roles: Iterable[str]) -> Iterator[str]:
 
 
 def alike(glob: str, found: SearchResult) -> list[str]:
-    """Up to three weights whose modules are called most nearly as a glob ends, the layer's number as `*`."""
+    """Up to three weights whose module names are nearest to the end of a glob, with the layer's number as `*`."""
     called: dict[str, str] = {}
     for site in found.sites:
         called.setdefault(_ending(site.weight), any_layer(site.weight))
@@ -67,10 +67,10 @@ def _ending(path: str) -> str:
 
 
 def roles_present(found: SearchResult) -> tuple[str, ...]:
-    """The roles that some site has, those of tied weights too, in graph order."""
+    """The roles that some site has, including those of tied weights, in graph order."""
     return tuple(dict.fromkeys(p.role for s in found.sites for p in (s, *s.tied) if p.role != "other"))
 
 
 def plain(role: str) -> str:
-    """The declared role: that of a projection in a stack, without `experts.`."""
+    """The declared role: the role without the prefix `experts.` of stacked projections."""
     return role.removeprefix("experts.")

@@ -32,13 +32,13 @@ class Rule:
     layers: Ranges | None = None
     """Inclusive ranges of layer indices, or `None` for all layers."""
     cross: bool | None = None
-    """Only cross-attention, only what is not, or (`None`) both."""
+    """True for cross-attention only, False for everything else, `None` for both."""
     options: tuple[str, ...] = field(default=(), compare=False)
     """The method's options that the text named, which are printed even where they equal the default."""
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """The roles that the target stands for; none for a `path(...)`."""
+        """The roles that the target means; none for a `path(...)`."""
         return expand(self.target)
 
     @property
@@ -57,11 +57,11 @@ class Rule:
         return None if None in reasons else reasons[0]
 
     def names(self, place: Site) -> bool:
-        """Whether the target, without the qualifiers, means this place of a weight."""
+        """Whether the target, without the qualifiers, names this place of a weight."""
         return place.role in self.roles if self.glob is None else fits(self.glob, place.weight)
 
     def _declines(self, place: Site) -> str | None:
-        """Why the qualifiers leave a place out that the target names."""
+        """Why the qualifiers exclude a place that the target names."""
         if self.layers is not None and place.layer is None:
             return "not in a layer"
         if self.layers is not None and not any(place.layer in range(first, last + 1) for first, last in self.layers):
@@ -79,9 +79,9 @@ class Rule:
 
 
 def parse(text: str, roles: Iterable[str] = ()) -> tuple[Rule, ...]:
-    """The rules of a text. `roles` names roles that exist besides the declared ones.
+    """The rules in a text. `roles` names roles that exist besides the declared ones.
 
-    Raises `RuleError`, which shows the place with a caret and what would have been accepted there.
+    Raises `RuleError`, which marks the place with a caret and says what would be accepted there.
     """
     return tuple(Rule(*parts) for parts in read(text, roles))
 
@@ -91,9 +91,9 @@ Rules = str | Rule | Iterable[Rule | str] | Mapping[str, Method | str]
 
 
 def coerce(rules: Rules, roles: Iterable[str] = ()) -> tuple[Rule, ...]:
-    """Parsed rules, whatever their form.
+    """Parsed rules from any of their forms.
 
-    Raises `RuleError` as `parse` does: rules made in Python are checked as if they had been written.
+    Raises `RuleError` as `parse` does: rules made in Python are checked like written ones.
     """
     if isinstance(rules, str):
         return parse(rules, roles)
@@ -105,12 +105,12 @@ def coerce(rules: Rules, roles: Iterable[str] = ()) -> tuple[Rule, ...]:
 
 
 def to_text(rules: Iterable[Rule]) -> str:
-    """One text of all rules; `parse` gives them back."""
+    """All rules as one text, which `parse` reads back."""
     return "; ".join(map(str, rules))
 
 
 def fits(glob: str, weight: str) -> bool:
-    """Whether a `path(...)` pattern means a weight: its qualified name, or its module's."""
+    """Whether a `path(...)` pattern matches a weight: its qualified name, or its module's."""
     return any(fnmatchcase(name, glob) for name in (weight, weight.rpartition(".")[0]))
 
 

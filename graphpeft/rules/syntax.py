@@ -1,4 +1,4 @@
-"""Reads rule text; whatever is wrong is shown with a caret under the place and what would be accepted there."""
+"""Read rule text. Every error marks its place with a caret and says what would be accepted there."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from graphpeft.methods import Method
 T = TypeVar("T")
 Ranges = tuple[tuple[int, int], ...]
 Parts = tuple[str, Method, Ranges | None, bool | None, tuple[str, ...]]
-"""Target, method, layers, cross, the options that were written."""
+"""Target, method, layers, cross, and the options that the text names."""
 
 _QUALIFIERS = "layers=0-3,7, cross, self"
 
@@ -32,14 +32,14 @@ def path_glob(target: str) -> str | None:
 
 
 def expand(target: str) -> tuple[str, ...]:
-    """The roles that a target stands for: aliases and runs of q k v o opened; none for a path."""
+    """The roles that a target means, with aliases and runs of q k v o expanded; none for a path."""
     if path_glob(target) is not None:
         return ()
     return tuple(role for word in target.split("+") for role in opened(word))
 
 
 def read(text: str, roles: Iterable[str] = ()) -> Iterator[Parts]:
-    """The parts of each rule of a text, where `roles` exist besides the declared ones. Raises `RuleError`."""
+    """The parts of each rule in a text; `roles` names roles besides the declared ones. Raises `RuleError`."""
     reader = _Reader(text, tuple(dict.fromkeys((*registry.roles(), *roles))))
     seen = set()
     for node in reader.tree().children:

@@ -1,4 +1,4 @@
-"""Rows that differ by their layer alone, shown as one."""
+"""Show rows that differ only by their layer as one row."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ T = TypeVar("T", bound=Hashable)
 
 
 def collapse_layers(items: Iterable[tuple[T, int | None]]) -> list[tuple[T, list[int | None]]]:
-    """Group what is equal: each thing once, with the layers it stands for, in order of first appearance."""
+    """Group equal items: each item once, with its layers, in order of first appearance."""
     groups: dict[T, list[int | None]] = {}
     for text, layer in items:
         groups.setdefault(text, []).append(layer)
@@ -18,18 +18,18 @@ def collapse_layers(items: Iterable[tuple[T, int | None]]) -> list[tuple[T, list
 
 
 def any_outside(reason: str) -> str:
-    """A rule's reason with the number of a layer that it leaves out taken out, so that equal ones fold."""
+    """A rule's reason without the number of the excluded layer, so that equal reasons can be grouped."""
     return re.sub(r"^layer \d+ outside", "its layer is outside", reason)
 
 
 def outside_text(reason: str, layers: Sequence[int | None]) -> str:
-    """Such a reason with the layers that it stands for."""
+    """Such a reason with the layers that it applies to."""
     known = layers_text(layers).rpartition(", ")[2]
     return reason.replace("its layer is outside", f"{known} outside") if known else reason
 
 
 def layers_text(layers: Sequence[int | None]) -> str:
-    """`× 32, layers 0-31`; nothing for a single one."""
+    """`× 32, layers 0-31`; `layer 0` for a single item, empty without a layer."""
     known = sorted({n for n in layers if n is not None})
     if len(layers) < 2 or not known:
         return f"layer {known[0]}" if known else ""

@@ -1,4 +1,4 @@
-"""One row for a site, in the words that every table uses."""
+"""One row per site, in the words that every table uses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from graphpeft.ir.site import Rows, Site
 
 
 class SiteRow(NamedTuple):
-    """What tables say of a site, as text."""
+    """The text of a site in tables."""
 
     role: str
     weight: str
@@ -19,7 +19,7 @@ class SiteRow(NamedTuple):
     source: str
 
     def cells(self, *columns: str) -> tuple[str, ...]:
-        """These columns of it."""
+        """The cells of these columns."""
         return tuple(getattr(self, column) for column in columns)
 
 
@@ -32,18 +32,18 @@ def site_row(site: Site) -> SiteRow:
 
 
 def headings(*columns: str) -> tuple[str, ...]:
-    """What stands above these columns."""
+    """The headings of these columns."""
     return tuple("out × in" if column == "size" else column for column in columns)
 
 
 def site_dict(site: Site) -> dict[str, Any]:
-    """What is known of a site, as plain values."""
+    """The facts about a site as plain values."""
     names = ("weight", "rows", "shape", "stack", "form", "layer", "cross", "source")
     return {"role": role_text(site), "tied": [s.weight for s in site.tied]} | {n: getattr(site, n) for n in names}
 
 
 def rows_text(rows: Rows | None) -> str:
-    """`all`, `0:64`, or a count where there are many runs."""
+    """`all`, `0:64`, or a count if there are many runs."""
     if rows is None:
         return "all"
     if len(rows) <= 2:
@@ -52,15 +52,15 @@ def rows_text(rows: Rows | None) -> str:
 
 
 def role_text(site: Site) -> str:
-    """`q`, `q cross`; of a tied weight with several roles `embed+head`."""
+    """`q`, `q cross`; `embed+head` for a tied weight with several roles."""
     return "+".join(dict.fromkeys(place.role for place in (site, *site.tied))) + (" cross" if site.cross else "")
 
 
 def size_text(site: Site) -> str:
-    """`out × in`; `n × out × in` where the weight is a stack of matrices."""
+    """`out × in`; `n × out × in` if the weight is a stack of matrices."""
     return " × ".join(map(str, (*((site.stack,) if site.stack else ()), *site.shape)))
 
 
 def names_text(site: Site) -> str:
-    """The weight's name; of a tied one `a = b = c`."""
+    """The weight's name; `a = b = c` for a tied weight."""
     return " = ".join((site.weight, *(place.weight for place in site.tied)))

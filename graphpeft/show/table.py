@@ -1,4 +1,4 @@
-"""Tables as text, so that what a function returns can print itself anywhere."""
+"""Tables as text, so that any result can print itself anywhere."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def table(
 
 def as_text(made: Table) -> str:
     """A rich table as plain lines."""
-    # As wide as its contents: a table that is cut to the terminal would lose the ends of the weights' names.
+    # Do not fit the table to the terminal: that would cut off the ends of the weights' names.
     console = Console(file=io.StringIO(), width=400, color_system=None)
     console.print(made)
     output = console.file

@@ -1,4 +1,4 @@
-"""What functions return for people to read: text when printed, color on a rich console, HTML in a notebook."""
+"""Results for people to read: text when printed, color on a rich console, HTML in a notebook."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HTML = {"+": "color:#1a7f37", "-": "color:#cf222e"}
 
 
 class View:
-    """A mixin: `blocks` gives tables and lines, in their order; of a line that begins with + or - the sign colors it."""
+    """A mixin: `blocks` yields tables and lines in order; a leading + or - colors its line."""
 
     def blocks(self) -> Iterator[Grid | str]:
         raise NotImplementedError

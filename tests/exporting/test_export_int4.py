@@ -167,7 +167,7 @@ def test_without_packing_there_is_nothing_to_see(folders: dict[int, tuple[Path, 
 
 
 def test_the_level_is_one_of_two(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"accuracy_level=3: it is 4, with which int4 .* or 0\."):
+    with pytest.raises(ExportError, match=r"accuracy_level=3: it must be 4, .* or 0\."):
         gp.export(deployed().model, tmp_path / "x", inputs=SAMPLE, quantize="int4", accuracy_level=3)
 
 

@@ -247,9 +247,9 @@ def test_unknown_passes_and_foreign_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(WatchError, match=r"no pass 'insrt'. Did you mean 'insert'\? There are: activate, apply, "):
         watch(print_after=["insrt"]).__enter__()
     (tmp_path / "mine.txt").write_text("keep")
-    with pytest.raises(WatchError, match=r"no earlier dump.*new folder"):
+    with pytest.raises(WatchError, match=r"not an earlier dump.*new folder"):
         watch(dump=tmp_path).__enter__()
-    with pytest.raises(WatchError, match=r"no earlier dump"):
+    with pytest.raises(WatchError, match=r"not an earlier dump"):
         watch(dump=tmp_path / "mine.txt").__enter__()
     assert (tmp_path / "mine.txt").read_text() == "keep"
     with watch(dump=tmp_path / "dump"):

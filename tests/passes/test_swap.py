@@ -98,7 +98,7 @@ def test_a_compiled_model_is_not_compiled_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("held", "comes", "said"),
     [
-        ("qv:lora(r=4)", "qv:lora(r=5)", r"has rank 4, and what comes in has 5"),
+        ("qv:lora(r=4)", "qv:lora(r=5)", r"has rank 4, and the folder's update has 5"),
         ("q:lora(r=4)", "qv:lora(r=4)", r"v.*, where adapter 'default' has no site"),
         ("q:vera(r=8)", "q:lora(r=4)", r"accepts only its own method"),
         ("q:lora(r=8)", "q:dora(r=4)", r"no LoRA pair"),

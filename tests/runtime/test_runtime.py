@@ -76,7 +76,7 @@ def test_unknown_adapters_are_refused_and_change_nothing() -> None:
     for mix in ({"a": 0.5, "c": 0.5}, ["a", "c"]):
         with pytest.raises(AdapterError, match="no adapter 'c'"):
             session.use(mix)
-    with pytest.raises(AdapterError, match=r"use\(1\): a name, strengths by name"):
+    with pytest.raises(AdapterError, match=r"use\(1\): pass a name, strengths by name"):
         session.use(1)  # type: ignore[arg-type]
     assert session.active == "a"
     assert off(session.run({"x": X.numpy()})["output"], deployed().want["a"]) < CLOSE

@@ -144,7 +144,7 @@ def test_other_files_come_along_but_no_other_weights(tmp_path: Path) -> None:
     (found.base / ".cache").mkdir()
     done = found.merge()
     assert done.left_out == ("model.fp16.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
-    assert "not copied, for they hold weights of the base or are an adapter: model.fp16" in str(done)
+    assert "not copied, because they hold weights of the base or an adapter: model.fp16" in str(done)
     assert {p.relative_to(found.out).as_posix() for p in found.out.rglob("*")} == {
         "1_Pooling", "1_Pooling/config.json", "config.json", "generation_config.json", "model.safetensors",
         "tokenizer.json",
@@ -217,7 +217,7 @@ def _config(job: Job) -> None:
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 REFUSED: dict[str, tuple[Callable[[Job], Any], str]] = {
-    "truncated shard": (_cut, r"model-00002-of-0000\d\.safetensors is damaged: it has [\d,]+ bytes, and its header"),
+    "truncated shard": (_cut, r"model-00002-of-0000\d\.safetensors is damaged: it has [\d,]+ bytes, but its header"),
     "missing shard": (lambda job: _shard(job).unlink(), r"model-00002-of-0000\d\.safetensors cannot be read: No such"),
     "no header": (_header, "is damaged: its header is not a safetensors header"),
     "a shard of another": (_swap, "says that model-00002.* holds .*, but it does not"),
@@ -235,7 +235,7 @@ REFUSED: dict[str, tuple[Callable[[Job], Any], str]] = {
         r"does not store model\.layers\.1\.self_attn\.q_proj\.weight as it is",
     ),
     "another config": (_config, r"does not fit LlamaForCausalLM: it adapts model\.layers\.1\."),
-    "another shape": (_map(Q, lambda t: t[:32].clone()), r"as \(32, 64\), where its config.json says \(64, 64\)"),
+    "another shape": (_map(Q, lambda t: t[:32].clone()), r"with shape \(32, 64\), but its config.json says \(64, 64\)"),
     "no adapter": (lambda job: (job.adapter / "adapter.json").unlink(), "is not a graphpeft adapter"),
     "output inside": (lambda job: job.inside(), "is inside .*, whose files are copied"),
     "output exists": (lambda job: job.occupy(job.out), "exists already"),
@@ -326,7 +326,7 @@ def test_a_full_disk_leaves_what_is_finished(job: Job, tmp_path: Path) -> None:
     assert [path.name for path in found.part.iterdir()] == [sorted(job.base.glob("*.safetensors"))[0].name]
     done = found.merge()
     assert done.kept == 1
-    assert "of which 1 finished before" in str(done)
+    assert "1 of them finished by an earlier run" in str(done)
     assert contents(found.out) == job.expected
 
 

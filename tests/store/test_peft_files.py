@@ -342,12 +342,12 @@ def test_a_graph_of_the_whole_model_takes_an_adapter_and_cannot_save_one(tmp_pat
 # -- what is refused -------------------------------------------------------------------------------------------------
 
 HELD_BACK = {
-    "dora beside lora": ("llama", "q:dora; v:lora", r"v_proj\.weight \(v\): `lora` stands beside `dora`"),
+    "dora beside lora": ("llama", "q:dora; v:lora", r"v_proj\.weight \(v\): `lora` is mixed with `dora`"),
     "two dropouts": ("llama", "q:lora(dropout=0.1); v:lora", r"v_proj\.weight \(v\): its dropout is 0 where.*0\.1"),
     "an input transform": ("llama", "q:lora; v:blora(quantize=all)", r"v_proj\.weight \(v\).*what the site reads"),
     "rounded base": ("llama", "q:blora(quantize=base)", r"q_proj\.weight \(q\).*depends on the base weight"),
-    "dora of a table": ("llama", "embed:dora", r"embed_tokens\.weight \(embed\): PEFT has another DoRA"),
-    "dora of experts": ("mixtral", "experts.down:dora", r"down_proj \(experts\.down\): PEFT has another DoRA"),
+    "dora of a table": ("llama", "embed:dora", r"embed_tokens\.weight \(embed\): PEFT's DoRA differs"),
+    "dora of experts": ("mixtral", "experts.down:dora", r"down_proj \(experts\.down\): PEFT's DoRA differs"),
 }
 
 
@@ -410,7 +410,7 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: edit_tensors(f, lambda t: t | {V: t[Q]}), r"of another shape: .*v_proj\.lora_B\.weight \(4, 64\), not"
     ),
     "a bias of B": (lambda f: edit(f, lora_bias=True), "sets lora_bias, which is more than plain LoRA"),
-    "another method": (lambda f: edit(f, peft_type="LOHA"), "its peft_type is 'LOHA'; LORA and VERA are read"),
+    "another method": (lambda f: edit(f, peft_type="LOHA"), "its peft_type is 'LOHA'; only LORA and VERA are supported"),
     "no number": (lambda f: edit(f, r="four"), r"its r is .four."),
     "no scale": (lambda f: edit(f, lora_alpha=-1), r"cannot be understood.*option alpha = -1 is not float > 0"),
     "no pattern": (lambda f: edit(f, rank_pattern={"(": 2}), "cannot be understood"),

@@ -105,11 +105,11 @@ def test_rows_generate_as_each_would_alone() -> None:
 def test_a_batch_of_another_size_is_refused() -> None:
     session = Session(gated().folder)
     session.use(MIXED)
-    with pytest.raises(AdapterError, match="given 4 rows, the batch has 3"):
+    with pytest.raises(AdapterError, match="given 4 rows, but the batch has 3"):
         session.run({"x": X[:3].numpy()})
     session = Session(serving("gpt2").folder)
     session.use(["a", "b"])
-    with pytest.raises(AdapterError, match="given 2 rows, the batch has 3"):
+    with pytest.raises(AdapterError, match="given 2 rows, but the batch has 3"):
         session.generate(arrays(ids(3, 7)), 2)
 
 
