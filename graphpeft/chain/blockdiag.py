@@ -30,7 +30,7 @@ class BlockDiag(Weighted):
         return self.weight.numel()
 
     def forward(self, x: Tensor) -> Tensor:
-        # einsum makes the blocks the first batch dimension, which is several times faster than batching over tokens first.
+        # einsum puts the blocks first in the batch, which is several times faster than tokens first.
         chunks = x.unflatten(-1, (self.n, self.inputs // self.n))
         return torch.einsum("...ni,noi->...no", chunks, self.value).flatten(-2)
 

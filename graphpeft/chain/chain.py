@@ -220,7 +220,8 @@ class Chain(nn.Module):
     def delta(self, weight: Tensor | None = None) -> Tensor:
         """ΔW, dense `(outputs, inputs)` with the scale and without dropout, in float32 or better, differentiable.
 
-        A `needs_base_weight` update takes the adapted rows of the base weight, `(rows, inputs)`; others ignore `weight`.
+        A `needs_base_weight` update takes the adapted rows of the base weight, `(rows, inputs)`; others ignore
+        `weight`.
         """
         if self.reweight is None:
             return self._times * _dense(self._factors)

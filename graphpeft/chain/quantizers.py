@@ -1,12 +1,12 @@
 """Learned precision: gates decide whether a tensor is rounded to 2, 4, 8, 16 or 32 bits.
 
-A uniform quantizer of b bits on [-β, β] has 2^b - 1 levels. The levels of b bits are a subset of those of 2b bits, because
-2^2b - 1 = (2^b - 1)(2^b + 1), so the residual sum of Bayesian Bits (van Baalen et al., 2020, arXiv:2005.07093),
+A uniform quantizer of b bits on [-β, β] has 2^b - 1 levels. The levels of b bits are a subset of those of 2b bits,
+because 2^2b - 1 = (2^b - 1)(2^b + 1), so the residual sum of Bayesian Bits (van Baalen et al., 2020, arXiv:2005.07093),
 
     x_2 + z_4 (ε_4 + z_8 (ε_8 + z_16 (ε_16 + z_32 ε_32))),    ε_2b = Q_2b(x) - Q_b(x),
 
-equals the b-bit quantizer if the gates after b are closed. The step of 32 bits is finer than that of float32, so the 32-bit
-value is the clipped tensor. A signed quantizer of 2 bits has three levels, -2β/3, 0 and 2β/3.
+equals the b-bit quantizer if the gates after b are closed. The step of 32 bits is finer than that of float32, so the
+32-bit value is the clipped tensor. A signed quantizer of 2 bits has three levels, -2β/3, 0 and 2β/3.
 
 US patent 12,373,697 B2 (Qualcomm, 2025) covers learned bit widths by gated residual quantization; the authors' code for
 Bayesian Bits grants no patent rights. Users of this file must decide whether the patent concerns their use.

@@ -5,12 +5,12 @@
 
 (Ailon & Chazelle, 2006; Tropp, 2011; Lei & Lan, 2020.) All tensors come from a seed; none is stored.
 
-The order of H is a · b, and H = H_a ⊗ H_b is never formed. With the features of x laid out as an a × b matrix X, two small
-matrix products apply it, H x = vec(H_a X H_bᵀ), which costs a + b multiplications per feature instead of a · b.
+The order of H is a · b, and H = H_a ⊗ H_b is never formed. With the features of x laid out as an a × b matrix X, two
+small matrix products apply it, H x = vec(H_a X H_bᵀ), which costs a + b multiplications per feature instead of a · b.
 
 `uniform` samples any r rows of H. `grid` samples some rows of H_a and some of H_b and takes all their products, so that
-S = S_a ⊗ S_b. A grid needs only the thin matrices S_a H_a and S_b H_b, which makes the transform several times cheaper. If a
-grid has more than r points, the first r are used.
+S = S_a ⊗ S_b. A grid needs only the thin matrices S_a H_a and S_b H_b, which makes the transform several times cheaper.
+If a grid has more than r points, the first r are used.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class _Transform(Factor):
         self.register_buffer(
             "rows", torch.empty(sum(kept) if self.grid else narrow, dtype=torch.int64), persistent=False
         )
-        # Store the factor that is used transposed as its transpose: FX would evaluate the transpose of a buffer while tracing.
+        # Store a factor that is used transposed as its transpose: FX would evaluate `buffer.t()` while tracing.
         left, right = (kept[0], a), (kept[1], b)
         self.register_buffer("left", torch.empty(left[::-1] if self.adjoint else left), persistent=False)
         self.register_buffer("right", torch.empty(right if self.adjoint else right[::-1]), persistent=False)

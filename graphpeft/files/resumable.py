@@ -41,8 +41,8 @@ def begin(out: Path, sources: Mapping[str, str]) -> Path | None:
     elif noted != sources:
         other = ", ".join(name for name in sources if noted.get(name) != sources[name]) or "something else"
         raise FileError(
-            f"{part} was left by an interrupted run, and that run had another {other}. Finish that run with its own inputs, "
-            f"or delete {part.name} and {note.name}."
+            f"{part} is what a run left when it was interrupted, and that run had another {other}. Finish it with the same "
+            f"inputs, or delete it and {note.name}."
         )
     part.mkdir(exist_ok=True)
     for left in part.rglob(f"*{ASIDE}"):

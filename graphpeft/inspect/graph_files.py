@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphpeft.errors import FileError
+from graphpeft.files.atomic import write
 
 if TYPE_CHECKING:
     from networkx import MultiDiGraph
@@ -27,18 +28,13 @@ def write_graph(graph: MultiDiGraph[str], path: str | os.PathLike[str]) -> None:
     path = Path(path)
     if path.suffix not in FORMATS:
         raise FileError(f"{path}: there is no graph format with the suffix {path.suffix!r}. Use {', '.join(FORMATS)}.")
-    aside = path.with_name(f".{path.name}.part")
-    try:
-        if path.suffix == ".json":
-            text = json.dumps(networkx.node_link_data(graph, edges="edges"), indent=1, ensure_ascii=False)
-            aside.write_text(text + "\n", encoding="utf-8")
-        elif path.suffix == ".graphml":
-            networkx.write_graphml(graph, aside)
-        else:
-            aside.write_text(dot(graph), encoding="utf-8")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    if path.suffix == ".json":
+        text = json.dumps(networkx.node_link_data(graph, edges="edges"), indent=1, ensure_ascii=False) + "\n"
+    elif path.suffix == ".graphml":
+        text = "\n".join(networkx.generate_graphml(graph)) + "\n"
+    else:
+        text = dot(graph)
+    write(path, text.encode())
 
 
 def read_graph(path: Path) -> MultiDiGraph[str]:

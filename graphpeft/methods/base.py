@@ -48,8 +48,8 @@ class Summary:
 class Method:
     """Base of all methods. A subclass is a frozen dataclass with a `name`, a `paper`, options and a `chain`.
 
-    Options are fields annotated with `int`, `float`, `bool`, `str`, `Literal`, `None`, an `Annotated` of these
-    such as `Rank`, a `tuple[..., ...]` of one of them, or a union. Their values are checked on construction (`RuleError`).
+    Options are fields annotated with `int`, `float`, `bool`, `str`, `Literal`, `None`, an `Annotated` of these such as
+    `Rank`, a `tuple[..., ...]` of one of them, or a union. Their values are checked on construction (`RuleError`).
     """
 
     name: ClassVar[str]

@@ -35,8 +35,7 @@ Fixed = Annotated[
 
 @dataclass(frozen=True)
 class BLoRA(Method):
-    """ΔW = (α / r) · B̂ · diag(Ê ⊙ g) · Â, with learned precisions (the hats) and learned rank gates g (Meo et al.,
-    2024).
+    """ΔW = (α / r) · B̂ · diag(Ê ⊙ g) · Â, with learned precisions (hats) and learned rank gates g (Meo et al., 2024).
 
     Each of B, E and A is rounded to 2, 4, 8, 16 or 32 bits on a learned range, and g keeps the first k of r directions.
     Hard concrete gates decide both; they are random in training and fixed in evaluation. Add `gp.penalty(model)` to the
@@ -48,9 +47,10 @@ class BLoRA(Method):
 
     A and B start at N(0, 0.02²), and every entry of E at `start`. At 0, as in AdaLoRA, the update is zero (the authors'
     code draws E at random) and the first gradient reaches E alone. With `drop`, B, E and A may end at zero bits, which
-    removes the site. With `quantize=base` the site also reads W at a learned precision, and with `all` its input x too;
-    such an adapter cannot be merged (the authors' code also rounds intermediate results). `bits` fixes the precisions
-    of B, E, A and, if they are rounded, of W and x, and fixes the rank to r; `compact` makes such a method.
+    removes the site. With `quantize=base` the site also reads W at a learned precision. With `quantize=all` it also
+    reads its input x at a learned precision, and the adapter cannot be merged (the authors' code rounds intermediate
+    results as well). `bits` fixes the precisions of B, E, A and, if they are rounded, of W and x, and fixes the rank to
+    r; `compact` makes such a method.
 
     Trains r · (inputs + 1 + outputs) numbers per site and 12 + 3 + r - 1 gates and ranges. `graphpeft.chain.quantizers`
     mentions a patent on learned bit widths.

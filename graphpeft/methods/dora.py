@@ -16,9 +16,9 @@ from graphpeft.methods.lora import LoRA
 class DoRA(Method):
     """W + ΔW = diag(m) · (W + s · B · A), with rows normalized to length 1 before m scales them (Liu et al., 2024).
 
-    `alpha` and `rslora` as in LoRA. The update depends on the base weight and has full rank, so it can be merged but is not
-    a plain LoRA. A plain projection scales its output features by m / ‖W + s · B · A‖ and forms no adapted weight; any other
-    site forms W + ΔW once per forward pass. Trains r · (inputs + outputs) + outputs numbers per site.
+    `alpha` and `rslora` as in LoRA. The update depends on the base weight and has full rank, so it can be merged but is
+    not a plain LoRA. A plain projection scales its output features by m / ‖W + s · B · A‖ and forms no adapted weight;
+    any other site forms W + ΔW once per forward pass. Trains r · (inputs + outputs) + outputs numbers per site.
     """
 
     name: ClassVar[str] = "dora"

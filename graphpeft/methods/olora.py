@@ -17,11 +17,11 @@ from graphpeft.methods.base import Method, Positive, Probability, Rank, Summary,
 class OLoRA(Method):
     """ΔW = (α / r) · (B · A − B₀ · A₀), with B₀ = Q[:, :r] and A₀ = R[:r] of W = Q R (Büyükakyüz, 2024).
 
-    The paper subtracts (α / r) · B₀ A₀ from the base weight; here the subtraction is part of the update, which has rank 2r,
-    and the base weight is untouched. QR without pivoting reproduces the first r columns of W, so it depends on the order
-    of features; `pivot` takes the largest columns instead, which is not the paper's method. The update is large from the
-    first step on, so use smaller learning rates than LoRA's. `alpha`, `rslora` and `dropout` as in LoRA. Trains
-    r · (inputs + outputs) numbers per site. Raises `AdapterError` for r above min(inputs, outputs).
+    The paper subtracts (α / r) · B₀ A₀ from the base weight; here the subtraction is part of the update, which has rank
+    2r, and the base weight is untouched. QR without pivoting reproduces the first r columns of W, so it depends on the
+    order of features; `pivot` takes the largest columns instead, which is not the paper's method. The update is large
+    from the first step on, so use smaller learning rates than LoRA's. `alpha`, `rslora` and `dropout` as in LoRA.
+    Trains r · (inputs + outputs) numbers per site. Raises `AdapterError` for r above min(inputs, outputs).
     """
 
     name: ClassVar[str] = "olora"

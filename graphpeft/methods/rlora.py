@@ -31,9 +31,9 @@ class RLoRA(Method):
     | `core` | C_o · core · C_i, `core` a dense r × r matrix | r² |
     | `b_only` | B · C_i, `B` a dense outputs × r matrix | r · outputs |
 
-    `rows` selects the r rows of a Hadamard matrix H_a ⊗ H_b that make C: `grid` takes the products of some rows of H_a and
-    some of H_b, which is several times cheaper; `uniform` takes any rows. A rank above the order of a site's transforms,
-    which is at least its number of features, is reduced to that order.
+    `rows` selects the r rows of a Hadamard matrix H_a ⊗ H_b that make C: `grid` takes the products of some rows of H_a
+    and some of H_b, which is several times cheaper; `uniform` takes any rows. A rank above the order of a site's
+    transforms, which is at least its number of features, is reduced to that order.
     """
 
     name: ClassVar[str] = "rlora"

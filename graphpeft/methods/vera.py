@@ -16,9 +16,9 @@ class VeRA(Method):
     """ΔW = diag(b) · B · diag(d) · A, with A and B random, frozen and shared by all sites (Kopiczko et al., 2024).
 
     A and B are as wide as the adapter's widest site and drawn once from `key`; each site uses their first columns and
-    rows. PEFT draws the same matrices for the same `projection_prng_key`. `store=projection` stores them in the adapter's
-    file, in case a later generator draws differently; `store=key` stores b and d alone. b starts at zero, d at
-    `d_initial`. Use learning rates about ten times LoRA's. Trains outputs + r numbers per site.
+    rows. PEFT draws the same matrices for the same `projection_prng_key`. `store=projection` stores them in the
+    adapter's file, in case a later generator draws differently; `store=key` stores b and d alone. b starts at zero, d
+    at `d_initial`. Use learning rates about ten times LoRA's. Trains outputs + r numbers per site.
     """
 
     name: ClassVar[str] = "vera"

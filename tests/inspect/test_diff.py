@@ -132,7 +132,7 @@ def test_onnx_graphs(tmp_path: Path) -> None:
 def test_what_has_no_graph(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="A dict has no graph"):
         gp.diff({}, {})
-    with pytest.raises(FileError, match=r"holds no \.onnx file"):
+    with pytest.raises(FileError, match=r"has no \.onnx file"):
         gp.diff(tmp_path, tmp_path)
     with pytest.raises(FileError, match="cannot be read as an ONNX graph"):
         gp.diff(tmp_path / "none.onnx", llama())

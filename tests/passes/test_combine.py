@@ -136,7 +136,7 @@ def test_what_cannot_be_combined_changes_nothing() -> None:
         ({"a": 1, "z": 1}, {}, "no adapter 'z'"),
         ({}, {}, "No adapters are named"),
         ({"a": 1, "b": 1}, {}, "down_proj.weight .*combine with how='svd'"),
-        ({"a": 1, "b": 1}, {"how": "sum"}, "no way 'sum'"),
+        ({"a": 1, "b": 1}, {"how": "sum"}, "how = 'sum' is not a way"),
         ({"a": 1, "b": 1}, {"how": "ties", "density": 0}, "density = 0"),
     ):
         with pytest.raises(AdapterError, match=text):

@@ -121,7 +121,7 @@ MISFITS = {
     "dtype": ({A: ones(32, 2, kind=np.float16), B: ones(2, 32)}, r"at 'wq' lora_A is float16, .*tensor\(float\)" + REMEDY),
     "shared dtype": (
         {SHARED: ones(32, 2), B: ones(2, 32), OTHER: ones(2, 32, kind=np.float64)},
-        r"at 'wv' lora_B is float64, its slot tensor\(float\)" + REMEDY,
+        r"at 'wv' lora_B is float64, but its slot is tensor\(float\)" + REMEDY,
     ),
     "inputs": ({A: ones(31, 2), B: ones(2, 32)}, r"at 'wq' lora_A has shape \[31, 2\]" + REMEDY),
     "outputs": ({A: ones(32, 2), B: ones(2, 33)}, r"at 'wq' lora_B has shape \[2, 33\]" + REMEDY),
@@ -180,7 +180,7 @@ def test_a_file_that_was_cut_off_is_refused(folder: Path, kept: float) -> None:
 
 def test_two_adapters_of_one_name_are_refused_and_one_can_be_renamed(folder: Path) -> None:
     session = Session(folder)
-    with pytest.raises(AdapterError, match=r"a.onnx_adapter: this session has an adapter 'a'.*name="):
+    with pytest.raises(AdapterError, match=r"a.onnx_adapter: this session already has an adapter 'a'.*name="):
         session.add(folder / "a.onnx_adapter")
     assert session.add(folder / "a.onnx_adapter", name="c") == "c"
     session.use("c")

@@ -163,7 +163,7 @@ def test_what_half_precision_does_not_hold_is_not_merged_or_exported(tmp_path: P
     for parameter in adapters(model, "a").values():
         nn.init.constant_(parameter, 300.0)
     before = Snapshot.of(model)
-    with pytest.raises(AdapterError, match=r"wq with the update added has NaN or infinite values in float16"):
+    with pytest.raises(AdapterError, match=r"wq plus the update has NaN or infinite values in float16"):
         gp.merge(model)
     before.check(model)
     for parameter in adapters(model, "a").values():

@@ -214,7 +214,7 @@ def test_an_adapter_of_another_architecture_is_refused(tmp_path: Path) -> None:
 
 def test_an_adapter_of_another_size_is_refused(tmp_path: Path) -> None:
     gp.save(trained(fresh(llama), "qv:lora"), tmp_path)
-    with pytest.raises(FileError, match=r"shape \(64, 64\), and it is \(32, 32\) here"):
+    with pytest.raises(FileError, match=r"shape \(64, 64\), and this model has \(32, 32\)"):
         gp.load(llama(hidden_size=32), tmp_path)
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from graphpeft.capturing.capture import Inputs
 from graphpeft.errors import FileError
+from graphpeft.files.atomic import write
 from graphpeft.inspect.report.collect import collect
 from graphpeft.inspect.report.page import render
 from graphpeft.passes.verify import Level
@@ -31,11 +32,5 @@ def report(model: nn.Module, path: str | os.PathLike[str], inputs: Inputs = None
     target = Path(path)
     if target.is_dir():
         raise FileError(f"{target} is a folder. Name the file, as in {target / 'report.html'}.")
-    text = render(collect(model, inputs, verify))
-    aside = target.with_name(f".{target.name}.part")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(target)
-    finally:
-        aside.unlink(missing_ok=True)
+    write(target, render(collect(model, inputs, verify)).encode())
     return target
