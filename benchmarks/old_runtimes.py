@@ -2,7 +2,8 @@
 
 `python benchmarks/old_runtimes.py --opsets 18 23 --versions 1.20.1 1.23.0` makes small exports of several kinds, with what ONNX
 Runtime computes here, and for each version an environment of its own, without torch, in which a session of graphpeft's runs
-them, base and adapter. It prints the largest difference for each, or the error. `graphpeft.exporting.onnx.runtimes` has what was found.
+them, base and adapter. It prints the largest difference for each, or the error.
+`graphpeft.exporting.onnx.runtimes` has what was found.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What earlier versions wrote keeps loading: tensors bit for bit, and the outputs that they had there.
 
-`tests/fixtures/0.1` was written by the commit before the rooms (c401f53): a tiny Llama's weights, two adapters (one of them of every
-method), a PEFT folder, an export, and the logits that PyTorch gave.
+`tests/fixtures/0.1` was written by commit c401f53, before modules moved: a tiny Llama's weights, two adapters (one of
+them with every method), a PEFT folder, an export, and the logits that PyTorch gave.
 """
 
 from __future__ import annotations

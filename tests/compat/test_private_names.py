@@ -1,4 +1,4 @@
-"""Every private name that graphpeft uses of another library is there and does what is needed: a test for each file of `compat/`."""
+"""Every private name of another library that graphpeft uses is there and works; one test for each file of `compat/`."""
 
 from __future__ import annotations
 

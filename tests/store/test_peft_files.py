@@ -38,18 +38,21 @@ MODELS = ["llama", "gpt2", "bert", "t5", "mixtral"]
 def _one_capture_for_each_architecture() -> Iterator[None]:
     """Sites depend on the architecture alone; captures would take most of the time here."""
     known: dict[Any, Any] = {}
-    search = survey.capture_programs
+    sites: dict[int, Any] = {}
+    capture, find = survey.capture_programs, survey.find_sites
 
     def once(model: nn.Module, inputs: Any = None) -> Any:
         key = None if isinstance(model, torch.fx.GraphModule) else type(model).__name__.removeprefix("Adapted")
         key = key and (key, *((n, tuple(p.shape)) for n, p in model.named_parameters() if "adapters." not in n))
         if key is None or key not in known:
-            known[key] = search(model, inputs)
+            known[key] = capture(model, inputs)
+            sites[id(known[key])] = find(known[key])  # now: later the model that was captured has adapters
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
         for module in ("graphpeft.applying", "graphpeft.capturing.survey"):
             patch.setattr(import_module(module), "capture_programs", once)
+            patch.setattr(import_module(module), "find_sites", lambda captured: sites[id(captured)])
         yield
 
 
