@@ -93,7 +93,7 @@ def write(folder: Path, width: int, layers: int) -> None:
         adapt(model, rank, name)
     for style in STYLES:
         gp.export(model, folder / style, share=style == "shared", verify="off")
-        gp.export(model, folder / f"rows {style}", rows=True, share=style == "shared", verify="off")
+        gp.export(model, folder / f"rows {style}", per_row=True, share=style == "shared", verify="off")
 
 
 def opened(folder: Path, seed: int) -> dict[str, gp.Session]:

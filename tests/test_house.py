@@ -137,3 +137,10 @@ def test_passes_are_of_one_shape() -> None:
             assert next(iter(inspect.signature(function).parameters)) == "model", f"{info.name}.{name}"
         context = any(inspect.isgeneratorfunction(inspect.unwrap(function)) for function in public.values())
         assert context or info.name.rpartition(".")[2] in known
+
+
+def test_the_architecture_page_has_every_room() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rooms = [p for p in (ROOT / "graphpeft").iterdir() if (p.is_dir() and p.name != "__pycache__") or p.suffix == ".py"]
+    names = {f"`{p.name}/`" if p.is_dir() else f"`{p.name}`" for p in rooms} - {"`__init__.py`"}
+    assert not [name for name in names if name not in text]

@@ -37,7 +37,9 @@ def export(
     out: Annotated[Path, typer.Argument(help="A new folder.")],
     adapter: Annotated[list[Path], typer.Option("--adapter", "-a", help="A folder that gp.save wrote; repeatable.")],
     merged: Annotated[bool, typer.Option("--merged", help="Fold the adapters into the weights.")] = False,
-    rows: Annotated[bool, typer.Option("--rows", help="Allow a different adapter for each row of a batch.")] = False,
+    per_row: Annotated[
+        bool, typer.Option("--per-row", "--rows", help="Allow a different adapter for each row of a batch.")
+    ] = False,
     compact: Annotated[
         bool, typer.Option("--compact", help="Make the method's own tensors inputs, instead of LoRA pairs.")
     ] = False,
@@ -53,7 +55,7 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Write a model with adapters for ONNX Runtime, and check it against PyTorch."""
-    options = dict(merged=merged, rows=rows, compact=compact, quantize=quantize, accuracy_level=accuracy_level)
+    options = dict(merged=merged, per_row=per_row, compact=compact, quantize=quantize, accuracy_level=accuracy_level)
     options |= dict(opset=opset, verify=verify)
     with at_work(debug, print_after, dump):
         from graphpeft.cli.deploy import ship

@@ -53,7 +53,7 @@ class GraphExport:
     @_graph
     def write(
         self, slots: Sequence[AdapterInput], fed: Tensors, facts: Mapping[str, str], opset: int,
-        whole: bool = True, shared: bool = False, rows: bool = False,
+        whole: bool = True, shared: bool = False, per_row: bool = False,
     ) -> None:  # fmt: skip
         """Translate, run the passes, and save. Unless `whole`, drop slots that belong to other graphs."""
         ranks = {name: {axis: size for axis, size in enumerate(shape) if isinstance(size, str)}
@@ -65,7 +65,7 @@ class GraphExport:
         )
         found = onnx.Slots(slots if whole else onnx.used(graph, slots))
         onnx.census(graph, found.now)
-        passes = onnx.pipeline(found, open=bool(fed), shared=shared, rows=rows)
+        passes = onnx.pipeline(found, open=bool(fed), shared=shared, per_row=per_row)
         graph = onnx.run(passes, graph)
         self.slots, self.passes = found.now, onnx.listed(passes)
         onnx.save(graph, self.path, self.slots, facts)

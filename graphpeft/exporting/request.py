@@ -22,7 +22,7 @@ RESERVED = {
 
 
 def check_options(
-    verify: str, quantize: str | None, accuracy_level: int, compact: bool, rows: bool, merged: bool
+    verify: str, quantize: str | None, accuracy_level: int, compact: bool, per_row: bool, merged: bool
 ) -> None:
     """Raise `ExportError` for an unknown option value, or for two options that exclude each other."""
     if verify not in ("off", "fast", "full"):
@@ -33,8 +33,8 @@ def check_options(
         raise ExportError(
             f"accuracy_level={accuracy_level!r}: it must be {ROUNDED}, which rounds activations of int4 products to 8 bits, or 0."
         )
-    if compact and (rows or merged):
-        raise ExportError("compact=True cannot be combined with rows=True or merged=True. Choose one.")
+    if compact and (per_row or merged):
+        raise ExportError("compact=True cannot be combined with per_row=True or merged=True. Choose one.")
 
 
 def exported_names(model: nn.Module, merged: bool, adapters: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -40,7 +40,7 @@ class Work:
     verify: Verify
     names: tuple[str, ...]
     shared: bool
-    rows: bool
+    per_row: bool
     open: Callable[[nn.Module, Sequence[str]], AbstractContextManager[TraceableModel]]
     folding: Callable[[nn.Module, tuple[str, ...]], AbstractContextManager[None]]
     """A context in which adapters are folded into the weights."""
@@ -59,7 +59,7 @@ class Work:
         with self.open(self.model, self.names) as opened:
             for part in self.parts:
                 facts = self.facts | {"graphpeft.mode": "swappable"}
-                part.write(opened.slots, opened.fed, facts, self.opset, len(self.parts) == 1, self.shared, self.rows)
+                part.write(opened.slots, opened.fed, facts, self.opset, len(self.parts) == 1, self.shared, self.per_row)
             self._finish()
             for name in self.names:
                 self._write_adapter(name, opened)
@@ -136,7 +136,7 @@ class Work:
                     part.check_effect(runner, step, base.want)
                 moved |= {step.use for step in moving}
                 part.check_swaps(runner, [*steps, base, steps[0]])
-                if self.rows:
+                if self.per_row:
                     part.check_rows(runner, [*steps, base])
         if self.verify == "full" and (still := [name for name in self.names if name not in moved]):
             raise ExportError(

@@ -6,6 +6,7 @@ The only effect is a folder of files. The export rewrites or merges the model wh
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -38,7 +39,7 @@ def export(
     adapters: str | Sequence[str] | None = None,
     inputs: Inputs = None,
     cache: bool = True,
-    rows: bool = False,
+    per_row: bool = False,
     share: bool = False,
     compact: bool = False,
     quantize: onnx.Bits | None = None,
@@ -46,6 +47,7 @@ def export(
     tokenizer: Any = None,
     opset: int | None = None,
     verify: Verify = "full",
+    rows: bool | None = None,
 ) -> ExportReport:
     """Write `path/model.onnx` and, unless merged, one `NAME.onnx_adapter` per adapter; check them against PyTorch.
 
@@ -61,7 +63,7 @@ def export(
             integer inputs) become dynamic; in the sample they must be unequal and at least 2.
         cache: for a model that generates text, make the KV cache an input (`past_key_values.0.key`) and an output
             (`present.0.key`), so that one graph serves the prompt and every later token.
-        rows: gate every slot, so that each row of a batch can have its own adapter or blend (`Session.use`).
+        per_row: gate every slot, so that each row of a batch can have its own adapter or blend (`Session.use`).
         share: compute one product with A for all slots that read the same activation. The default is one slot per weight,
             with the names and shapes of `olive convert-adapters`. Sharing saves launches, but each B has zeros in the
             rows of the other sites.
@@ -77,6 +79,7 @@ def export(
             names the oldest ONNX Runtime it was tried with.
         verify: `off` checks the graph's structure only. `fast` also compares ONNX Runtime with PyTorch at sizes that were
             not traced. `full` also checks each slot alone, swaps on one session, and that each adapter changes the output.
+        rows: the former name of `per_row`.
 
     Returns:
         A report with the figure of every check; it is also saved as `path/graphpeft.json`.
@@ -88,8 +91,11 @@ def export(
     After an error the folder is as it was before.
     """
     start = time.perf_counter()
+    if rows is not None:
+        warnings.warn("gp.export(rows=...) is called per_row=... now.", DeprecationWarning, stacklevel=2)
+        per_row = rows
     opset = onnx.DEFAULT_OPSET if opset is None else opset
-    check_options(verify, quantize, accuracy_level, compact, rows, merged)
+    check_options(verify, quantize, accuracy_level, compact, per_row, merged)
     chosen = exported_names(model, merged, adapters)
     refuse_inexportable(model)
     with inference_view(model), as_called(), _restored(model), staged(Path(path)) as folder:
@@ -99,7 +105,7 @@ def export(
             pieces[-1].notes.append(
                 "the KV cache is not among the inputs: the model keeps another kind of cache, or the sample has other inputs"
             )
-        work = Work(model, pieces, folder, opset, verify, chosen, share and not compact, rows,
+        work = Work(model, pieces, folder, opset, verify, chosen, share and not compact, per_row,
                        as_trained if compact else as_pairs, _folded)  # fmt: skip
         work.merged() if merged else work.swappable()
         if quantize is not None:

@@ -84,7 +84,7 @@ class Graph:
         """Raise `AdapterError` if the graph has no per-row gates."""
         if self.slots and ROW_WEIGHTS not in self.open:
             raise AdapterError(
-                f"{self.path}: this graph runs one adapter for all rows. Export with rows=True, or run the rows separately."
+                f"{self.path}: this graph runs one adapter for all rows. Export with per_row=True, or run the rows separately."
             )
 
     def extra(self, rows: int) -> Arrays:

@@ -127,7 +127,7 @@ class Session:
 
         Args:
             adapters: a name; a blend as strengths by name, such as `{"polite": 0.7, "short": 0.3}`; a list with one of these
-                for each row of the batch, if the folder was exported with `rows=True`; or None for the base.
+                for each row of the batch, if the folder was exported with `per_row=True`; or None for the base.
 
         Raises:
             AdapterError: there is no such adapter, or the graph has no per-row gates.

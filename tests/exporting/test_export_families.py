@@ -43,7 +43,7 @@ def test_base_adapters_swaps_and_rows_do_what_pytorch_does(name: str, tmp_path: 
     for seed, (label, rules) in enumerate({"a": "qv:lora(r=4)", "b": "qkv:lora(r=2); mlp:rlora(r=3)"}.items()):
         gp.apply(model, rules, name=label, verify="off")
         randomize(model, label, seed=seed)
-    report = gp.export(model, tmp_path / "deploy", rows=True, share=True)
+    report = gp.export(model, tmp_path / "deploy", per_row=True, share=True)
     figures = {(check.test, check.subject): check for check in report.checks}
     assert {test for test, _ in figures} == {"slots", "numbers", "effect", "swap", "rows"}
     assert {"adapter 'a'", "adapter 'b'", "base model"} <= {subject for _, subject in figures}

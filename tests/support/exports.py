@@ -140,7 +140,7 @@ def serving(name: str) -> SimpleNamespace:
     adapt(model, RULES[name])
     home = tempfile.TemporaryDirectory()  # deleted when the tests are over
     folder = Path(home.name) / "deploy"
-    report = export(model, folder, rows=name == "gpt2", share=True, verify="off")
+    report = export(model, folder, per_row=name == "gpt2", share=True, verify="off")
     return SimpleNamespace(home=home, model=model, folder=folder, report=report)
 
 

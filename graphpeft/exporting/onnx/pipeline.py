@@ -64,11 +64,11 @@ class Quantize(FunctionalPass):
         return "quantize"
 
 
-def pipeline(slots: Slots, *, open: bool, shared: bool = False, rows: bool = False) -> Sequential:
+def pipeline(slots: Slots, *, open: bool, shared: bool = False, per_row: bool = False) -> Sequential:
     """The passes over a translated graph before it is saved; `open` means that the graph has slots."""
     passes: Mapping[str, tuple[Rewrite, bool]] = {
         "share": (share, shared),
-        "rows": (gate_rows, rows),
+        "rows": (gate_rows, per_row),
         "gemm": (fuse_sums, open),
         "tags": (tag, True),
         "defaults": (attach_defaults, True),

@@ -76,7 +76,7 @@ def test_a_sum_that_broadcasts_stays(tmp_path: Path) -> None:
 
 
 def test_quantized_and_gated_graphs_keep_their_gemms(tmp_path: Path) -> None:
-    export(hand(), tmp_path / "x", inputs=SAMPLE, rows=True, quantize="int4", verify="fast")
+    export(hand(), tmp_path / "x", inputs=SAMPLE, per_row=True, quantize="int4", verify="fast")
     assert kinds(tmp_path / "x")["Gemm"] == 2
 
 

@@ -13,7 +13,23 @@ import onnxruntime as ort
 import pytest
 import torch
 from checks import randomize
-from exports import CLOSE, FAR, HAND, SAMPLE, adapted, arrays, dense, deployed, ids, off, running, serving, silent, tiny
+from exports import (
+    CLOSE,
+    FAR,
+    HAND,
+    SAMPLE,
+    adapted,
+    arrays,
+    dense,
+    deployed,
+    hand,
+    ids,
+    off,
+    running,
+    serving,
+    silent,
+    tiny,
+)
 
 import graphpeft as gp
 from graphpeft.errors import AdapterError, ExportError
@@ -35,7 +51,7 @@ def gated() -> SimpleNamespace:
     """The model and adapters of `deployed()`, with gates for rows."""
     model = adapted("hand", *HAND, inputs=SAMPLE)
     home = tempfile.TemporaryDirectory()  # deleted when the tests are over
-    report = export(model, Path(home.name) / "deploy", inputs=SAMPLE, rows=True, share=True, verify="fast")
+    report = export(model, Path(home.name) / "deploy", inputs=SAMPLE, per_row=True, share=True, verify="fast")
     return SimpleNamespace(home=home, model=model, folder=Path(home.name) / "deploy", report=report)
 
 
@@ -116,7 +132,7 @@ def test_a_batch_of_another_size_is_refused() -> None:
 def test_a_graph_without_gates_refuses_rows_and_runs_on() -> None:
     session = Session(deployed().folder)
     session.use("a")
-    with pytest.raises(AdapterError, match=r"one adapter for all rows.*rows=True"):
+    with pytest.raises(AdapterError, match=r"one adapter for all rows.*per_row=True"):
         session.use(["a", None])
     assert session.active == "a"
     assert off(session.run({"x": SAMPLE["x"].numpy()})["output"], deployed().want["a"]) < CLOSE
@@ -157,7 +173,7 @@ def test_a_graph_that_gives_all_rows_one_adapter_is_found() -> None:
 def test_an_adapter_of_the_decoder_alone_leaves_the_encoder_without_gates(tmp_path: Path) -> None:
     model = gp.apply(tiny("t5"), "q[cross]:lora(r=2)", name="a", verify="off")
     randomize(model, "a", seed=0)
-    report = export(model, tmp_path / "deploy", rows=True, verify="full")
+    report = export(model, tmp_path / "deploy", per_row=True, verify="full")
     assert {check.test for check in report.checks} >= {"rows", "effect"}
     session = Session(tmp_path / "deploy")
     assert [len(graph.slots) for graph in session.graphs.values()] == [0, 1]
@@ -167,3 +183,9 @@ def test_an_adapter_of_the_decoder_alone_leaves_the_encoder_without_gates(tmp_pa
     found = session.run(x)["logits"]
     assert off(found[1], base[1]) < CLOSE * np.abs(base).max()
     assert off(found[0], base[0]) > FAR
+
+
+def test_the_former_name_of_the_option_works(tmp_path: Path) -> None:
+    with pytest.warns(DeprecationWarning, match="per_row"):
+        report = export(hand(), tmp_path / "deploy", inputs=SAMPLE, rows=True, verify="off")
+    assert "rows" in report.passes
