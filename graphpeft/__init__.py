@@ -5,9 +5,19 @@ help and completion on the command line do not wait for torch. No module beside 
 importing it would put the module in the name's place; so `gp.plan` comes from `planning`, and `gp.apply` from `applying`.
 """
 
+import threading
+from typing import Any
+
 import lazy_loader
 
 __version__ = "0.1.0"
 """The one place where the version stands; pyproject.toml and the files that graphpeft writes take it from here."""
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+_load, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+_loading = threading.RLock()
+
+
+def __getattr__(name: str) -> Any:
+    """Import one thing at a time: threads that import siblings of one package at once can lock each other out."""
+    with _loading:
+        return _load(name)

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import json
 import pkgutil
+import re
 import sys
+from collections import Counter
 from dataclasses import astuple
 from importlib import import_module
 from pathlib import Path
 
 import graphpeft
 from graphpeft.match import registry
+from graphpeft.match.roles import DECLARED
 from graphpeft.methods import builtin
-from graphpeft.tracing import PASSES
+from graphpeft.tracing import PASS_MODULES, PASSES
 
 PACKAGE = Path(str(graphpeft.__file__)).parent
 ROOT = PACKAGE.parent
@@ -39,14 +42,22 @@ def generated() -> dict[Path, str]:
 
 
 def _registered() -> str:
-    targets = sorted({*registry.roles(), *registry.ALIASES, "qv", "qkv", "qkvo"})
-    found = {"passes": dict(sorted(PASSES.items())), "methods": [m.name for m in builtin()], "targets": targets}
+    passes = {name: PASSES[name] for name in sorted(PASSES) if PASS_MODULES[name].startswith("graphpeft.")}
+    roles = (role for declaration in DECLARED for role in declaration.roles)
+    targets = sorted({*roles, *registry.ALIASES, *registry.ALIASES["experts"], "qv", "qkv", "qkvo"})
+    found = {"passes": passes, "methods": [m.name for m in builtin()], "targets": targets}
     return json.dumps(found, indent=1, ensure_ascii=False) + "\n"
 
 
 def _stub() -> str:
     lines = [f"from .methods.{m.__module__.rpartition('.')[2]} import {m.__name__} as {m.__name__}" for m in builtin()]
-    return _between((PACKAGE / "__init__.pyi").read_text(encoding="utf-8"), "\n".join(lines), STUB_BEGIN, STUB_END)
+    text = _between((PACKAGE / "__init__.pyi").read_text(encoding="utf-8"), "\n".join(lines), STUB_BEGIN, STUB_END)
+    twice = [name for name, count in Counter(re.findall(r" as (\w+)$", text, re.M)).items() if count > 1]
+    if twice:
+        raise SystemExit(
+            f"{', '.join(twice)}: two things have this public name. Give the class of the method another one."
+        )
+    return text
 
 
 def _table(columns: int) -> str:

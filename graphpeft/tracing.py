@@ -17,6 +17,9 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 PASSES: dict[str, str] = {}
 """The passes of all modules imported so far: name and one line of help. `registered` lists those of every module."""
 
+PASS_MODULES: dict[str, str] = {}
+"""The module that registered each of them."""
+
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
@@ -106,7 +109,7 @@ def as_pass(name: str, about: str) -> Callable[[Callable[P, R]], Callable[P, R]]
     """
 
     def register(function: Callable[P, R]) -> Callable[P, R]:
-        PASSES[name] = about
+        PASSES[name], PASS_MODULES[name] = about, function.__module__
         return traced(name)(function)
 
     return register

@@ -163,7 +163,9 @@ def test_the_same_folder_for_peft(setting: str, outside: dict[str, Outside], tmp
     assert delta(outputs(loaded, x)[:1], outputs(model, x)[:1]) < 1e-5
 
 
-@pytest.mark.parametrize("setting", ["inference mode", "autocast", "float64"])
+@pytest.mark.parametrize(
+    "setting", ["inference mode", *(pytest.param(other, marks=pytest.mark.slow) for other in ("autocast", "float64"))]
+)
 def test_the_same_plain_lora(setting: str, outside: dict[str, Outside]) -> None:
     found = []
     for context in (SETTINGS[setting], nullcontext):
@@ -176,7 +178,9 @@ def test_the_same_plain_lora(setting: str, outside: dict[str, Outside]) -> None:
     check_equal(*found)
 
 
-@pytest.mark.parametrize("setting", ["inference mode", "autocast", "float64"])
+@pytest.mark.parametrize(
+    "setting", ["inference mode", *(pytest.param(other, marks=pytest.mark.slow) for other in ("autocast", "float64"))]
+)
 def test_the_same_answers_and_the_same_export(setting: str, outside: dict[str, Outside], tmp_path: Path) -> None:
     model = build("gpt2")
     gp.apply(model, "qv:lora(r=2)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.metadata
 import importlib.util
@@ -62,6 +63,20 @@ def test_a_forbidden_import_breaks_the_contract(copy: Path, file: str, line: str
     found = lint(copy)
     assert found.returncode == 1
     assert broken in found.stdout
+
+
+def test_no_room_below_the_commands_imports_the_root() -> None:
+    """The contract does not see that: to it, `from graphpeft import export` is an import of the root, which is in no room."""
+    house = ROOT / "graphpeft"
+    for file in house.rglob("*.py"):
+        if file.relative_to(house).parts[0] in {"cli", "demo", "generate.py"}:
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                assert "graphpeft" not in {alias.name for alias in node.names}, file
+            elif isinstance(node, ast.ImportFrom) and node.module == "graphpeft":
+                modules = [house / alias.name for alias in node.names]
+                assert all(path.is_dir() or path.with_suffix(".py").is_file() for path in modules), file
 
 
 def test_passes_stand_at_the_top_level() -> None:

@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 
 
-def write(path: Path, data: bytes) -> None:
+def write(path: Path, data: bytes, *, parents: bool = False) -> None:
     """Replace the file at `path` by `data`: write a file beside it, flush it to disk, then rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if parents:  # the folder may be new
+        path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with aside.open("wb") as file:

@@ -18,7 +18,7 @@ from graphpeft.inspect.graph_model import shown
 from graphpeft.inspect.network import network
 from graphpeft.inspect.rewrite import rewrite
 from graphpeft.inspect.to_networkx import to_networkx
-from graphpeft.ir.layers import any_layer, layer_of
+from graphpeft.ir.layers import any_layer, any_layer_of_module, layer_of, layer_of_module
 from graphpeft.rewrite.state import get_state
 from graphpeft.show.folding import collapse_layers, layers_text
 from graphpeft.show.view import Grid, View
@@ -130,7 +130,7 @@ def compare(
     pieces = []
     for path in aligned.paths:
         for hunk in _hunks(*aligned.lines(path), context):
-            pieces.append((_general(path, hunk, aligned), layer_of(path)))
+            pieces.append((_general(path, hunk, aligned), layer_of_module(path)))
     hunks = tuple(Hunk(path, text, tuple(layers)) for (path, text), layers in collapse_layers(pieces))
     told = names or (str(before.graph.get("name", "before")), str(after.graph.get("name", "after")))
     return Diff(told, _operators(before, after), tuple(_parameters(before, after)), hunks)
@@ -187,7 +187,7 @@ def _hunks(before: list[str], after: list[str], context: int) -> list[list[str]]
 
 def _general(path: str, hunk: Iterable[str], aligned: Aligned) -> tuple[str, tuple[str, ...]]:
     """A hunk without its layer's number, and with values numbered from 1, so that equal layers give equal hunks."""
-    layer, names = layer_of(path), dict[str, str]()
+    layer, names = layer_of_module(path), dict[str, str]()
 
     def renamed(found: re.Match[str]) -> str:
         return names.setdefault(found[1], f"%{aligned.stem(found[1], path)}_{len(names) + 1}")
@@ -195,4 +195,4 @@ def _general(path: str, hunk: Iterable[str], aligned: Aligned) -> tuple[str, tup
     lines = [re.sub(r"%([\w./ ]+?)(?=[,)\]:]| = |$)", renamed, line) for line in hunk]
     if layer is not None:
         lines = [re.sub(rf"(?<![\w.])((?:[A-Za-z_]\w*\.)+){layer}(?=\.)", r"\1*", line) for line in lines]
-    return any_layer(path), tuple(lines)
+    return any_layer_of_module(path), tuple(lines)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from graphpeft.inspect.fx_text import tensor
 from graphpeft.inspect.graph_model import shown
 from graphpeft.inspect.node_text import statement
-from graphpeft.ir.layers import block_of, layer_of
+from graphpeft.ir.layers import block_of, layer_of_module
 from graphpeft.rewrite.adapters import HOME
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Aligned:
 
 
 def _block(path: str) -> tuple[str, int | None]:
-    return block_of(path), layer_of(path)
+    return block_of(path), layer_of_module(path)
 
 
 def _grouped(graph: MultiDiGraph[str]) -> dict[str, list[str]]:

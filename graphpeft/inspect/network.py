@@ -18,7 +18,7 @@ from graphpeft.compat.quantized import dequantize, library
 from graphpeft.inspect.graph_model import Node
 from graphpeft.inspect.node_text import arguments
 from graphpeft.inspect.rewrite import Branch, CapturedGraph, Rewrite
-from graphpeft.ir.layers import layer_of
+from graphpeft.ir.layers import layer_of_module
 from graphpeft.ir.source import code_of, location, runner
 from graphpeft.match.fused import concrete
 from graphpeft.match.products import op
@@ -72,7 +72,7 @@ class _Builder:
             about.setdefault("path", f"{prefix}{node.target}".rpartition(".")[0])
         if "graphpeft" in node.meta:
             about |= _inserted(self.branches[prefix + node.meta["graphpeft"]])
-        if (layer := layer_of(about.get("path", ""))) is not None:
+        if (layer := layer_of_module(about.get("path", ""))) is not None:
             about["layer"] = layer
         name = prefix + node.name
         graph.add_node(name, **about)

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from graphpeft.errors import FileError
 from graphpeft.exporting.onnx.tags import ADAPTER, SCOPES, SITE
 from graphpeft.inspect.graph_model import Node
-from graphpeft.ir.layers import layer_of
+from graphpeft.ir.layers import layer_of_module
 
 if TYPE_CHECKING:
     from networkx import MultiDiGraph
@@ -97,7 +97,7 @@ def _outside(value: ir.Value, given: bool, values: bool) -> Node:
         if values:
             about["values"] = zlib.crc32(value.const_value.tobytes())
     path = about.get("path", about.get("weight", "").rpartition(".")[0])
-    if (layer := layer_of(path)) is not None:
+    if (layer := layer_of_module(path)) is not None:
         about |= {"path": path, "layer": layer}
     return about
 
@@ -113,7 +113,7 @@ def _node(node: ir.Node) -> Node:
         about["adapter"] = props[ADAPTER]
     if path:
         about["path"] = path
-        if (layer := layer_of(path)) is not None:
+        if (layer := layer_of_module(path)) is not None:
             about["layer"] = layer
     return about
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from graphpeft.ir.layers import any_layer, block_of
+from graphpeft.ir.layers import any_layer, any_layer_of_module, block_of
 from graphpeft.ir.site import Rows, Site
 from graphpeft.ir.weights import get_parameter
 from graphpeft.match.find import SearchResult
@@ -100,7 +100,7 @@ def _unseen(model: nn.Module, found: SearchResult) -> Iterator[Unseen]:
     counted: Counter[tuple[str, str]] = Counter()
     for name in (name for name, seen in matrices.items() if not seen):
         outermost = next(path for path in _paths(name) if path not in partly)
-        counted[any_layer(outermost), _reason(found, outermost)] += 1
+        counted[any_layer_of_module(outermost), _reason(found, outermost)] += 1
     for (path, reason), weights in counted.items():
         yield Unseen(path, weights, reason)
 

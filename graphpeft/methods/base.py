@@ -60,6 +60,9 @@ class Method:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        missing = [name for name in ("name", "paper") if not isinstance(getattr(cls, name, None), str)]
+        if missing:
+            raise RuleError(f"The method {cls.__qualname__} has no `{missing[0]}`. Add it to the class, as a string.")
         known = _METHODS.get(cls.name)
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise RuleError(f"There is a method {cls.name!r} already, {known.__qualname__}; choose another name.")

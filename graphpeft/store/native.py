@@ -67,7 +67,7 @@ def write_adapter(folder: Path, adapter: AdapterFile) -> None:
         "versions": {name: version(name) for name in ("graphpeft", "torch")},
         "sites": [described(entry) for entry in adapter.entries],
     }
-    write(folder / ASIDE, data)
+    write(folder / ASIDE, data, parents=True)
     write(folder / DESCRIPTION, (json.dumps(description, indent=1) + "\n").encode())
     (folder / ASIDE).replace(folder / TENSORS)
 

@@ -103,7 +103,12 @@ LEFT_OUT = {"t5": 4, "t5_gated": 4, "clip": 4} | dict.fromkeys(
 """Blocks left out of four, where not two: T5 has five and two stacks of them, the first of which is another kind."""
 
 
-@pytest.mark.parametrize("name", sampled(zoo.ZOO, "t5", "falcon", "bert", "qwen3", "phi3"))
+@pytest.mark.parametrize(
+    "name",
+    sampled(
+        zoo.ZOO, "t5", "falcon", "bert", "qwen3", "phi3", "deberta_v2", "roberta", "falcon_new", "bloom", "distilbert"
+    ),
+)
 def test_the_graph_is_that_of_the_full_capture(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(zoo.SMALL, "num_hidden_layers", 4)
     model = DEEP.get(name, zoo.ZOO[name])("eager" if name in EAGER_ONLY else "sdpa").eval()

@@ -185,7 +185,7 @@ def test_the_default_opset_and_what_it_was_tried_with(tmp_path: Path) -> None:
     assert f"tried with ONNX Runtime {runtimes.OLDEST[23]} and later, here {ort.__version__}" in found.text
 
 
-@pytest.mark.parametrize("opset", [18, 20, pytest.param(22, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("opset", [18, *(pytest.param(opset, marks=pytest.mark.slow) for opset in (20, 22))])
 def test_an_opset_for_older_runtimes(opset: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = gp.apply(zoo.llama(layers=1).eval(), "qv:lora(r=2)")

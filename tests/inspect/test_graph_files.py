@@ -62,7 +62,7 @@ def test_dot_has_modules_as_clusters(graph: networkx.MultiDiGraph, tmp_path: Pat
 
 
 def test_bad_files(graph: networkx.MultiDiGraph, tmp_path: Path) -> None:
-    with pytest.raises(FileError, match=r"no format.*\.svg.*Use \.dot, \.graphml, \.json"):
+    with pytest.raises(FileError, match=r"no graph format.*\.svg.*Use \.dot, \.graphml, \.json"):
         write_graph(graph, tmp_path / "graph.svg")
     assert list(tmp_path.iterdir()) == []
     for text in ("", "{}", "[1]", '{"nodes": [{"id": "a"}], "edges": []}'):

@@ -82,3 +82,4 @@ def test_every_method_says_what_it_is() -> None:
         assert method.paper, method.name
         assert method.summary.update, method.name
         assert method.summary.trained, method.name
+        assert method.examples, method.name

@@ -785,8 +785,8 @@ def test_a_stack_has_no_branch_form() -> None:
 
 def test_other_shapes_are_refused_on_loading(tmp_path: Path) -> None:
     for name, other, message in (
-        ("conv2d, kernel 1", "conv2d, stride 2", r"\(12, 8\), and it is \(12, 8, 3, 3\) here"),
-        ("mixtral eager", "gpt-oss eager", r"\(4, 48, 32\), and it is \(4, 32, 48\) here"),
+        ("conv2d, kernel 1", "conv2d, stride 2", r"\(12, 8\), and this model has \(12, 8, 3, 3\)"),
+        ("mixtral eager", "gpt-oss eager", r"\(4, 48, 32\), and this model has \(4, 32, 48\)"),
     ):
         model, sites, _ = made(name)
         gp.save(adapt(model, sites), tmp_path / name)

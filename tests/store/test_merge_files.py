@@ -318,7 +318,7 @@ def test_a_full_disk_leaves_what_is_finished(job: Job, tmp_path: Path) -> None:
         import resource
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        with pytest.raises(FileError, match=r"could not be finished: .*too large.*stays in out\.part: make room"):
+        with pytest.raises(FileError, match=r"could not be finished: .*too large.*stay in out\.part: free disk space"):
             found.merge()
 
     assert forked(full) == 0

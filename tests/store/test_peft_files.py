@@ -346,7 +346,7 @@ def test_a_graph_of_the_whole_model_takes_an_adapter_and_cannot_save_one(tmp_pat
 
 HELD_BACK = {
     "dora beside lora": ("llama", "q:dora; v:lora", r"v_proj\.weight \(v\): `lora` is mixed with `dora`"),
-    "two dropouts": ("llama", "q:lora(dropout=0.1); v:lora", r"v_proj\.weight \(v\): its dropout is 0 where.*0\.1"),
+    "two dropouts": ("llama", "q:lora(dropout=0.1); v:lora", r"v_proj\.weight \(v\): its dropout is 0 and.*0\.1"),
     "an input transform": ("llama", "q:lora; v:blora(quantize=all)", r"v_proj\.weight \(v\).*the site's input"),
     "rounded base": ("llama", "q:blora(quantize=base)", r"q_proj\.weight \(q\).*depends on the base weight"),
     "dora of a table": ("llama", "embed:dora", r"embed_tokens\.weight \(embed\): PEFT's DoRA differs"),

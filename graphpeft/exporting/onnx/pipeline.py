@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 import onnx_ir as ir
 from onnx_ir.passes import FunctionalPass, InPlacePass, PassBase, PassResult, Sequential
 
-from graphpeft.errors import ExportError
 from graphpeft.exporting.onnx.census import attach_defaults, census
 from graphpeft.exporting.onnx.gemm import fuse_sums
 from graphpeft.exporting.onnx.quantize import Bits, quantize
@@ -20,6 +19,7 @@ from graphpeft.exporting.onnx.share import share
 from graphpeft.exporting.onnx.tags import tag
 from graphpeft.runtime.layout import AdapterInput
 
+WRAPPERS = (ir.passes.PassError, ir.passes.InvariantError)
 Rewrite = Callable[[ir.Model, Sequence[AdapterInput]], "tuple[AdapterInput, ...] | None"]
 
 
@@ -87,13 +87,11 @@ def listed(passes: PassBase) -> tuple[str, ...]:
 
 
 def run(passes: PassBase, model: ir.Model) -> ir.Model:
-    """Run passes over a graph. onnx_ir wraps a pass's errors; an `ExportError` inside is raised itself."""
+    """Run passes over a graph. onnx_ir wraps the error of a pass in errors of its own; here the pass's error itself is raised."""
     try:
         return passes(model).model
-    except ir.passes.PassError as error:
-        cause: BaseException | None = error
-        while cause is not None:
-            if isinstance(cause, ExportError):
-                raise cause from None
-            cause = cause.__cause__
-        raise
+    except WRAPPERS as error:
+        inner: BaseException = error
+        while isinstance(inner, WRAPPERS) and inner.__cause__ is not None:
+            inner = inner.__cause__
+        raise inner from inner.__cause__

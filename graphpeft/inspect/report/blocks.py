@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from graphpeft.ir.layers import any_layer, block_of
+from graphpeft.ir.layers import any_layer_of_module, block_of
 from graphpeft.show.folding import layers_text
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def _signature(graph: MultiDiGraph[str], names: list[str]) -> object:
     number = {name: i for i, name in enumerate(names)}
     return tuple(
         (
-            *(any_layer(value) if key in PATHS else value for key, value in about.items() if key in SEEN),
+            *(any_layer_of_module(value) if key in PATHS else value for key, value in about.items() if key in SEEN),
             *sorted((port, number.get(source, -1)) for source, _, port in graph.in_edges(name, data="port")),
         )
         for name, about in ((name, graph.nodes[name]) for name in names)
@@ -123,12 +123,12 @@ def _node(name: str, about: Mapping[str, Any]) -> dict[str, Any]:
         "kind": about["kind"],
         "op": about["op"],
         "arguments": about.get("arguments", ""),
-        "module": any_layer(path).removeprefix(block).removeprefix("."),
-        "path": any_layer(path),
+        "module": any_layer_of_module(path).removeprefix(block).removeprefix("."),
+        "path": any_layer_of_module(path),
         "adapter": branch,
         "of": about.get("adapter", ""),
-        "site": any_layer(about.get("site", weight)),
-        "weight": any_layer(weight),
+        "site": any_layer_of_module(about.get("site", weight)),
+        "weight": any_layer_of_module(weight),
         **{key: about.get(key, "") for key in ("type", "shape", "dtype", "source", "code", "role", "rule", "method")},
     }
 

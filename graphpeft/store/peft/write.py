@@ -71,7 +71,7 @@ def write_peft(model: nn.Module, name: str, folder: Path) -> None:
     names = [target for target, _ in modules(model)]
     targets = {spot.target for listed in spots.values() for spot in listed if spot.kind != "parameter"}
     config = {**_about(model), **config, "target_modules": selection(targets, names) if targets else []}
-    write(folder / TENSORS, save_tensors(data, {"format": "pt"}))
+    write(folder / TENSORS, save_tensors(data, {"format": "pt"}), parents=True)
     write(folder / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
 
 

@@ -15,6 +15,7 @@ from checks import randomize
 from exports import CLOSE, SAMPLE, deployed, hand, off, serving, silent
 
 import graphpeft as gp
+from graphpeft.errors import ExportError
 from graphpeft.exporting import onnx
 from graphpeft.passes.export import export
 from graphpeft.runtime.layout import Slot
@@ -78,6 +79,20 @@ def test_a_sum_that_broadcasts_stays(tmp_path: Path) -> None:
 def test_quantized_and_gated_graphs_keep_their_gemms(tmp_path: Path) -> None:
     export(hand(), tmp_path / "x", inputs=SAMPLE, per_row=True, quantize="int4", verify="fast")
     assert kinds(tmp_path / "x")["Gemm"] == 2
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MemoryError()])
+def test_the_error_of_a_pass_is_that_of_the_export(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(model: ir.Model, slots: object) -> None:
+        raise error
+
+    monkeypatch.setattr(import_module("graphpeft.exporting.onnx.pipeline"), "fuse_sums", fail)
+    wanted = (ExportError, "Usually the disk is full") if isinstance(error, OSError) else (MemoryError, "")
+    with pytest.raises(wanted[0], match=wanted[1]):
+        export(deployed().model, tmp_path / "out", inputs=SAMPLE, verify="off")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_projection_that_ends_the_model_says_its_shape(tmp_path: Path) -> None:
