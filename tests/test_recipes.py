@@ -74,7 +74,7 @@ def run(folder: Path, *command: str, code: int = 0) -> str:
 def test_a_method_is_one_file(copy: Copy) -> None:
     assert copy.touched["A method"] == {"graphpeft/methods/lorafa.py"}
     told = run(
-        copy,
+        copy.folder,
         "-m",
         "pytest",
         "-q",

@@ -1,4 +1,4 @@
-"""The numbers of a plain LoRA pair, into a chain that is one."""
+"""Copy the values of a LoRA pair into a plain LoRA chain."""
 
 from __future__ import annotations
 

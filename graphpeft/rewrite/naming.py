@@ -13,7 +13,7 @@ from graphpeft.rewrite.state import find_state, refuse_merged
 
 
 def usable(name: str) -> bool:
-    """Whether an adapter can have this name: it stands among the attributes of modules."""
+    """Whether an adapter can have this name, which becomes an attribute of modules."""
     return is_name(name) and not hasattr(nn.ModuleDict, name) and not hasattr(Adapters(), name)
 
 
@@ -37,6 +37,6 @@ def check_name(model: nn.Module, name: str) -> None:
 
 
 def check_adaptable(model: nn.Module, name: str) -> None:
-    """Raise `AdapterError` for what no adapter of that name could be trained on: see `check_name` and `check_gradient_flow`."""
+    """Raise `AdapterError` if the model cannot take a trainable adapter of that name."""
     check_name(model, name)
     check_gradient_flow(model)

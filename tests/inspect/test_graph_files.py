@@ -67,5 +67,5 @@ def test_bad_files(graph: networkx.MultiDiGraph, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     for text in ("", "{}", "[1]", '{"nodes": [{"id": "a"}], "edges": []}'):
         (tmp_path / "bad.json").write_text(text)
-        with pytest.raises(FileError, match="holds"):
+        with pytest.raises(FileError, match=r"does not hold a graph|holds a graph that graphpeft did not write"):
             gp.to_networkx(tmp_path / "bad.json")

@@ -56,6 +56,14 @@ def test_a_name_can_be_taken_once(custom: type[Method]) -> None:
 
         class Other(Method):
             name: ClassVar[str] = "custom"
+            paper: ClassVar[str] = "nowhere"
+
+
+@pytest.mark.parametrize("missing", ["name", "paper"])
+def test_a_method_says_its_name_and_its_paper(missing: str) -> None:
+    body = {name: "given" for name in ("name", "paper") if name != missing}
+    with pytest.raises(RuleError, match=f"The method Partial has no `{missing}`"):
+        type("Partial", (Method,), body)
 
 
 def test_options_are_listed_in_words(custom: type[Method]) -> None:
@@ -105,6 +113,7 @@ def test_options_need_defaults(custom: type[Method]) -> None:
     @dataclass(frozen=True)
     class Strict(Method):
         name: ClassVar[str] = "strict"
+        paper: ClassVar[str] = "nowhere"
         r: int
 
     with pytest.raises(RuleError, match="strict: option r needs a default"):
