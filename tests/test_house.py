@@ -109,24 +109,6 @@ def test_torch_is_not_loaded_before_it_is_used(module: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_type_checkers_know_the_public_names(tmp_path: Path) -> None:
-    script = tmp_path / "user.py"
-    script.write_text(
-        "import graphpeft as gp\nimport torch\n"
-        "class Net(torch.nn.Module):\n    def score(self) -> int: return 1\n"
-        'adapted = gp.apply(Net(), {"qv": gp.LoRA(r=4)})\nreveal_type(adapted)\nadapted.score()\n'
-        'sites: gp.Sites\nrule: gp.Rule\nerror: gp.RuleError\ngp.plann(Net(), "qv:lora")\n',
-        encoding="utf-8",
-    )
-    cache = ["--cache-dir", str(ROOT / ".mypy_cache")]
-    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", *cache, str(script)]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.splitlines()
-    assert [line.partition("user.py:")[2] for line in found if "user.py:" in line] == [
-        '6: note: Revealed type is "user.Net"',
-        '11: error: Module has no attribute "plann"; maybe "plan"?  [attr-defined]',
-    ]
-
-
 def test_there_is_one_version() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert "version" not in project
