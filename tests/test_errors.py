@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -13,7 +14,10 @@ from checks import Snapshot, adapters, build, call, delta, outputs, randomize, s
 from torch import nn
 
 import graphpeft as gp
-from graphpeft.errors import AdapterError, CaptureError, GraphPeftError, MatchError, RuleError
+from graphpeft.chain import Chain, Dense, normal
+from graphpeft.errors import AdapterError, CaptureError, GraphPeftError, MatchError, RuleError, VerifyError
+from graphpeft.methods import Method
+from graphpeft.methods import base as methods
 
 
 def mamba() -> nn.Module:
@@ -260,6 +264,31 @@ def test_a_failing_initialization_leaves_the_first(monkeypatch: pytest.MonkeyPat
         gp.apply(model, "qo:lora", name="second")
     before.check(model)
     assert same(outputs(model, example), adapted)
+
+
+def test_a_failed_check_gives_the_active_adapters_back() -> None:
+    """The check comes last, when the new adapter already runs alone: what ran before has to run again, with its strength."""
+
+    @dataclass(frozen=True)
+    class Loud(Method):
+        name: ClassVar[str] = "loud"
+        paper: ClassVar[str] = "none: an update that does not start at zero"
+
+        def chain(self, site: gp.Site) -> Chain:
+            return Dense(site.outputs, 2, normal(1.0)) @ Dense(2, site.inputs, normal(1.0))
+
+    try:
+        model = gp.apply(build("llama"), "qv:lora")
+        randomize(model)
+        gp.activate(model, {"default": 0.5})
+        example = call("llama", model)
+        before, adapted = Snapshot.of(model), outputs(model, example)
+        with pytest.raises(VerifyError):
+            gp.apply(model, "qo:loud", name="second", verify="full")
+        before.check(model)
+        assert same(outputs(model, example), adapted)
+    finally:
+        del methods._METHODS["loud"]
 
 
 def test_all_errors_share_one_base() -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graphpeft.chain.factor import Factor, Scatter, widen
+from graphpeft.chain.renamed import renamed
 from graphpeft.chain.seeds import generator
 from graphpeft.chain.transform import Transform
 from graphpeft.chain.weight_rules import WeightRule
@@ -299,6 +300,13 @@ class Chain(nn.Module):
 
     def extra_repr(self) -> str:
         return f"scale={self.scale:g}"
+
+    starting = renamed("starting", "with_init_from")
+    reweighted = renamed("reweighted", "with_weight_rule")
+    reading = renamed("reading", "with_input_transform")
+    relative = renamed("relative", "needs_base_weight")
+    beside = renamed("beside", "has_side_path")
+    gain = renamed("gain", "row_scale")
 
 
 def _dense(factors: list[Factor]) -> Tensor:

@@ -14,6 +14,7 @@ from typing_extensions import Self
 from graphpeft.chain.factor import Factor, Scatter, widen
 from graphpeft.chain.inits import Init
 from graphpeft.chain.quantizers import IntCodes
+from graphpeft.chain.renamed import renamed
 from graphpeft.chain.transform import Transform
 
 
@@ -56,6 +57,9 @@ class Weighted(Factor):
         del self.weight
         self.register_buffer("weight", torch.zeros(shape, dtype=torch.int8 if bits <= 8 else torch.int16))
         return self.with_transforms(IntCodes(bits))
+
+    through = renamed("through", "with_transforms")
+    coded = renamed("coded", "as_codes")
 
     @property
     def applied(self) -> list[Transform]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+import graphpeft.chain
 from graphpeft.chain import SRHT, AdjointSRHT, Chain, Dense, Diag, Scatter, constant, kaiming, normal, zeros
 from graphpeft.errors import AdapterError
 
@@ -321,3 +322,21 @@ def test_trainable_counts_parameters_that_train() -> None:
     assert chain.trainable() == 20 + 4
     chain.factors[0].weight.requires_grad_(False)
     assert chain.trainable() == 4
+
+
+def test_former_names_of_members_answer() -> None:
+    """Methods outside of graphpeft were written with them."""
+    from graphpeft.chain import Dense, Magnitude, kaiming, zeros
+
+    def pair() -> Chain:
+        return Dense(6, 2, zeros()) @ Dense(2, 4, kaiming())
+
+    with pytest.warns(DeprecationWarning, match="Chain.reweighted is called with_weight_rule now"):
+        old = pair().reweighted(Magnitude(6))
+    assert old.needs_base_weight
+    with pytest.warns(DeprecationWarning, match="Chain.beside is called has_side_path now"):
+        assert (old.relative, old.beside) == (True, old.has_side_path)
+    with pytest.warns(DeprecationWarning, match="Dense.through"):
+        assert Dense(6, 2, zeros()).through().applied == []
+    with pytest.warns(DeprecationWarning, match="graphpeft.chain.Reweight"):
+        assert graphpeft.chain.Reweight is graphpeft.chain.WeightRule

@@ -428,3 +428,21 @@ def test_projections_of_positions_are_no_sites(family: str) -> None:
     positions = {n for n, p in model.named_parameters() if p.ndim > 1 and re.search(r"pos_\w*proj|linear_pos|\.r$", n)}
     assert len(positions) == {"deberta": 2, "deberta_v2": 2, "xlnet": 1, "conformer": 1}.get(family, 0)
     assert not positions & {name for _, names, *_ in table(family) for name in names}
+
+
+def test_a_part_that_the_text_call_does_not_run_is_captured_by_itself() -> None:
+    vision = tf.CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                 image_size=8, patch_size=4)  # fmt: skip
+    text = tf.LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                          num_attention_heads=2, num_key_value_heads=2)  # fmt: skip
+    model = tf.LlavaForConditionalGeneration(
+        tf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=31)
+    )
+    given = {"input_ids": torch.arange(2, 12).reshape(2, 5)}
+    weights = {site.weight: site.role for site in gp.sites(model, given)}
+    assert not [weight for weight in weights if "vision_tower" in weight], "the call does not run it"
+    found = {site.weight: site.role for site in gp.sites(model)}
+    assert [role for weight, role in found.items() if "vision" in weight and weight.endswith("q_proj.weight")] == ["q"]
+    assert [role for weight, role in found.items() if "language" in weight and weight.endswith("q_proj.weight")] == [
+        "q"
+    ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
@@ -10,6 +12,7 @@ import torch
 import zoo
 from exports import SAMPLE, deployed
 
+import graphpeft as gp
 from graphpeft.errors import ExportError
 from graphpeft.exporting import onnx
 from graphpeft.exporting.flat import Flat
@@ -72,3 +75,15 @@ def test_a_model_that_torch_cannot_translate_is_explained() -> None:
     flat = Flat.of(Deciding().eval(), SAMPLE)
     with pytest.raises(ExportError, match=r"torch.onnx cannot translate the model: .*[Dd]ata-dependent"):
         onnx.translate(flat.module(), flat.inputs, flat.outputs, [flat.axes["x"]])
+
+
+def test_a_pass_of_the_pipeline_that_eats_a_slot_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The census is what each pass ensures, whatever the pass itself says."""
+
+    def eat(model: ir.Model, slots: object) -> None:
+        product = reader(next(value for value in model.graph.inputs if value.name == "out.lora_B.weight"))
+        product.replace_input_with(1, next(value for value in model.graph.inputs if value.name == "wv.lora_B.weight"))
+
+    monkeypatch.setattr(import_module("graphpeft.exporting.onnx.pipeline"), "fuse_sums", eat)
+    with pytest.raises(ExportError, match=r"out: the adapter slot did not survive .*nothing reads out\.lora_B"):
+        gp.export(deployed().model, tmp_path / "out", inputs=SAMPLE, verify="off")
