@@ -65,7 +65,7 @@ class GraphExport:
         )
         found = onnx.Slots(slots if whole else onnx.used(graph, slots))
         onnx.census(graph, found.now)
-        passes = onnx.pipeline(found, open=bool(fed), shared=shared, per_row=per_row)
+        passes = onnx.pipeline(found, swappable=bool(fed), shared=shared, per_row=per_row)
         graph = onnx.run(passes, graph)
         self.slots, self.passes = found.now, onnx.listed(passes)
         onnx.save(graph, self.path, self.slots, facts)

@@ -64,12 +64,12 @@ class Quantize(FunctionalPass):
         return "quantize"
 
 
-def pipeline(slots: Slots, *, open: bool, shared: bool = False, per_row: bool = False) -> Sequential:
-    """The passes over a translated graph before it is saved; `open` means that the graph has slots."""
+def pipeline(slots: Slots, *, swappable: bool, shared: bool = False, per_row: bool = False) -> Sequential:
+    """The passes over a translated graph before it is saved; `swappable` means that the graph has slots."""
     passes: Mapping[str, tuple[Rewrite, bool]] = {
         "share": (share, shared),
         "rows": (gate_rows, per_row),
-        "gemm": (fuse_sums, open),
+        "gemm": (fuse_sums, swappable),
         "tags": (tag, True),
         "defaults": (attach_defaults, True),
     }
