@@ -9,12 +9,12 @@ from torch import nn
 
 from graphpeft.capturing.samples import analysis_config
 from graphpeft.compat.quantized import in_floats
-from graphpeft.rewrite.state import hidden, inactive
+from graphpeft.rewrite.sync import inactive
 
 
 @contextmanager
 def base_view(model: nn.Module) -> Iterator[None]:
     """Show the base model: adapters are inactive and absent from the module tree, configs are set for a capture, and
     quantized weights appear with the shapes of their dequantized matrices."""
-    with inactive(model), hidden(model), analysis_config(model), in_floats(model):
+    with inactive(model, attached=False), analysis_config(model), in_floats(model):
         yield

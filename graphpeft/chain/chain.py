@@ -141,7 +141,8 @@ class Chain(nn.Module):
         return made
 
     @property
-    def _times(self) -> float:
+    def multiplier(self) -> float:
+        """`scale` times `strength`. Rewritten code reads it whenever it runs, so that a change of either acts at once."""
         return self.scale * self.strength
 
     @contextmanager
@@ -193,26 +194,33 @@ class Chain(nn.Module):
             for factor, value in zip(self._inner, self.start(weight, self.scale), strict=True):
                 factor.assign(value)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`(..., inputs)` to `(..., outputs)`: `scale` times the product, after dropout."""
-        x = self._product(x, self._factors)
-        return x if self._times == 1 else x * self._times
+    def forward(self, x: Tensor, times: float | None = None) -> Tensor:
+        """`(..., inputs)` to `(..., outputs)`: `times` the product, after dropout; by default the `multiplier`."""
+        return self._product(x, self._factors) * (self.multiplier if times is None else times)
 
-    def accumulate(self, y: Tensor, x: Tensor, product: Tensor | None = None, gain: Tensor | None = None) -> Tensor:
-        """`y + self(x)`. Where the factor allows it, the last product, the scale and the sum are one kernel.
+    def accumulate(
+        self,
+        y: Tensor,
+        x: Tensor,
+        product: Tensor | None = None,
+        gain: Tensor | None = None,
+        times: float | None = None,
+    ) -> Tensor:
+        """`y + self(x, times)`. Where the factor allows it, the last product, the multiplier and the sum are one kernel.
 
         A `needs_base_weight` update also takes the product of the base weight and x, without a bias, and its
         `row_scale`.
         """
+        times = self.multiplier if times is None else times
         if gain is not None and product is not None:
-            return torch.addcmul(torch.addcmul(y, product, gain - 1), self(x), gain)
+            return torch.addcmul(torch.addcmul(y, product, gain - 1), self.forward(x, times), gain)
         first, *rest = self._factors
         scatter = None
         if isinstance(first, Scatter) and rest:
             scatter, first, *rest = first, *rest
         if first.is_matmul:  # flatten once: each matrix product is then one kernel, without a reshape of its own
             x = x.reshape(-1, self.inputs)
-        return first.accumulate(y, self._product(x, rest), self._times, scatter)
+        return first.accumulate(y, self._product(x, rest), times, scatter)
 
     def _product(self, x: Tensor, factors: list[Factor]) -> Tensor:
         x = self.dropout(x) if self.probability else x
@@ -225,9 +233,9 @@ class Chain(nn.Module):
         `weight`.
         """
         if self.reweight is None:
-            return self._times * _dense(self._factors)
+            return self.multiplier * _dense(self._factors)
         assert weight is not None, "an update that depends on the base weight needs it"
-        product = self._times * _dense(self._inner)
+        product = self.multiplier * _dense(self._inner)
         delta: Tensor = self.reweight(weight.to(product.dtype), product)
         first = self._factors[0]
         return first.times(delta) if isinstance(first, Scatter) else delta
@@ -255,7 +263,7 @@ class Chain(nn.Module):
     def pair(self) -> tuple[Tensor, Tensor]:
         """A and B of the product of the factors alone, two at least, without the rest of the update: see `to_lora`."""
         a, b = self._cut()
-        return a, self._times * b
+        return a, self.multiplier * b
 
     def row_scale(self, weight: Tensor) -> Tensor:
         """The factors, `(outputs,)`, by which a `needs_base_weight` update beside a projection scales its rows."""
@@ -279,8 +287,7 @@ class Chain(nn.Module):
         if len(self._factors) < 2:
             return F.embedding(ids, self.delta(), padding_idx)
         a, b = self._cut()
-        rows = F.embedding(ids, b, padding_idx) @ a
-        return rows if self._times == 1 else rows * self._times
+        return F.embedding(ids, b, padding_idx) @ a * self.multiplier
 
     def add_rows(self, y: Tensor, ids: Tensor, padding_idx: int | None = None) -> Tensor:
         """`y + lookup(ids)` in the dtype of `y`, summed in the wider one."""

@@ -59,7 +59,7 @@ class Stack(Chain):
         """The matrices' plain LoRA pairs: A `(n, r, inputs)` and B `(n, outputs, r)`. Raises as `Chain.to_lora`."""
         return self._each(super().to_lora)
 
-    def accumulate(self, y: Tensor, x: Tensor, product: Tensor | None = None, gain: Tensor | None = None) -> Tensor:
+    def accumulate(self, y: Tensor, x: Tensor, *_: Tensor | None, times: float | None = None) -> Tensor:  # type: ignore[override]
         """Raises `AdapterError`: only the module knows which matrix multiplies an activation."""
         raise AdapterError(
             "Stacked matrices have no side path of their own: adapt the weight itself (a site of form 'weight'), as "

@@ -45,7 +45,7 @@ def exported_names(model: nn.Module, merged: bool, adapters: str | Sequence[str]
     elif adapters is not None:
         raise ExportError("merged=True folds the active adapters and takes no names; gp.activate chooses them.")
     else:
-        chosen = state.merged or state.active
+        chosen = state.merged or tuple(state.active)
     if not chosen:
         raise ExportError("No adapter is " + ("active: call gp.activate(model, name) first." if merged else "chosen."))
     if taken := sorted(RESERVED.intersection(chosen)):

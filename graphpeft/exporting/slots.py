@@ -17,8 +17,8 @@ from graphpeft.chain import Chain
 from graphpeft.errors import AdapterError, ExportError
 from graphpeft.ir.site import Site
 from graphpeft.rewrite.adapters import Adapters, home, settle
-from graphpeft.rewrite.owner import relower, vacate
-from graphpeft.rewrite.state import inactive
+from graphpeft.rewrite.owner import install
+from graphpeft.rewrite.sync import inactive, sync
 from graphpeft.runtime.layout import Slot
 
 GUEST = "0"
@@ -73,6 +73,7 @@ def inserted(model: nn.Module, branches: Mapping[Site, nn.Module]) -> Iterator[N
         finally:
             for path in paths:
                 _clear(model.get_submodule(path))
+            sync(model)
 
 
 def lora_pairs(chains: Mapping[Site, Chain]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -119,15 +120,10 @@ def _show(owner: nn.Module) -> None:
     adapters = home(owner)
     assert adapters is not None
     adapters.active = (GUEST,)
-    relower(owner)
+    install(owner)
 
 
 def _clear(owner: nn.Module) -> None:
     adapters = home(owner)
-    if adapters is None or GUEST not in adapters.sites:
-        return
-    adapters.drop(GUEST)
-    if adapters.sites:
-        relower(owner)
-    else:
-        vacate(owner)
+    if adapters is not None and GUEST in adapters.sites:
+        adapters.drop(GUEST)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from graphpeft.errors import ExportError
 from graphpeft.exporting.slots import SlotBranch, inserted, lora_pairs, named, slot_at
 from graphpeft.ir.weights import get_parameter
-from graphpeft.rewrite.state import chains, get_state, saved, set_active
+from graphpeft.rewrite.state import chains, get_state, saved
+from graphpeft.rewrite.sync import set_active
 from graphpeft.runtime.layout import AdapterInput, Arrays, NativeSlot, Pairs, Slot, a_of, b_of, filled
 
 Fill = Callable[[Sequence[AdapterInput]], Arrays]

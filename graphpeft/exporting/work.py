@@ -23,7 +23,8 @@ from graphpeft.exporting.graph_export import GraphExport
 from graphpeft.exporting.parity import ReferenceRun, Runner
 from graphpeft.exporting.slots import fingerprint
 from graphpeft.exporting.traceable import TraceableModel
-from graphpeft.rewrite.state import get_state, set_active
+from graphpeft.rewrite.state import get_state
+from graphpeft.rewrite.sync import set_active
 from graphpeft.runtime.session import Session
 
 Verify = Literal["off", "fast", "full"]

@@ -10,7 +10,7 @@ from torch import Tensor
 from graphpeft.chain import Chain, IntCodes, LearnedQuantizer, RankGate
 from graphpeft.errors import AdapterError
 from graphpeft.ir.site import Site
-from graphpeft.rewrite.weight_form import update
+from graphpeft.rewrite.delta import update
 
 DENSE = 1024
 """The largest size at which singular values are computed for an update that is not a product of two thin matrices."""

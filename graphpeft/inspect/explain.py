@@ -12,7 +12,7 @@ from graphpeft.compat.sharded import gathered
 from graphpeft.inspect.adapter_stats import Numbers, numbers
 from graphpeft.ir.layers import any_layer
 from graphpeft.ir.site import Site
-from graphpeft.rewrite.state import State, base_weight, branches, chains, get_state
+from graphpeft.rewrite.state import AdapterSet, base_weight, branches, chains, get_state
 from graphpeft.show.folding import collapse_layers, layers_text
 from graphpeft.show.sites import headings, site_dict, site_row
 from graphpeft.show.view import Grid, View
@@ -76,7 +76,7 @@ def explain(model: nn.Module, fold: bool = True) -> Explanation:
         return Explanation(_adapters(model, state), fold)
 
 
-def _adapters(model: nn.Module, state: State) -> tuple[Adapter, ...]:
+def _adapters(model: nn.Module, state: AdapterSet) -> tuple[Adapter, ...]:
     made = []
     for name, adapter in state.adapters.items():
         status = "merged" if name in state.merged else "active" if name in state.active else "resting"

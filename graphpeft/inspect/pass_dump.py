@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterable
 from functools import singledispatch
@@ -18,6 +19,8 @@ from graphpeft.match.find import SearchResult
 from graphpeft.match.products import op
 from graphpeft.planning.plan import Plan
 from graphpeft.rewrite.adapters import HOME, Adapters, home
+from graphpeft.rewrite.graph import with_numbers
+from graphpeft.rewrite.owner import Adapted
 from graphpeft.rewrite.state import find_state
 from graphpeft.show.sites import headings, site_row
 from graphpeft.show.table import table
@@ -144,14 +147,14 @@ def _tensors(adapters: Adapters) -> list[str]:
 def _graph(owner: nn.Module, adapters: Adapters) -> fx.Graph | None:
     """The owner's rewritten graph, if an adapter runs in it."""
     running = isinstance(owner, fx.GraphModule) or bool(adapters.running())
-    return cast("fx.Graph | None", getattr(owner, "graph", None)) if running else None
+    graph = cast("fx.Graph | None", getattr(owner, "graph", None)) if running else None
+    return None if graph is None else with_numbers(copy.deepcopy(graph), owner)
 
 
 def _shown(owner: nn.Module, adapters: Adapters) -> list[tuple[str, str]]:
     """Weights that the owner exposes as weight + delta, outside of any graph, and the branches that compute delta."""
-    if isinstance(owner, fx.GraphModule):
-        return []
-    return [(s.weight.rpartition(".")[2], path) for s, _, path in adapters.running() if s.form == "weight"]
+    reads = owner.reads if isinstance(owner, Adapted) else frozenset()
+    return [(s.weight.rpartition(".")[2], path) for s, _, path in adapters.running() if path in reads]
 
 
 # -- ONNX ----------------------------------------------------------------------------------------------------------

@@ -26,8 +26,10 @@ from graphpeft.match.find import SearchResult
 from graphpeft.match.owners import Uses
 from graphpeft.planning.plan import Entry
 from graphpeft.rewrite.adapters import HOME, home, places, slot
-from graphpeft.rewrite.owner import adapt
-from graphpeft.rewrite.state import chains, example, find_state, inactive
+from graphpeft.rewrite.graph import with_numbers
+from graphpeft.rewrite.lowered import adapt
+from graphpeft.rewrite.state import chains, example, find_state
+from graphpeft.rewrite.sync import inactive
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def _part(
         site = replace(branch.place, owner="")  # here the whole graph acts as the owner
         if adapt(after, uses, site, branch.chain, branch.path.removeprefix(prefix), parameter):
             served.add((branch.chain, parameter))  # places of a tied weight share the parameter
-    fill_shapes(after, model)
+    fill_shapes(with_numbers(after, model), model)
     return CapturedGraph(path, model, before, after, frozenset(node.name for node in program.constants))
 
 

@@ -19,7 +19,8 @@ from graphpeft.ir.source import code_of, location, runner
 from graphpeft.match.find import SearchResult
 from graphpeft.match.products import op
 from graphpeft.planning.absence import absences
-from graphpeft.rewrite.state import example, find_state, hidden, inactive
+from graphpeft.rewrite.state import example, find_state
+from graphpeft.rewrite.sync import inactive
 from graphpeft.rules.rule import Rule, coerce, fits
 from graphpeft.show.folding import any_outside, collapse_layers, layers_text
 from graphpeft.show.sites import role_text, rows_text
@@ -83,7 +84,7 @@ def why(model: nn.Module | ExportedProgram, path: str, rules: Any = None, *, inp
     state = find_state(module)
     on = state.adapters if state is not None else {}
     asked = coerce(rules) if rules is not None else tuple(r for adapter in on.values() for r in coerce(adapter.rules))
-    with inactive(module), hidden(module):
+    with inactive(module, attached=False):
         names = [name for name, p in module.named_parameters(remove_duplicate=False) if p.dim() > 1]
         meant = [name for name in names if fits(path, name) or name.startswith(f"{path}.")]
         if not meant:

@@ -94,7 +94,7 @@ def trace(module: nn.Module, keep: bool = False) -> fx.Graph | None:
 
 def forget_constants(module: nn.Module, known: Collection[str] = ()) -> None:
     """Delete the constants that tracing left on the module, except the `known` ones."""
-    for name in [n for n in module.__dict__ if CONSTANT.fullmatch(n) and n not in known]:
+    for name in [n for n in module.__dict__ if n[:8] == "_tensor_" and CONSTANT.fullmatch(n) and n not in known]:
         del module.__dict__[name]
 
 

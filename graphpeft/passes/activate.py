@@ -9,15 +9,8 @@ from contextlib import contextmanager
 from torch import nn
 
 from graphpeft.errors import AdapterError
-from graphpeft.rewrite.state import (
-    chains,
-    get_state,
-    inactive,
-    inside,
-    names,
-    refuse_merged,
-    set_active,
-)
+from graphpeft.rewrite.state import get_state, names, refuse_merged
+from graphpeft.rewrite.sync import opened, set_active
 from graphpeft.tracing import as_pass
 
 
@@ -35,25 +28,13 @@ def activate(model: nn.Module, name: str | Sequence[str] | Mapping[str, float] |
     strengths = {each: float(name[each]) if isinstance(name, Mapping) else 1.0 for each in chosen}
     if wrong := [each for each, strength in strengths.items() if not math.isfinite(strength)]:
         raise AdapterError(f"The strength of {wrong[0]!r} is {strengths[wrong[0]]}; it has to be a finite number.")
-    changed = [each for each in chosen if _strengthen(model, each, strengths[each])]
-    if changed:  # owners' graphs hold strengths as constants, so switch these adapters off to rebuild the graphs
-        set_active(model, tuple(each for each in get_state(model).active if each not in changed))
-    set_active(model, chosen)
-
-
-def _strengthen(model: nn.Module, name: str, strength: float) -> bool:
-    """Set the strength of an adapter's branches; returns whether any of them changed."""
-    branches = chains(model, name).values()
-    changed = any(chain.strength != strength for chain in branches)
-    for chain in branches:
-        chain.strength = strength
-    return changed
+    set_active(model, strengths)
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Within this context the model is its base, bit for bit. Raises `AdapterError` if it is merged or not adapted."""
-    if not get_state(model).inside:  # contexts may be nested
+    if not get_state(model).contexts:  # contexts may be nested
         refuse_merged(model, "disable adapters")
-    with inside(model, "gp.disabled"), inactive(model):
+    with opened(model, "gp.disabled", ()):
         yield

@@ -19,10 +19,11 @@ from graphpeft.methods.lora import LoRA
 from graphpeft.passes.insert import insert
 from graphpeft.planning.plan import Entry
 from graphpeft.rewrite.adapters import places
+from graphpeft.rewrite.delta import update
 from graphpeft.rewrite.fill import fill
 from graphpeft.rewrite.naming import check_name
-from graphpeft.rewrite.state import chains, get_state, names, refuse_merged, set_active
-from graphpeft.rewrite.weight_form import update
+from graphpeft.rewrite.state import chains, get_state, names, refuse_merged
+from graphpeft.rewrite.sync import set_active
 from graphpeft.rules.rule import parse, to_text
 from graphpeft.tracing import as_pass
 

@@ -55,8 +55,7 @@ def compact(model: nn.Module, name: str | None = None) -> nn.Module:
             f"No adapter of {type(model).__name__} has gates that decide a rank or a precision, so there is nothing to "
             f"compact. Train one that has: `blora`."
         )
-    for adapter, branches in made.items():
-        replace_branches(model, adapter, branches)
+    replace_branches(model, made)
     return model
 
 
@@ -77,7 +76,6 @@ def _smaller(model: nn.Module, adapter: str) -> dict[Site, Made | None]:
         with torch.device(chain.device):
             branch = smaller.build().to(chain.dtype)
         _fill(chain, branch)
-        branch.strength = chain.strength
         made[entry.site] = smaller, branch
     return made
 

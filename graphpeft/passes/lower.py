@@ -38,8 +38,7 @@ def lower(model: nn.Module, name: str | None = None) -> nn.Module:
             for entry in state.adapters[adapter].entries
             if not isinstance(entry.method, LoRA)
         }
-    for adapter, made in lowered.items():
-        replace_branches(model, adapter, made)
+    replace_branches(model, lowered)
     return model
 
 
@@ -59,7 +58,6 @@ def _plain(entry: Entry, chain: Chain, adapter: str) -> tuple[Entry, Chain]:
     made = Entry(site, LoRA(r=a.shape[-2]), entry.rule)
     with torch.device(chain.device):
         plain = made.build().to(chain.dtype)
-    plain.strength = chain.strength
     left, right = list(plain.factors)[-2:]
     with torch.no_grad():
         left.weight.copy_(b)  # type: ignore[operator]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,16 +12,15 @@ from torch import nn
 from graphpeft.ambient import plain
 from graphpeft.compat.accelerate import offloaded
 from graphpeft.compat.quantized import library
-from graphpeft.compat.sharded import full_tensor, gathered, reshard, shard_like
+from graphpeft.compat.sharded import full_tensor, gathered, shard_like
 from graphpeft.errors import AdapterError
 from graphpeft.ir.site import Site
 from graphpeft.ir.weights import float_weight, get_parameter
-from graphpeft.rewrite.adapters import home
-from graphpeft.rewrite.owner import refuse_replaced, reoccupy, vacate
+from graphpeft.rewrite.delta import add_delta, update
 from graphpeft.rewrite.requantize import Requantized, Rounding, refuse_quantized, requantized
-from graphpeft.rewrite.state import branches, chains, get_state, names, owners, refuse_merged, set_active
+from graphpeft.rewrite.state import Merge, branches, chains, get_state, names, refuse_merged
+from graphpeft.rewrite.sync import changing, sync
 from graphpeft.rewrite.tied import refuse_tied
-from graphpeft.rewrite.weight_form import add_delta, update
 from graphpeft.tracing import as_pass
 
 
@@ -40,12 +40,10 @@ def merge(model: nn.Module, name: str | Sequence[str] | None = None, *, requanti
     """
     state = get_state(model)
     refuse_merged(model, "merge")
-    folded = state.active if name is None else names(model, name if isinstance(name, str) else tuple(name))
+    folded = tuple(state.active) if name is None else names(model, name if isinstance(name, str) else tuple(name))
     if not folded:
         raise AdapterError("No adapter is active, so there is nothing to merge. Name one: gp.merge(model, 'default').")
     _refuse_quantized(model, folded, requantize)
-    for owner in owners(model, tuple(state.adapters)).values():
-        refuse_replaced(owner)
     for adapter in folded:
         for site, chain in chains(model, adapter).items():
             refuse_tied(model, site)
@@ -72,24 +70,20 @@ def _write(
 ) -> None:
     """Make the model plain and write the new values, or leave it as it was.
 
-    Roll-back works like a write-ahead log: `state.originals`, `state.parked` and `state.merged`, all that `unmerge`
-    needs, are recorded before the first change. Any interruption, including Ctrl-C, then runs `_put_back`. If that is
-    interrupted too, the record is still there, the model counts as merged, and `unmerge` or `remove` finishes the job.
+    This works like a write-ahead log: the originals are recorded before the first change. Whatever interrupts the work, `sync`
+    then finds a merge that is not complete and puts them back.
     """
-    state = get_state(model)
     before = {parameter: parameter.detach().clone() for parameter in updated}
-    touched = owners(model, tuple(state.adapters))
-    try:
-        state.originals = {path: before[parameter] for path, parameter in weights.items() if parameter in before}
-        state.parked = {path: found for path, owner in touched.items() if (found := home(owner)) is not None}
-        state.merged = folded
-        for owner in touched.values():
-            vacate(owner, keep_mode=True)
-        for parameter, value in updated.items():
-            parameter.data.copy_(value)  # rounds once, to the weight's own dtype
-    except BaseException:
-        _put_back(model)
-        raise
+    originals = {path: before[parameter] for path, parameter in weights.items() if parameter in before}
+    with changing(model) as state:
+        state.__dict__.update(merge=Merge(folded, originals), attached=False)
+        try:
+            for parameter, value in updated.items():
+                parameter.data.copy_(value)  # rounds once, to the weight's own dtype
+            state.merge = Merge(folded, originals, complete=True)
+        except BaseException:
+            sync(model)
+            raise
 
 
 @torch.no_grad()
@@ -115,20 +109,13 @@ def unmerge(model: nn.Module) -> None:
     state = get_state(model)
     if not state.merged:
         raise AdapterError(f"Nothing is merged into {type(model).__name__}. gp.merge(model) folds the active adapters.")
-    reshard(model)
-    _put_back(model)
-
-
-def _put_back(model: nn.Module) -> None:
-    """Restore the recorded weights and adapters. The record is cleared last, so an interrupted call can be repeated."""
-    state = get_state(model)
-    weights = {path: get_parameter(model, path) for path in state.originals}  # raises before anything is changed
-    for path, original in state.originals.items():
-        weights[path].data.copy_(original)
-    for path, adapters in state.parked.items():
-        reoccupy(model.get_submodule(path), adapters)
-    set_active(model, state.active)
-    state.merged, state.originals, state.parked = (), {}, {}
+    assert state.merge is not None
+    state.__dict__.update(merge=replace(state.merge, complete=False), pending=True)
+    try:
+        sync(model)
+    except BaseException:
+        sync(model)
+        raise
 
 
 def _refuse_overflow(weights: Mapping[str, nn.Parameter], updated: Mapping[nn.Parameter, torch.Tensor]) -> None:

@@ -15,7 +15,8 @@ from graphpeft.compat.pytree import tree_leaves, tree_map
 from graphpeft.errors import AdapterError
 from graphpeft.rewrite.adapters import home, places
 from graphpeft.rewrite.rows import Assignment, Rows
-from graphpeft.rewrite.state import chains, example, get_state, inside, names, owners, refuse_merged, set_active
+from graphpeft.rewrite.state import chains, example, get_state, names, owners, refuse_merged
+from graphpeft.rewrite.sync import opened
 
 
 @contextmanager
@@ -44,32 +45,12 @@ def per_row(
     assignment = Assignment(beams, rows=dict.fromkeys(chosen, torch.empty(0, dtype=torch.long)))
     assignment.assign(adapters)
     _refuse_weights(model, chosen)
-    with _lowered(model, chosen, assignment) as rows:
+    strengths = {name: get_state(model).active.get(name, 1.0) for name in chosen}
+    with opened(model, "gp.per_row", strengths, assignment):
+        found = get_state(model).containers
+        rows = {path: each for path in owners(model, chosen) if (each := found[path].by_row) is not None}
         _find_rows(model, chosen, rows, example_call(model, example(model, inputs)))
-        with inside(model, "gp.per_row"):
-            yield assignment.assign
-
-
-@contextmanager
-def _lowered(model: nn.Module, chosen: tuple[str, ...], assignment: Assignment) -> Iterator[dict[str, Rows]]:
-    """Within this context the owners' graphs select rows; yields each owner's row selector by path."""
-    active, rows = get_state(model).active, {}
-    set_active(model, ())
-    try:
-        for path, owner in owners(model, chosen).items():
-            found = home(owner)
-            assert found is not None, f"the owner {path} lost its adapters"
-            rows[path] = found.by_row = Rows(path, assignment)
-        set_active(model, chosen)
-        yield rows
-    finally:
-        set_active(model, ())
-        for path in rows:
-            found = home(model.get_submodule(path))
-            if found is not None and found.by_row is not None:
-                del found.by_row  # a submodule: assigning None would leave its name among the submodules
-                found.by_row = None
-        set_active(model, active)
+        yield assignment.assign
 
 
 def _refuse_weights(model: nn.Module, chosen: tuple[str, ...]) -> None:

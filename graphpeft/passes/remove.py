@@ -7,34 +7,29 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from graphpeft.compat.quantized import release_order
 from graphpeft.passes.merge import unmerge
-from graphpeft.rewrite.adapters import home
-from graphpeft.rewrite.freezing import require
-from graphpeft.rewrite.owner import STATE, vacate
-from graphpeft.rewrite.state import (
-    find_state,
-    get_state,
-    names,
-    owners,
-    refuse_inside,
-    set_active,
-)
+from graphpeft.rewrite.state import get_state, names, refuse_inside
+from graphpeft.rewrite.sync import begin, changing, undo_tentative
 from graphpeft.tracing import as_pass
 
 
 @contextmanager
 def undone_on_error(model: nn.Module, name: str) -> Iterator[None]:
-    """On an error inside, remove the adapter `name` if it was added there, and reactivate the previous adapters."""
-    state = find_state(model)
-    before, known = (state.active, name in state.adapters) if state is not None else ((), False)
-    try:
+    """On an error inside, remove the adapter `name` if it was added there, and reactivate the previous adapters.
+
+    If that is interrupted too, the next call does it: the record says which adapter is tentative.
+    """
+    state = begin(model)
+    if name in state.adapters or state.tentative is not None:
         yield
+        return
+    try:
+        state.tentative = name, dict(state.active)
+        yield
+        state.tentative = None
     except BaseException:
-        if not known and (state := find_state(model)) is not None and name in state.adapters:
-            remove(model, name)
-        if before:
-            set_active(model, before)
+        if state.tentative is not None:
+            undo_tentative(model, state)
         raise
 
 
@@ -49,18 +44,8 @@ def remove(model: nn.Module, name: str | None = None) -> None:
     leaving = names(model, name)
     if state.merged:
         unmerge(model)
-    set_active(model, tuple(n for n in state.active if n not in leaving))
-    for module in owners(model, leaving).values():
-        adapters = home(module)
-        assert adapters is not None
-        for gone in leaving:
-            if gone in adapters.sites:
-                adapters.drop(gone)
-        if not adapters.sites:
-            vacate(module)
-    for gone in leaving:
-        del state.adapters[gone]
-    if not state.adapters:
-        require(model, state.required)
-        release_order(model, state.held)
-        del model.__dict__[STATE]
+    with changing(model) as state:
+        state.__dict__.update(
+            adapters={each: adapter for each, adapter in state.adapters.items() if each not in leaving},
+            active={each: strength for each, strength in state.active.items() if each not in leaving},
+        )

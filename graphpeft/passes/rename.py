@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from graphpeft.rewrite.adapters import home
 from graphpeft.rewrite.naming import check_name
-from graphpeft.rewrite.owner import relower
-from graphpeft.rewrite.state import get_state, names, owners, refuse_merged
+from graphpeft.rewrite.state import AdapterSet, names, refuse_merged
+from graphpeft.rewrite.sync import finish
 from graphpeft.tracing import as_pass
 
 
@@ -20,13 +19,14 @@ def rename(model: nn.Module, old: str, new: str) -> nn.Module:
     refuse_merged(model, "rename an adapter")
     names(model, old)
     check_name(model, new)
-    state = get_state(model)
-    touched = owners(model, (old,))
-    state.adapters = {new if name == old else name: adapter for name, adapter in state.adapters.items()}
-    state.active = tuple(new if name == old else name for name in state.active)
-    for owner in touched.values():
-        adapters = home(owner)
-        assert adapters is not None, "the adapter has sites there"
-        adapters.rename(old, new)
-        relower(owner)
+
+    def work(_: nn.Module, state: AdapterSet) -> None:
+        state.__dict__.update(
+            adapters={new if name == old else name: adapter for name, adapter in state.adapters.items()},
+            active={new if name == old else name: strength for name, strength in state.active.items()},
+        )
+        for adapters in state.containers.values():
+            adapters.rename(old, new)
+
+    finish(model, work)
     return model

@@ -57,7 +57,7 @@ def save(model: nn.Module, folder: str | Path, name: str | None = None, format: 
             f"gp.save(model, folder, name={next(iter(state.adapters))!r})."
         )
     (chosen,) = names(model, name)
-    loose = [n for n, p in model.named_parameters() if p.requires_grad and n in state.required]
+    loose = [n for n, p in model.named_parameters() if p.requires_grad and n in state.base_requires_grad]
     if loose:
         warnings.warn(
             f"{', '.join(loose[:3])} {'and others train' if len(loose) > 3 else 'train'} too but belong to no adapter, so they "

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from graphpeft.ambient import as_called, plain
 from graphpeft.capturing.capture import Inputs, example_call, inference_view
@@ -20,9 +20,10 @@ from graphpeft.ir.site import Site
 from graphpeft.ir.weights import float_weight, get_parameter
 from graphpeft.passes.merge import merge, unmerge
 from graphpeft.rewrite.adapters import home, places
-from graphpeft.rewrite.owner import Adapted, relower
-from graphpeft.rewrite.state import chains, get_state, inactive, owners
-from graphpeft.rewrite.weight_form import update
+from graphpeft.rewrite.delta import update
+from graphpeft.rewrite.owner import Adapted, install
+from graphpeft.rewrite.state import chains, get_state, owners
+from graphpeft.rewrite.sync import inactive
 from graphpeft.tracing import as_pass
 
 Level = Literal["off", "fast", "full"]
@@ -72,14 +73,14 @@ def verify(model: nn.Module, inputs: Inputs = None, level: Level = "full", ident
 def _accounting(model: nn.Module, report: Report) -> None:
     state = get_state(model)
     names = dict(model.named_parameters())
-    lost = [n for n in state.required if n not in names]
+    lost = [n for n in state.base_requires_grad if n not in names]
     report.add(
         "base names",
         not lost,
-        f"{len(state.required)} parameters keep their names" if not lost else f"lost: {lost[:3]}",
+        f"{len(state.base_requires_grad)} parameters keep their names" if not lost else f"lost: {lost[:3]}",
     )
     planned = {id(p) for a in state.active for c in chains(model, a).values() for p in c.parameters()}
-    trained = {id(p): n for n, p in names.items() if p.requires_grad and n not in state.required}
+    trained = {id(p): n for n, p in names.items() if p.requires_grad and n not in state.base_requires_grad}
     missing, extra = planned - trained.keys(), [n for i, n in trained.items() if i not in planned]
     report.add(
         "trainable",
@@ -94,15 +95,14 @@ def _graphs(model: nn.Module, report: Report) -> None:
     """Check that every active branch is in its owner's graph, or that its owner exposes the adapted weight."""
     state = get_state(model)
     absent = []
-    for path, owner in owners(model, state.active).items():
+    for path, owner in owners(model, tuple(state.active)).items():
         adapters = home(owner)
         graph = getattr(owner, "graph", None)
         tags = {n.meta.get("graphpeft") for n in graph.nodes} if graph is not None else set()
         for site, chain, branch in adapters.running() if adapters else []:
             # One branch serves two places of a tied weight in one owner.
             names = {b for _, c, b in adapters.running() if c is chain} if adapters else {branch}
-            shown = site.form == "weight" and not isinstance(owner, fx.GraphModule)
-            if not isinstance(owner, Adapted) if shown else not names & tags:
+            if not names & (tags | (owner.reads if isinstance(owner, Adapted) else frozenset())):
                 absent.append(f"{path}:{site.role}")
     count = sum(len(state.adapters[a].entries) for a in state.active)
     report.add("graphs", not absent, f"{count} sites rewritten" if not absent else f"no branch at {absent[:3]}")
@@ -204,4 +204,4 @@ def _switch(owner: nn.Module, names: tuple[str, ...]) -> None:
     adapters = home(owner)
     assert adapters is not None
     adapters.active = names
-    relower(owner)
+    install(owner)

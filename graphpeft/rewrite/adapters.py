@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, cast
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from graphpeft.errors import AdapterError
 from graphpeft.ir.site import Site
@@ -16,6 +16,20 @@ from graphpeft.rewrite.rows import Rows
 
 HOME = "adapters"
 """Attribute of an owner under which its adapters live."""
+
+
+REMEMBERED = 8
+"""How many classes an owner keeps for adapters that are not active now."""
+
+
+@dataclass(frozen=True)
+class Installed:
+    """A class that was made for an owner, and for a graph module its graph."""
+
+    wanted: tuple[Any, ...]
+    """What it was made for: see `owner.install`."""
+    kind: type[nn.Module]
+    graph: fx.Graph | None
 
 
 class Adapters(nn.Module):
@@ -31,8 +45,12 @@ class Adapters(nn.Module):
         """For such an owner, the mode that `train()` or `eval()` asked for; `None` as long as neither was called."""
         self.refusals: dict[str, Any] = {}
         """The `train` and `eval` that torch.export put on the instance, which raise."""
-        self.shown: dict[tuple[str, bool], Tensor] | None = None
-        """While the owner's `forward` runs, its adapted weights, by name and by whether gradients are recorded."""
+        self.detached = False
+        """Whether the owner was restored and its adapters taken off the module tree, to be put back later."""
+        self.opaque = False
+        """Whether nobody saw how the model uses the owner, so that its code runs as it is and reads adapted weights."""
+        self.installed: dict[tuple[tuple[str, ...], bool], Installed] = {}
+        """Classes made for the owner, by the adapters that are active in them and whether rows differ."""
         self.guests: set[str] = set()
         """Branches that another owner's tied weight brought along: a state dict holds them there alone."""
         self.by_row: Rows | None = None
@@ -54,6 +72,17 @@ class Adapters(nn.Module):
         self.sites[name][key] = site
         if guest:
             self.guests.add(f"{name}.{key}.")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Classes made here can be neither pickled nor shared: a copy makes its own."""
+        return {**super().__getstate__(), "installed": {}}
+
+    def remember(self, state: tuple[tuple[str, ...], bool], made: Installed) -> None:
+        """Keep a class that was made, and only the last few: who goes through many sets of adapters makes many."""
+        self.installed.pop(state, None)
+        self.installed[state] = made
+        while len(self.installed) > REMEMBERED:
+            del self.installed[next(iter(self.installed))]
 
     def drop(self, name: str) -> None:
         del self._modules[name], self.sites[name]
@@ -82,8 +111,49 @@ class Adapters(nn.Module):
         for key, site in self.sites[name].items():
             yield site, modules[key], f"{HOME}.{name}.{key}"
 
+    def _branches(self, name: str) -> dict[str, nn.Module]:
+        return cast(nn.ModuleDict, self._modules[name])._modules
+
+    def branch(self, name: str, key: str) -> nn.Module:
+        return cast(nn.ModuleDict, self._modules[name])[key]
+
+    def trained(self, name: str) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
+        """The branches of an adapter, each with its parameters."""
+        for branch in self._branches(name).values():
+            parts = _inside(branch)
+            yield branch, [p for part in parts for p in part._parameters.values() if p is not None]
+
+    def fits(self, owner: nn.Module) -> bool:
+        """Whether the owner has the weights that the adapters were made for."""
+        for site in (site for sites in self.sites.values() for site in sites.values()):
+            try:
+                weight = adapted_parameter(owner, site)
+            except AdapterError:
+                return False
+            if weight.is_floating_point() and weight.numel() != (site.full or site.outputs) * site.inputs * (
+                site.stack or 1
+            ):
+                return False
+        return True
+
     def running(self) -> list[tuple[Site, nn.Module, str]]:
         return [b for name in self.active for b in self.branches(name)]
+
+    def running_modules(self) -> Iterator[nn.Module]:
+        """Every module of the active branches."""
+        for name in self.active:
+            yield from _inside(self._modules[name])
+
+
+def _inside(module: nn.Module | None) -> list[nn.Module]:
+    """The module and all below it. Written out, because switching adapters goes through all of them."""
+    found, waiting = [], [module]
+    while waiting:
+        part = waiting.pop()
+        if part is not None:
+            found.append(part)
+            waiting.extend(part._modules.values())
+    return found
 
 
 # A state dict with two names for one tensor would not pass safetensors, which transformers saves models with.
@@ -130,8 +200,8 @@ def home(owner: nn.Module) -> Adapters | None:
     return found if isinstance(found, Adapters) else None
 
 
-def settle(owner: nn.Module, path: str) -> Adapters:
-    """The owner's adapters, made empty on first use."""
+def container(owner: nn.Module, path: str) -> Adapters:
+    """The owner's adapters, or an empty container for them that is not yet in the module tree."""
     existing = home(owner)
     if existing is not None:
         return existing
@@ -140,9 +210,23 @@ def settle(owner: nn.Module, path: str) -> Adapters:
             f"{path or type(owner).__name__} already has an attribute {HOME!r}, where graphpeft keeps its adapters. "
             f"Rename that attribute, or choose other sites."
         )
-    fresh = Adapters()
+    return Adapters()
+
+
+def hold(owner: nn.Module, adapters: Adapters) -> None:
+    """Put a container into the module tree, if it is not there yet."""
+    if home(owner) is adapters:
+        return
     if isinstance(owner, fx.GraphModule):
-        fresh.base_graph = copy.deepcopy(owner.graph)
-        fresh.refusals = {n: owner.__dict__.pop(n) for n in ("train", "eval") if n in owner.__dict__}
-    owner.add_module(HOME, fresh)
-    return fresh
+        adapters.base_graph = owner.graph
+        adapters.refusals = {n: owner.__dict__[n] for n in ("train", "eval") if n in owner.__dict__}
+    owner.add_module(HOME, adapters)
+    for name in adapters.refusals:
+        owner.__dict__.pop(name, None)
+
+
+def settle(owner: nn.Module, path: str) -> Adapters:
+    """The owner's adapters, made empty on first use."""
+    adapters = container(owner, path)
+    hold(owner, adapters)
+    return adapters

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ from graphpeft.chain import Chain, Factor, Transform
 from graphpeft.compat.accelerate import device_of
 from graphpeft.compat.quantized import library
 from graphpeft.errors import AdapterError
+from graphpeft.ir.site import Site
 from graphpeft.ir.weights import get_parameter
 from graphpeft.planning.plan import Entry
 from graphpeft.rewrite.adapters import places
+from graphpeft.rewrite.kinds import kind_of
 
 
 def check_places(model: nn.Module, entry: Entry) -> None:
@@ -35,6 +38,17 @@ def check_places(model: nn.Module, entry: Entry) -> None:
                 f"{place.weight} and {site.weight} are one tensor, read as (out, in) by one module and as (in, out) by "
                 f"the other, so no single update serves both. Untie them, or choose other sites."
             )
+
+
+def at_holder(model: nn.Module, site: Site, moved: set[str]) -> Site:
+    """The site with the module that holds the weight as its owner, where Python code reads the weight of a module below it: what
+    the code reads is shown there. Adds the holders of such weights to `moved`."""
+    holder = site.weight.rpartition(".")[0]
+    tied = tuple(at_holder(model, place, moved) for place in site.tied)
+    if holder == site.owner or kind_of(model.get_submodule(site.owner)) == "graph":
+        return replace(site, tied=tied) if tied != site.tied else site
+    moved.add(holder)
+    return replace(site, owner=holder, tied=tied)
 
 
 def make_branch(model: nn.Module, entry: Entry, shared: dict[str, Any]) -> Chain:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, cast
 
 import torch
@@ -15,7 +15,7 @@ from graphpeft.ir.site import Site
 from graphpeft.ir.weights import as_out_in, weight_layout
 from graphpeft.match.owners import Lookup
 from graphpeft.match.products import added_to, op
-from graphpeft.rewrite.weight_form import added
+from graphpeft.rewrite.delta import added
 
 CHECKS = frozenset(
     {"_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range_for_size", "_guards_fn"}
@@ -26,6 +26,18 @@ def strip_checks(graph: fx.Graph) -> fx.Graph:
     """Erase the run-time checks of a capture, in place. They freeze dtype and device, and count as users of values."""
     for node in reversed(list(graph.nodes)):
         if (op(node) in CHECKS or node.target == "_guards_fn") and not node.users:
+            graph.erase_node(node)
+    return graph
+
+
+def with_numbers(graph: fx.Graph, owner: nn.Module) -> fx.Graph:
+    """The graph with the branches' multipliers as numbers, as readers want to see them; in place."""
+    for node in list(graph.nodes):
+        if node.op == "get_attr" and "graphpeft" in node.meta and str(node.target).endswith(".multiplier"):
+            number = reduce(getattr, str(node.target).split("."), cast(Any, owner))
+            for user in list(node.users):
+                values = {read: number if read is node else read for read in user.all_input_nodes}
+                user.args, user.kwargs = fx.map_arg((user.args, user.kwargs), values.__getitem__)
             graph.erase_node(node)
     return graph
 
@@ -48,24 +60,26 @@ class _Branch(nn.Module):
         """Path of a tensor that has the dtype to cast to."""
         self.narrow = dtype is not None and torch.promote_types(dtype, torch.float32) != dtype
 
-    def sum(self, *values: torch.Tensor) -> torch.Tensor:
+    def sum(self, times: float, *values: torch.Tensor) -> torch.Tensor:
         accumulate: Any = self.branch.accumulate
+        if hasattr(self.branch, "multiplier"):
+            accumulate = partial(accumulate, times=times)
         if self.like is None:
             return cast(torch.Tensor, accumulate(*values))
         kind = reduce(getattr, self.like.split("."), cast(Any, self.branch)).dtype
         return cast(torch.Tensor, accumulate(*(value.to(kind) for value in values)).to(values[0].dtype))
 
-    def forward(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return self.sum(y, x)
+    def forward(self, times: float, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return self.sum(times, y, x)
 
 
 class _RelativeBranch(_Branch):
     """The same for a branch relative to the base weight W: it takes W x without the bias that y has, and its gain."""
 
     def forward(  # type: ignore[override]
-        self, y: torch.Tensor, x: torch.Tensor, product: torch.Tensor, gain: torch.Tensor
+        self, times: float, y: torch.Tensor, x: torch.Tensor, product: torch.Tensor, gain: torch.Tensor
     ) -> torch.Tensor:
-        made = self.sum(y, x, product, gain)
+        made = self.sum(times, y, x, product, gain)
         return made.to(y.dtype) if self.narrow and self.like is None else made  # a gain is float32 or better
 
 
@@ -118,8 +132,11 @@ class Splice:
         index = None
         if self.rows:  # a gain, the fourth, is one for all rows
             anchor, index, values[:3] = self._pick(node, anchor, source, values[:3])
+        anchor, times = self._multiplier(node, anchor)
         inner = _BranchTracer().trace(kind(self.branch, dtype))
-        env = dict(zip((n for n in inner.nodes if n.op == "placeholder"), values, strict=True))
+        env: dict[fx.Node, Any] = dict(
+            zip((n for n in inner.nodes if n.op == "placeholder"), (times, *values), strict=True)
+        )
         for inside in inner.nodes:
             if inside.op == "output":
                 self._close(node, readers, self._put_back(node, last, index, env[cast(fx.Node, inside.args[0])]))
@@ -231,6 +248,15 @@ class Splice:
             module = self.graph.create_node("get_attr", self.path)
         self._tag(module, node)
         return module
+
+    def _multiplier(self, node: fx.Node, anchor: fx.Node) -> tuple[fx.Node, fx.Node | float]:
+        """The last node that is new, and the branch's multiplier, which is read when the code runs."""
+        if not hasattr(self.branch, "multiplier"):
+            return anchor, 1.0
+        with self.graph.inserting_after(anchor):
+            times = self.graph.create_node("get_attr", f"{self.path}.multiplier")
+        self._tag(times, node)
+        return times, times
 
     def _tag(self, new: fx.Node, node: fx.Node, module: nn.Module | None = None, path: str | None = None) -> None:
         """Where an inserted node belongs, so that viewers and the ONNX exporter group it with its module."""

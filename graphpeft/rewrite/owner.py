@@ -1,16 +1,16 @@
-"""Owner graphs: the one place where adapters enter a model.
+"""Owners: the modules that adapters change.
 
-A site's *owner* is the smallest module whose own FX graph contains the projection; for an exported program it is
-the root. An owner is rewritten by tracing it, inserting each active branch after its projection, and giving the
-module a subclass of its class whose `forward` is the generated code. Because the module object stays the same,
-everything that refers to it (tied modules, optimizers, hooks, `isinstance`) keeps working, and its weights keep
-their names. The rewritten graph is a pure function of (base graph, active branches): nothing is edited twice, and
-restoring the class restores the base model to the bit.
+A site's *owner* is the smallest module whose own code contains the projection; for an exported program it is the root. While
+adapters run, the owner has a subclass of its class, made for what runs. Because the module object stays the same, everything
+that refers to it (tied modules, optimizers, hooks, `isinstance`) keeps working, and its weights keep their names. The class is
+a pure function of the owner's own class and its active branches: nothing is edited twice, and giving the owner its own class
+back restores the base model to the bit.
 """
 
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
@@ -18,16 +18,17 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
+from graphpeft.chain import Chain
 from graphpeft.compat.accelerate import become, has_instance_forward
 from graphpeft.compat.fake_tensors import fill_shapes
-from graphpeft.compat.quantized import KEPT, Kept, packed, weight_node
+from graphpeft.compat.graph_modules import put_graph
+from graphpeft.compat.quantized import KEPT, Kept, packed
 from graphpeft.compat.sharded import sharded
 from graphpeft.errors import AdapterError
-from graphpeft.ir.site import Site
-from graphpeft.match.owners import Uses, forget_constants, trace
-from graphpeft.names import unwritable
-from graphpeft.rewrite.adapters import HOME, Adapters, adapted_parameter, home
-from graphpeft.rewrite.graph import Splice, strip_checks
+from graphpeft.rewrite.adapters import HOME, Adapters, Installed, home
+from graphpeft.rewrite.generated import compiled
+from graphpeft.rewrite.kinds import kind_of
+from graphpeft.rewrite.lowered import lowered, no_use
 from graphpeft.rewrite.mode import set_mode
 from graphpeft.rewrite.weight_form import weight_form
 
@@ -39,18 +40,20 @@ class Adapted:
     base_class: type[nn.Module]
     dtypes: frozenset[torch.dtype]
     """Of the parameters when the graph was made."""
+    reads: frozenset[str] = frozenset()
+    """Paths of the branches that act through the weights that the owner's code reads."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """After a change of dtype the casts in the graph may be wrong: lower again."""
+        """After a change of dtype the casts in the graph may be wrong: install anew."""
         module = cast(nn.Module, self)
         result = cast(Any, super())._apply(fn, recurse)
         # Compared with the graph, not with before the call: a tied weight was changed with its first holder.
         if _dtypes(module) != self.dtypes:
-            relower(module)
+            install(module)
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        # The generated code refers to nothing but `self`, so a copy shares its class.
+        # The code refers to nothing but `self`, so a copy shares its class.
         clone = memo[id(self)] = type(self).__new__(type(self))
         clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return clone
@@ -66,12 +69,22 @@ def _dtypes(module: nn.Module) -> frozenset[torch.dtype]:
 def _rebuild(base_class: type[nn.Module], state: dict[str, Any]) -> nn.Module:
     module = base_class.__new__(base_class)
     module.__dict__.update(state)
-    relower(module)
+    install(module)
     return module
 
 
 class AdaptedGraph(Adapted):
     """An adapted `GraphModule`: it can be switched between train and eval, and copies keep their adapters."""
+
+    @property
+    def code(self) -> str:
+        return str(cast(fx.GraphModule, self).graph.python_code("self").src)
+
+    def recompile(self) -> Any:
+        """Compile the graph into the class that is this module's alone."""
+        graph = cast(fx.GraphModule, self).graph
+        cast(Any, type(self)).forward = compiled(graph)
+        return graph.python_code("self")
 
     def train(self, mode: bool = True) -> Any:
         module = cast(fx.GraphModule, self)
@@ -88,7 +101,9 @@ class AdaptedGraph(Adapted):
         # A GraphModule compiles its code into its own class: a copy that shared the class would rewrite the original.
         clone = memo[id(self)] = self.base_class.__new__(self.base_class)
         clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        relower(clone)
+        adapters = cast(Adapters, home(clone))
+        clone.graph = cast(Any, adapters.base_graph)
+        install(clone)
         return clone
 
 
@@ -108,21 +123,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             cast(Adapters, home(cast(nn.Module, module))).mode = mode
-            relower(cast(nn.Module, module))
-
-
-STATE = "_graphpeft"
-"""Attribute of the root model that holds its `State`; named here because copies must carry it along."""
-
-
-def restore(owner: nn.Module) -> None:
-    """Give the owner its own code back."""
-    if isinstance(owner, Adapted):
-        become(owner, _without(type(owner)))
-        forget_constants(owner)
-    adapters = home(owner)
-    if isinstance(owner, fx.GraphModule) and adapters is not None and adapters.base_graph is not None:
-        owner.graph = copy.deepcopy(adapters.base_graph)
+            install(cast(nn.Module, module))
 
 
 def refuse_replaced(owner: nn.Module) -> None:
@@ -139,165 +140,172 @@ MADE = frozenset({"__dict__", "__weakref__", "forward", "__call__", "_wrapped_ca
 """Members of a class that Python or `fx.GraphModule` makes anew."""
 
 
-def _without(kind: type) -> type[nn.Module]:
+def without_adapters(kind: type) -> type[nn.Module]:
     """A class without adapters; what was put on top of them meanwhile, as FSDP2 does, stays."""
     if "base_class" in kind.__dict__:
         return cast(type[nn.Module], kind.base_class)  # type: ignore[attr-defined]
-    bases = tuple(_without(base) if issubclass(base, Adapted) else base for base in kind.__bases__)
+    if not issubclass(kind, Adapted):
+        return kind  # type: ignore[return-value]
+    bases = tuple(without_adapters(base) for base in kind.__bases__)
     members = {name: value for name, value in kind.__dict__.items() if name not in MADE}
     if issubclass(kind, fx.GraphModule):
         members["__call__"] = _call
-    return cast(type[nn.Module], type(kind)(kind.__name__.replace("Adapted", "", 1), bases, members))
+    return cast(type[nn.Module], cast(Any, type(kind))(kind.__name__.replace("Adapted", "", 1), bases, members))
 
 
-def vacate(owner: nn.Module, keep_mode: bool = False) -> Adapters | None:
+def restore(owner: nn.Module) -> None:
+    """Give the owner its own code back."""
+    if isinstance(owner, Adapted):
+        become(owner, without_adapters(type(owner)))
+    adapters = home(owner)
+    if isinstance(owner, fx.GraphModule) and adapters is not None and adapters.base_graph is not None:
+        put_graph(owner, adapters.base_graph)
+
+
+def detach(owner: nn.Module, keep_mode: bool = False) -> Adapters | None:
     """Restore the owner and take its adapters off the module tree; returns them.
 
     A graph module goes back to the mode that it was exported in, or with `keep_mode` stays in the one it has.
     """
     restore(owner)
+    found = home(owner)
+    if found is not None:
+        found.detached = True
     adapters = cast("Adapters | None", owner._modules.pop(HOME, None))
     if adapters is not None:
         owner.__dict__.update(adapters.refusals)
         if keep_mode and adapters.mode is not None:
             graph_module = cast(fx.GraphModule, owner)
+            graph_module.graph = copy.deepcopy(graph_module.graph)
             set_mode(graph_module.graph, adapters.mode)
             graph_module.recompile()
     return adapters
 
 
-def reoccupy(owner: nn.Module, adapters: Adapters) -> None:
-    """Put adapters that `vacate` took off back on, with none active."""
+def attach(owner: nn.Module, adapters: Adapters) -> None:
+    """Put adapters that `detach` took off back on, with none active."""
     first, mine = (next(module.parameters(), None) for module in (owner, adapters))
     if first is not None and (mine is None or mine.device != first.device):
         adapters.to(first.device)
     owner.add_module(HOME, adapters)
+    adapters.detached = False
     for name in adapters.refusals:
         owner.__dict__.pop(name, None)
     adapters.active = ()
-    relower(owner)
+    if isinstance(owner, fx.GraphModule) and adapters.base_graph is not None and owner.graph is not adapters.base_graph:
+        owner.graph = adapters.base_graph  # `keep_mode` compiled another one into the class
 
 
-def relower(owner: nn.Module) -> None:
-    """Rewrite the owner from its base graph and its active branches."""
-    restore(owner)
+def install(owner: nn.Module) -> None:
+    """Let the owner run its active branches: give it the class for them, made now if it is not at hand.
+
+    Raises `AdapterError`, and leaves the owner as it was, if its code has no use of an adapted weight.
+    """
     adapters = home(owner)
-    if isinstance(owner, fx.GraphModule) and adapters is not None:
-        graph = lower(owner, adapters)
+    if adapters is None or not (adapters.running() or isinstance(owner, fx.GraphModule)):
+        restore(owner)
+        return
+    state = adapters.active, adapters.by_row is not None
+    wanted = _wanted(owner, adapters)
+    known = adapters.installed.get(state)
+    if known is None or known.wanted != wanted:
+        before = type(owner), getattr(owner, "graph", None)
+        restore(owner)
+        try:
+            known = Installed(wanted, *_built(owner, adapters))
+        except BaseException:
+            become(owner, before[0])
+            if isinstance(owner, fx.GraphModule):
+                put_graph(owner, cast(fx.Graph, before[1]))
+            raise
+        adapters.remember(state, known)
+    if type(owner) is not known.kind:
+        restore(owner)
+        become(owner, known.kind)
+    if known.graph is not None:
+        put_graph(cast(fx.GraphModule, owner), known.graph)
+
+
+def _wanted(owner: nn.Module, adapters: Adapters) -> tuple[Any, ...]:
+    """What the owner's code depends on: its own class and mode, the dtypes, and the modules that the branches are made of."""
+    parts = [*adapters.running_modules()]
+    kinds = {p.dtype for module in (owner, *parts) for p in module._parameters.values() if p is not None}
+    return without_adapters(type(owner)), frozenset(kinds), adapters.mode, tuple(parts)
+
+
+def _built(owner: nn.Module, adapters: Adapters) -> tuple[type[nn.Module], fx.Graph | None]:
+    """The class that runs the active branches of an owner that has its own class now, and a graph module's graph."""
+    kind = kind_of(owner)
+    if kind == "graph":
+        graph = lowered(owner, adapters)
         # Nobody looks at shapes while rows differ, nor in a sharded model, where they are those of parts.
         if adapters.by_row is None and not sharded(owner):
             fill_shapes(graph, owner)
         if adapters.mode is not None:
             set_mode(graph, adapters.mode)
-        _inject(owner, {"__call__": _call}, AdaptedGraph)
-        owner.graph = graph
-        return
-    if adapters is None or not adapters.running():
-        return
-    forms = {site.form for site, _, _ in adapters.running()}
-    # A `forward` on the instance hides the class's: `lower` has to see it, and refuse.
-    plain = type(owner) is nn.Linear and not has_instance_forward(owner) and forms == {"branch"}
-    key = _signature(owner, adapters) if plain else None
-    if key is not None and key in _lowered:
-        become(owner, _lowered[key])
-        return
+        return _subclass(owner, {"__call__": _call, "forward": compiled(graph)}, AdaptedGraph), graph
+    _refuse_hidden(owner, adapters)
+    forms = {"weight" if kind == "code" or adapters.opaque else site.form for site, _, _ in adapters.running()}
+    key = _signature(owner, adapters) if type(owner) is nn.Linear and forms == {"branch"} else None
+    if key is not None and key in _shared:
+        return _shared[key], None
     members: dict[str, Any] = {"forward": type(owner).forward, "graph": None}
     if "branch" in forms:
-        graph = lower(owner, adapters)
-        kept = packed(owner)
-        if kept:
-            owner.__dict__[KEPT] = (
-                None  # FX asks for all that a graph reads, and the class that has it is yet to be made
-            )
-        code = fx.GraphModule(owner, graph, type(owner).__name__)
-        members = {"forward": type(code).forward, "graph": graph, "code": code.code}
-        if kept:
-            del owner.__dict__[KEPT]
-            members[KEPT] = property(Kept)
+        members |= _layer(owner, adapters)
     if "weight" in forms:
         members |= weight_form(adapters, members["forward"])
-    _inject(owner, members)
+    made = _subclass(owner, members)
     if key is not None:
-        _lowered[key] = type(owner)
+        _shared[key] = made
+    return made, None
 
 
-_lowered: dict[Hashable, type[nn.Module]] = {}
+def _refuse_hidden(owner: nn.Module, adapters: Adapters) -> None:
+    """A `forward` on the instance hides the class's, in which the projection was found: it may have no use of the weight."""
+    sites = [site for site, _, _ in adapters.running() if site.form == "branch"]
+    if sites and has_instance_forward(owner) and not adapters.opaque:
+        raise AdapterError(no_use(owner, sites[0]))
+
+
+def _layer(owner: nn.Module, adapters: Adapters) -> dict[str, Any]:
+    kept = packed(owner)
+    if kept:  # FX asks for all that a graph reads, and the class that has it is yet to be made
+        owner.__dict__[KEPT] = None
+    try:
+        graph = lowered(owner, adapters)
+    finally:
+        if kept:
+            del owner.__dict__[KEPT]
+    members = {"forward": compiled(graph), "graph": graph}
+    return members | ({KEPT: property(Kept)} if kept else {})
+
+
+_shared: weakref.WeakValueDictionary[Hashable, type[nn.Module]] = weakref.WeakValueDictionary()
 """Classes made for `nn.Linear` owners. Their code refers to `self` alone, so equal layers share one class."""
 _BOOKKEEPING = frozenset(nn.Module().__dict__)
+_READ_LATE = frozenset({"scale", "strength"})
+"""What code reads of a chain when it runs."""
 
 
 def _signature(owner: nn.Module, adapters: Adapters) -> Hashable:
-    """Everything that the lowered code of an `nn.Linear` depends on: its bias, dtype and the make-up of its branches."""
+    """Everything that the code of an `nn.Linear` depends on: its bias, dtype and the make-up of its branches."""
     branches = tuple((path, site.rows, _make_up(branch)) for site, branch, path in adapters.running())
     held = tuple((n, p.dtype) for n, p in owner.named_parameters(recurse=False))
-    return held, branches, adapters.by_row is None
+    return held, _dtypes(owner), branches, adapters.by_row is None
 
 
 def _make_up(module: nn.Module) -> Hashable:
-    own = {k: repr(v) for k, v in module.__dict__.items() if k not in _BOOKKEEPING}
+    late = _READ_LATE if isinstance(module, Chain) else frozenset()
+    own = {k: repr(v) for k, v in module.__dict__.items() if k not in _BOOKKEEPING and k not in late}
     tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     held = tuple((n, isinstance(t, nn.Parameter), tuple(t.shape), t.dtype) for n, t in tensors)
     return type(module), tuple(sorted(own.items())), held, tuple((n, _make_up(m)) for n, m in module.named_children())
 
 
-def _inject(owner: nn.Module, members: Mapping[str, Any], mixin: type = Adapted) -> None:
+def _subclass(owner: nn.Module, members: Mapping[str, Any], mixin: type = Adapted) -> type[nn.Module]:
     base = type(owner)
     about = f"{base.__name__} with adapters."
     names = {"base_class": base, "dtypes": _dtypes(owner), "__module__": __name__, "__doc__": about}
-    become(owner, type(f"Adapted{base.__name__.removesuffix('Impl')}", (mixin, base), {**names, **members}))
-
-
-def lower(owner: nn.Module, adapters: Adapters) -> fx.Graph:
-    """The owner's base graph with every active branch put wherever the owner uses its weight."""
-    base = adapters.base_graph if adapters.base_graph is not None else trace(owner, keep=True)
-    graph = fx.Graph() if base is None else strip_checks(copy.deepcopy(base))
-    uses = Uses(owner, graph)
-    served: set[tuple[nn.Module, nn.Parameter]] = set()  # places of a tied weight may share the owner
-    for site, branch, path in adapters.running():
-        parameter = adapted_parameter(owner, site)
-        if (branch, parameter) in served or (site.form == "weight" and adapters.base_graph is None):
-            continue
-        served.add((branch, parameter))
-        if not adapt(graph, uses, site, branch, path, parameter, rows=adapters.by_row is not None):
-            raise AdapterError(
-                f"The code of {site.owner or type(owner).__name__} has no use of {site.weight}, so its adapter would be "
-                f"ignored. Usually the file was made for another version of the model, or `forward` was replaced on the "
-                f"instance. Apply the rules anew, or take the replacement off first."
-            )
-    graph.lint()
-    if (target := unwritable(graph)) is not None:
-        raise AdapterError(
-            f"The graph of a {type(owner).__name__} uses {target[:80]!r}, which no code can name. Usually a module has quotes, a "
-            f"backslash or a keyword of Python in its name. Rename it, or choose other sites."
-        )
-    return graph
-
-
-def adapt(
-    graph: fx.Graph,
-    uses: Uses,
-    site: Site,
-    branch: nn.Module,
-    path: str,
-    parameter: nn.Parameter,
-    rows: bool = False,
-) -> bool:
-    """Put one branch at every use of its weight, with `rows` for those of a batch that are its own; whether there was any."""
-    splice = Splice(graph, uses.sums, site, branch, path, rows)
-    before = getattr(branch, "before", None)
-    if before is not None:
-        for affine in uses.of(parameter)[0]:
-            splice.before(affine.node, affine.input, before)
-        uses.forget(parameter)
-    products, picks, reads = uses.of(parameter)
-    relative = getattr(branch, "needs_base_weight", False)
-    if site.form == "weight" or (relative and (picks or not branch.has_side_path)):
-        for node in reads:
-            splice.onto(node)
-        return bool(reads)
-    dtype = parameter.dtype if parameter.is_floating_point() else None
-    for affine in products:
-        splice.beside(affine.node, affine.input, dtype, weight_node(affine.node, affine.weight))
-    for pick in picks:
-        splice.lookup(pick)
-    return bool(products or picks)
+    return cast(
+        type[nn.Module], type(f"Adapted{base.__name__.removesuffix('Impl')}", (mixin, base), {**names, **members})
+    )

@@ -1,14 +1,18 @@
-"""What the root model remembers of its adapters, and the queries that other passes ask of it."""
+"""The adapters of a model as one object, and the queries that passes ask of it.
+
+The record is what the user asked for; what the modules run is derived from it (see `sync`). It refers to modules by path and to
+the containers of adapters themselves, so a copy of the model has a record of its own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from graphpeft.chain import Chain, Factor
 from graphpeft.chain.transform import stored_tensors
@@ -19,7 +23,10 @@ from graphpeft.ir.site import Site
 from graphpeft.ir.weights import float_weight
 from graphpeft.planning.plan import Entry
 from graphpeft.rewrite.adapters import HOME, Adapters, home, places
-from graphpeft.rewrite.owner import STATE, refuse_replaced, relower
+from graphpeft.rewrite.rows import Assignment
+
+STATE = "_graphpeft"
+"""Attribute of the root model that holds its `AdapterSet`."""
 
 
 @dataclass
@@ -34,33 +41,85 @@ class Adapter:
 
 
 @dataclass
-class State:
-    """Kept on the root model under one private attribute; refers to modules by path only, so copies stay whole."""
+class Merge:
+    """Adapters that are folded into the weights, and what un-merging needs."""
+
+    names: tuple[str, ...]
+    originals: dict[str, torch.Tensor]
+    """Weights as they were before the merge."""
+    values: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Checksums of the merged weights."""
+    complete: bool = False
+    """Whether every weight is written. Until then, and again when it is undone, `sync` puts the originals back."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """An open context that changed what runs, and what it puts back at its end."""
+
+    name: str
+    """What the user entered, such as `gp.disabled`; empty for our own, which nobody else runs in."""
+    active: dict[str, float]
+    rows: Assignment | None
+    attached: bool
+    alive: weakref.ref[Any]
+    """Dead as soon as the context's code is gone, also when it could not finish."""
+
+
+@dataclass
+class AdapterSet:
+    """What is asked of a model: kept on the root under one private attribute."""
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
-    active: tuple[str, ...] = ()
-    required: dict[str, bool] = field(default_factory=dict)
+    active: dict[str, float] = field(default_factory=dict)
+    """The adapters that run, in order, each with its strength."""
+    containers: dict[str, Adapters] = field(default_factory=dict)
+    """By the owner's path, where it keeps its branches."""
+    attached: bool = True
+    """Whether the containers are in the module tree. Not while merged, nor while the base is captured."""
+    merge: Merge | None = None
+    rows: Assignment | None = None
+    """While every row of a batch has adapters of its own, which."""
+    contexts: tuple[Context, ...] = ()
+    base_requires_grad: dict[str, bool] = field(default_factory=dict)
     """`requires_grad` of every base parameter before the first adapter came."""
-    held: tuple[str, ...] = ()
+    reorder_disabled: tuple[str, ...] = ()
     """Quantized layers that keep the order of their weights while there are adapters (see `quantized.hold_order`)."""
-    merged: tuple[str, ...] = ()
-    originals: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Base weights as they were before the merge."""
-    parked: dict[str, Adapters] = field(default_factory=dict)
-    """While merged, the adapters of each owner, taken off the module tree so that the model is plain."""
-    inside: tuple[str, ...] = ()
-    """Contexts that will put back what was active before them."""
     inputs: Any = None
     """The example call that `apply` was given, for views that capture the model again."""
 
+    pending: bool = False
+    """Whether a change of the record may not have reached the modules yet."""
+    tentative: tuple[str, dict[str, float]] | None = None
+    """An adapter that is being added, and what was active before: undone if that does not come to its end."""
+    journal: tuple[Any, ...] = ()
+    """Work that has to be finished once begun: see `sync`."""
+    watched: Any = field(default=None, repr=False)
+    """What the check before each forward pass compares (see `reality`)."""
 
-def find_state(model: nn.Module) -> State | None:
+    @property
+    def merged(self) -> tuple[str, ...]:
+        return self.merge.names if self.merge is not None else ()
+
+    @property
+    def originals(self) -> dict[str, torch.Tensor]:
+        return self.merge.originals if self.merge is not None else {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is whole and unlocked: it runs what the model runs, without the contexts, which belong to the code that entered
+        them. Of our own contexts, in which the model is being looked at, it has nothing."""
+        ours = next((context for context in self.contexts if not context.name), None)
+        before = {} if ours is None else {"active": ours.active, "rows": ours.rows, "attached": ours.attached}
+        return {**self.__dict__, **before, "contexts": (), "watched": None, "pending": True}
+
+
+def find_state(model: nn.Module) -> AdapterSet | None:
     found = model.__dict__.get(STATE)
-    return found if isinstance(found, State) else None
+    return found if isinstance(found, AdapterSet) else None
 
 
-def get_state(model: nn.Module) -> State:
-    """The model's state. Raises `AdapterError` for a model without adapters."""
+def get_state(model: nn.Module) -> AdapterSet:
+    """The model's record. Raises `AdapterError` for a model without adapters."""
     state = find_state(model)
     if state is None:
         inside = next(
@@ -96,21 +155,25 @@ def names(model: nn.Module, wanted: str | tuple[str, ...] | list[str] | None) ->
     return listed
 
 
+def owner_paths(state: AdapterSet, adapters: tuple[str, ...]) -> tuple[str, ...]:
+    """The path of every owner that the adapters touch, in graph order."""
+    return tuple(
+        dict.fromkeys(p.owner for name in adapters for e in state.adapters[name].entries for p in places(e.site))
+    )
+
+
 def owners(model: nn.Module, adapters: tuple[str, ...]) -> dict[str, nn.Module]:
     """Path and module of every owner that the adapters touch, in graph order."""
-    state = get_state(model)
-    paths = dict.fromkeys(p.owner for name in adapters for e in state.adapters[name].entries for p in places(e.site))
-    return {path: model.get_submodule(path) for path in paths}
+    return {path: model.get_submodule(path) for path in owner_paths(get_state(model), adapters)}
 
 
 def chains(model: nn.Module, name: str) -> dict[Site, Chain]:
-    """The branches of one adapter by site; also while merged."""
+    """The branches of one adapter by site; also while merged, and where an owner is gone from the model."""
     state = get_state(model)
     found: dict[Site, Chain] = {}
     for path in dict.fromkeys(e.site.owner for e in state.adapters[name].entries):
-        adapters = state.parked.get(path) or home(model.get_submodule(path))
-        assert adapters is not None, f"the owner {path} lost its adapters"
-        found.update({site: branch for site, branch, _ in adapters.branches(name) if isinstance(branch, Chain)})
+        held = state.containers[path].branches(name)
+        found.update({site: branch for site, branch, _ in held if isinstance(branch, Chain)})
     return {e.site: found[e.site] for e in state.adapters[name].entries}
 
 
@@ -151,75 +214,15 @@ def refuse_merged(model: nn.Module, action: str) -> None:
 
 
 def refuse_inside(model: nn.Module, action: str) -> None:
+    """Raise `AdapterError` inside of a context that the user entered."""
     state = find_state(model)
-    if state is not None and state.inside:
+    open_ = [context.name for context in state.contexts if context.name] if state is not None else []
+    if open_:
         raise AdapterError(
-            f"Cannot {action} inside of `with {state.inside[-1]}(...)`, which puts back what it found. Leave it first."
+            f"Cannot {action} inside of `with {open_[-1]}(...)`, which puts back what it found. Leave it first."
         )
 
 
-@contextmanager
-def inside(model: nn.Module, context: str) -> Iterator[None]:
-    """The adapters stay who they are for a while."""
-    state = get_state(model)
-    state.inside += (context,)
-    try:
-        yield
-    finally:
-        state.inside = state.inside[:-1]
-
-
-def set_active(model: nn.Module, active: tuple[str, ...]) -> None:
-    """Make exactly `active` run and train, lowering the owners that change."""
-    state = get_state(model)
-    found = owners(model, tuple(state.adapters)).values()
-    for module in found:
-        refuse_replaced(module)
-    for module in found:
-        adapters = home(module)
-        if adapters is None:
-            continue
-        here = tuple(n for n in active if n in adapters.sites)
-        if here != adapters.active:
-            adapters.active = here
-            relower(module)
-    state.active = active
-    for name in state.adapters:
-        for chain in chains(model, name).values():
-            chain.requires_grad_(name in active)
-        objective = state.adapters[name].objective
-        if objective is not None and objective.frozen:
-            objective.freeze(model)
-
-
-@contextmanager
-def inactive(model: nn.Module) -> Iterator[None]:
-    """The base model for a while, whichever adapters are active."""
-    state = find_state(model)
-    if state is None or state.merged or not state.active:
-        yield
-        return
-    active = state.active
-    set_active(model, ())
-    try:
-        yield
-    finally:
-        set_active(model, active)
-
-
-@contextmanager
-def hidden(model: nn.Module) -> Iterator[None]:
-    """Resting adapters off the module tree for a while.
-
-    torch.export gives modules other paths as soon as one of them stands in two places, as what adapters share does.
-    """
-    held = {owner: dict(owner._modules) for owner in model.modules() if home(owner) is not None}
-    held = {owner: modules for owner, modules in held.items() if not isinstance(owner, fx.GraphModule)}
-    try:
-        for owner in held:
-            del owner._modules[HOME]
-        yield
-    finally:
-        for owner, modules in held.items():
-            owner._modules.clear()
-            owner._modules.update(modules)
+def strengths(active: Mapping[str, float] | tuple[str, ...] | list[str]) -> dict[str, float]:
+    """Adapters with their strengths, which are 1 where none is said."""
+    return dict(active) if isinstance(active, Mapping) else dict.fromkeys(active, 1.0)

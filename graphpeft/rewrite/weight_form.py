@@ -1,15 +1,19 @@
-"""The weight form: where a module reads its weight inside a fused operator, the weight itself is shown adapted.
+"""What a module reads under the name of an adapted weight, and who is shown it.
 
-Only the model's own computation is shown weight + ΔW. Everything else that asks for the weight meets the parameter as it is
-stored: `fully_shard` looks it up by name and shards what it finds, pruning and quantizers read it and write it back, and each
-of them would fold ΔW into the base for good. Who is asking is told from the call stack (`_computing`): code outside of all
-modules, as in a script, counts as a tool.
+Used where code reads a weight by itself, in a fused operator or in Python that may branch: see `carrier`. Only the model's own
+computation is shown the adapted weight. Everything else that asks for the weight meets the parameter as it is stored:
+`fully_shard` looks it up by name and shards what it finds, pruning and quantizers read it and write it back, and each of them
+would fold ΔW into the base for good. Who is asking is told from the call stack (`_computing`): code outside of all modules, as
+in a script, counts as a tool.
+
+While torch.compile traces, the weight is plain W + ΔW: dynamo cannot follow a carrier that is made at each read.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
+import threading
 from collections.abc import Callable
 from functools import wraps
 from types import CodeType, FrameType
@@ -18,11 +22,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from graphpeft.compat.quantized import dequantize
 from graphpeft.errors import AdapterError
 from graphpeft.ir.site import Site
-from graphpeft.ir.weights import as_out_in, weight_layout
 from graphpeft.rewrite.adapters import HOME, Adapters, slot
+from graphpeft.rewrite.carrier import Carried, Reading, carrying
 
 Named = tuple[str, str, Site]
 """The name of an adapter, that of a branch in it, and the branch's site."""
@@ -39,57 +42,73 @@ UPKEEP = ("_init_weights", "init_weights", "reset_parameters", "tie_weights")
 
 
 def weight_form(adapters: Adapters, forward: Callable[..., Any]) -> dict[str, Any]:
-    """Members of a class whose instances show weight + ΔW under the weight's own name; the parameter itself stays.
+    """Members of a class whose instances show adapted weights under the weights' own names; the parameters stay.
 
     `forward` is what the class would run otherwise.
     """
     by_weight: dict[str, list[Named]] = {}
     for adapter in adapters.active:
         for site, _, _ in adapters.branches(adapter):
-            if site.form == "weight":
-                by_weight.setdefault(site.weight.rpartition(".")[2], []).append((adapter, slot(site), site))
+            by_weight.setdefault(site.weight.rpartition(".")[2], []).append((adapter, slot(site), site))
     shown = {name: _property(name, tuple(places)) for name, places in by_weight.items()}
-    return {**shown, "forward": _keeping(forward)}
+    reads = frozenset(f"{HOME}.{adapter}.{key}" for places in by_weight.values() for adapter, key, _ in places)
+    return {**shown, "forward": _remembering(forward), "reads": reads}
 
 
-def _keeping(forward: Callable[..., Any]) -> Any:
-    """`forward` with each adapted weight made once, when it is first read: loops over experts read theirs many times.
+class _Running(threading.local):
+    """The owners whose `forward` runs in this thread, each with the sums W + ΔW that it has read."""
+
+    def __init__(self) -> None:
+        self.sums: dict[int, dict[tuple[str, bool], torch.Tensor]] = {}
+
+
+_running = _Running()
+
+
+def _remembering(forward: Callable[..., Any]) -> Any:
+    """`forward` with each sum W + ΔW made once, when it is first read: loops over experts read theirs many times.
 
     A module around that reads the weight past this `forward`, as `nn.MultiheadAttention` does, has it made anew.
     """
 
     @wraps(forward)
-    def kept(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        adapters = cast(Adapters, self._modules[HOME])
-        if adapters.shown is not None:  # the module calls itself
+    def remembering(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling() or id(self) in _running.sums:  # or the module calls itself
             return forward(self, *args, **kwargs)
-        adapters.shown = {}
+        _running.sums[id(self)] = {}
         try:
             return forward(self, *args, **kwargs)
         finally:
-            adapters.shown = None
+            del _running.sums[id(self)]
 
-    return kept
+    return remembering
 
 
 def _property(name: str, places: tuple[Named, ...]) -> property:
+    first = places[0][2]
+    beside = all(site.form == "branch" for _, _, site in places)
+
     def read(self: nn.Module) -> torch.Tensor:
-        adapters, base = cast(Adapters, self._modules[HOME]), _base(self, name)
-        if adapters.shown is None and not _computing(places[0][2].weight):
+        tracing = torch.compiler.is_dynamo_compiling()
+        sums = None if tracing else _running.sums.get(id(self))
+        base = _base(self, name)
+        if sums is None and not tracing and not _computing(first.weight):
             return base
+        adapters = cast(Adapters, self._modules[HOME])
+        carried = tuple(Carried(*place, adapters.branch(*place[:2])) for place in places)
+        reading = Reading(base, self, carried, adapters.by_row, self.training)
+        if beside and not tracing:
+            return carrying(reading, base)
         # A weight made without gradients is not one to train with.
         key = name, torch.is_grad_enabled()
-        if adapters.shown is not None and key in adapters.shown:
-            return adapters.shown[key]
+        if sums is not None and key in sums:
+            return sums[key]
         try:
-            weight = base = dequantize(base, self)
-            for adapter, branch, site in places:
-                branches = cast(nn.ModuleDict, adapters._modules[adapter])
-                weight = add_delta(weight, site, update(branches[branch], base, site))
+            weight = reading.dense()
         except AttributeError as error:  # Python would take it for a missing attribute, and nn.Module give the base
-            raise RuntimeError(f"ΔW of {places[0][2].weight} cannot be computed: {error}") from error
-        if adapters.shown is not None:
-            adapters.shown[key] = weight
+            raise RuntimeError(f"ΔW of {first.weight} cannot be computed: {error}") from error
+        if sums is not None:
+            sums[key] = weight
         return weight
 
     def write(self: nn.Module, value: Any) -> None:
@@ -163,26 +182,3 @@ def _has_method(module: nn.Module, code: CodeType) -> bool:
 
 def _package(frame: FrameType) -> str:
     return str(frame.f_globals.get("__name__"))
-
-
-def update(branch: Any, weight: torch.Tensor, site: Site) -> torch.Tensor:
-    """ΔW of a branch on a base weight as it is stored; most branches do not look at it."""
-    return branch.delta(
-        as_out_in(weight, *weight_layout(site)) if getattr(branch, "needs_base_weight", False) else None
-    )
-
-
-def add_delta(weight: torch.Tensor, site: Site, delta: torch.Tensor) -> torch.Tensor:
-    """The weight of a site with `delta` added to it."""
-    return added(weight, delta, site.transposed)
-
-
-def added(weight: torch.Tensor, delta: torch.Tensor, transposed: bool) -> torch.Tensor:
-    """weight + delta, summed in the wider dtype and cast last; `weight` itself is not changed.
-
-    `delta` is (out, in), or a stack of such; it takes the weight's shape, as that of a convolution.
-    """
-    if transposed:
-        delta = delta.transpose(-1, -2)
-    wide = torch.promote_types(weight.dtype, delta.dtype)
-    return (weight.to(wide) + delta.to(wide).reshape(weight.shape)).to(weight.dtype)

@@ -14,8 +14,8 @@ import torch
 from graphpeft.chain import Chain, Dense, Factor, Stack
 from graphpeft.errors import AdapterError
 from graphpeft.ir.site import Site
+from graphpeft.rewrite.delta import added, update
 from graphpeft.rewrite.state import saved
-from graphpeft.rewrite.weight_form import added, update
 
 BLOCK = 1 << 19
 """Values summed at a time: few enough to stay in the CPU cache."""

@@ -25,8 +25,8 @@ from graphpeft.chain.seeds import generator
 from graphpeft.compat.hooks import has_pre_hook, remove_pre_hook
 from graphpeft.compat.sharded import gathered, refuse_sharded
 from graphpeft.errors import AdapterError, RuleError
-from graphpeft.rewrite.owner import relower
-from graphpeft.rewrite.state import branches, find_state, get_state, names, owners, refuse_merged
+from graphpeft.rewrite.state import branches, find_state, get_state, names, refuse_merged
+from graphpeft.rewrite.sync import sync
 from graphpeft.train.penalty import objectives
 from graphpeft.train.tensors import trained, weighted
 
@@ -92,7 +92,7 @@ class PAC:
             state.adapters[each].objective = self
         if not has_pre_hook(model, _redraw):
             model.register_forward_pre_hook(_redraw)
-        _relower(model, chosen)
+        sync(model)
         return self
 
     def detach(self, model: nn.Module) -> None:
@@ -106,7 +106,7 @@ class PAC:
         mine = tuple(n for n, adapter in state.adapters.items() if adapter.objective is self)
         for name in mine:
             state.adapters[name].objective = None
-        _relower(model, mine)
+        sync(model)
         if not any(adapter.objective for adapter in state.adapters.values()):
             remove_pre_hook(model, _redraw)
 
@@ -155,11 +155,6 @@ class PAC:
         mine = [name for name, adapter in get_state(model).adapters.items() if adapter.objective is self]
         for factor in dict.fromkeys(factor for name in mine for factor in weighted(model, name)):
             yield from ((factor, t) for t in factor.applied if isinstance(t, Noise))
-
-
-def _relower(model: nn.Module, adapters: tuple[str, ...]) -> None:
-    for owner in owners(model, adapters).values():
-        relower(owner)
 
 
 def _redraw(model: nn.Module, inputs: Any) -> None:

@@ -33,7 +33,7 @@ def penalty(model: nn.Module) -> Tensor:
     On a model sharded by FSDP2 every process computes it from gathered tensors, and its gradients go to the shards.
     Raises `AdapterError` for a model without adapters.
     """
-    active = get_state(model).active
+    active = tuple(get_state(model).active)
     with gathered(model, branches(model, *active)):
         return _penalty(model, active)
 

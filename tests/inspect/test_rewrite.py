@@ -18,7 +18,7 @@ from graphpeft.capturing.capture import example_call, inference_view
 from graphpeft.capturing.outputs import difference, floats
 from graphpeft.inspect.network import network
 from graphpeft.inspect.rewrite import CapturedGraph, Rewrite, rewrite
-from graphpeft.rewrite.state import inactive
+from graphpeft.rewrite.sync import inactive
 
 CASES = {
     "llama lora": (llama, "qv:lora; mlp:olora(r=2)"),

@@ -70,7 +70,7 @@ class Adapted:
         """The model is one or the other, to the bit, and gives its base back; whether it is merged."""
         state = get_state(model)
         merged = bool(state.merged)
-        assert merged == bool(state.originals) == bool(state.parked)
+        assert merged == bool(state.originals) == (not state.attached)
         assert same(self.of(model), self.merged if merged else self.adapted)
         self.undone(model)
         return merged

@@ -136,8 +136,8 @@ def test_gradients_that_do_not_arrive_are_noticed() -> None:
 
 
 def test_an_adapter_that_is_ignored_has_no_effect(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(owner, "_lowered", {})  # equal layers share their code, also those of other tests
-    monkeypatch.setattr(Chain, "accumulate", lambda self, y, x: y * 1)
+    monkeypatch.setattr(owner, "_shared", {})  # equal layers share their code, also those of other tests
+    monkeypatch.setattr(Chain, "accumulate", lambda self, y, x, **_: y * 1)
     model = gp.apply(build("llama"), "qv:lora(r=5)")
     with torch.no_grad():
         for p in model.parameters():

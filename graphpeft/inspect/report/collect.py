@@ -21,7 +21,7 @@ from graphpeft.ir.site import Site
 from graphpeft.passes.verify import Level, verify
 from graphpeft.planning.outcomes import Tally, tally
 from graphpeft.planning.plan import Entry
-from graphpeft.rewrite.state import State, base_weight, chains, example, find_state
+from graphpeft.rewrite.state import AdapterSet, base_weight, chains, example, find_state
 from graphpeft.rules.rule import parse
 from graphpeft.show.sites import site_row
 
@@ -45,7 +45,7 @@ def collect(model: nn.Module, inputs: Inputs = None, check: Level = "fast") -> D
     }
 
 
-def _overview(rewritten: Rewrite, state: State | None, inputs: Inputs, check: Level) -> Data:
+def _overview(rewritten: Rewrite, state: AdapterSet | None, inputs: Inputs, check: Level) -> Data:
     model, found = rewritten.model, rewritten.found
     sizes = {id(p): (p.numel(), p.requires_grad) for p in model.parameters()}
     facts = [("parameters", f"{sum(n for n, _ in sizes.values()):,}")]
@@ -80,7 +80,7 @@ def _overview(rewritten: Rewrite, state: State | None, inputs: Inputs, check: Le
     }
 
 
-def _verification(model: nn.Module, state: State | None, inputs: Inputs, check: Level) -> list[dict[str, str]]:
+def _verification(model: nn.Module, state: AdapterSet | None, inputs: Inputs, check: Level) -> list[dict[str, str]]:
     if state is None or state.merged:
         return []
     try:
@@ -90,7 +90,7 @@ def _verification(model: nn.Module, state: State | None, inputs: Inputs, check: 
     return [{"check": name, "result": "ok" if good else "failed", "figure": text} for name, good, text in checks]
 
 
-def _sites(rewritten: Rewrite, state: State, drawn: list[Block]) -> Iterator[Data]:
+def _sites(rewritten: Rewrite, state: AdapterSet, drawn: list[Block]) -> Iterator[Data]:
     for name, adapter in state.adapters.items():
         found = chains(rewritten.model, name)
         for entry in adapter.entries:
@@ -132,7 +132,7 @@ def _row(site: Site, drawn: list[Block], adapter: str = "") -> Data:
     }
 
 
-def _skipped(rewritten: Rewrite, state: State | None, drawn: list[Block]) -> Iterator[Data]:
+def _skipped(rewritten: Rewrite, state: AdapterSet | None, drawn: list[Block]) -> Iterator[Data]:
     entries = [e for adapter in state.adapters.values() for e in adapter.entries] if state is not None else []
     taken = {entry.site.key for entry in entries}
     rules = [rule for adapter in (state.adapters.values() if state else ()) for rule in parse(adapter.rules)]

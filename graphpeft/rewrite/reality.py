@@ -1,0 +1,99 @@
+"""The record compared with the modules: what other code did to an adapted model meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphpeft.errors import AdapterError
+from graphpeft.ir.weights import get_parameter
+from graphpeft.rewrite.adapters import Adapters, home
+from graphpeft.rewrite.owner import Adapted
+from graphpeft.rewrite.state import AdapterSet
+
+Watched = tuple[dict[str, Any], str, nn.Module, type, dict[str, Any], str, Any]
+
+
+def watched(model: nn.Module, state: AdapterSet) -> tuple[Watched, ...]:
+    """What the check before a forward pass compares, as flat tuples: the owner by the dictionary of its parent, its class, and
+    each adapted weight by the dictionary of its holder. By path this would take a millisecond for a large model."""
+    found = []
+    for path, adapters in state.containers.items():
+        parent, _, name = path.rpartition(".")
+        try:
+            above = model.get_submodule(parent)
+            owner = model if not path else above._modules[name]
+        except (AttributeError, KeyError):
+            continue
+        if owner is None:
+            continue
+        modules = {"": model} if not path else above._modules
+        for leaf, holder in _weights(owner, path, adapters):
+            found.append((modules, name, owner, type(owner), holder._parameters, leaf, holder._parameters.get(leaf)))
+    return tuple(found)
+
+
+def _weights(owner: nn.Module, path: str, adapters: Adapters) -> Iterator[tuple[str, nn.Module]]:
+    for weight in dict.fromkeys(site.weight for sites in adapters.sites.values() for site in sites.values()):
+        local = weight[len(path) + 1 if path else 0 :]
+        inner, _, leaf = local.rpartition(".")
+        try:
+            yield leaf, owner.get_submodule(inner)
+        except AttributeError:
+            continue
+
+
+def differences(model: nn.Module, state: AdapterSet) -> dict[str, str]:
+    """What is no longer as the record says, by the owner's path. Empty if all is well."""
+    found = {}
+    for path, adapters in state.containers.items():
+        try:
+            owner = model.get_submodule(path)
+        except AttributeError:
+            found[path] = "is gone"
+            continue
+        expected = state.attached and not adapters.detached
+        if expected and home(owner) is not adapters:
+            found[path] = f"was replaced by another {type(owner).__name__}, which has no adapters"
+        elif torch.nn.utils.parametrize.is_parametrized(owner):
+            found[path] = "was parametrized after its adapters came"
+        elif expected and adapters.active and not isinstance(owner, Adapted):
+            found[path] = f"was given the class {type(owner).__name__}, which runs no adapters"
+        elif (loose := _resized(model, adapters)) is not None:
+            found[path] = loose
+    return found
+
+
+def _resized(model: nn.Module, adapters: Adapters) -> str | None:
+    for site in (site for sites in adapters.sites.values() for site in sites.values()):
+        try:
+            weight: torch.Tensor = get_parameter(model, site.weight)
+        except AdapterError:  # pruning and FSDP1 put a plain tensor in its place
+            path, _, leaf = site.weight.rpartition(".")
+            try:
+                found = model.get_submodule(path).__dict__.get(leaf)
+            except AttributeError:
+                found = None
+            if not isinstance(found, torch.Tensor):
+                return f"has no parameter {site.weight} any more"
+            weight = found
+        wanted = (site.full or site.outputs) * site.inputs * (site.stack or 1)
+        if weight.is_floating_point() and type(weight.data) is torch.Tensor and weight.numel() not in (0, wanted):
+            return f"has another shape: {site.weight} is now {tuple(weight.shape)}"
+    return None
+
+
+def changed(model: nn.Module, state: AdapterSet, action: str = "run") -> None:
+    """Raise `AdapterError` if an owner is no longer what its adapters were made for."""
+    found = differences(model, state)
+    if found:
+        path, what = next(iter(found.items()))
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise AdapterError(
+            f"Cannot {action} {type(model).__name__}: {path or 'the model'} {what}{more}, so its adapter does not act there. "
+            f"Usually a head was replaced, or resize_token_embeddings ran after gp.apply. gp.save still writes every adapter; "
+            f"gp.remove(model) takes the adapters off, and gp.apply or gp.load on the changed model adds them anew."
+        )
