@@ -194,9 +194,9 @@ class Chain(nn.Module):
             for factor, value in zip(self._inner, self.start(weight, self.scale), strict=True):
                 factor.assign(value)
 
-    def forward(self, x: Tensor, times: float | None = None) -> Tensor:
-        """`(..., inputs)` to `(..., outputs)`: `times` the product, after dropout; by default the `multiplier`."""
-        return self._product(x, self._factors) * (self.multiplier if times is None else times)
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., inputs)` to `(..., outputs)`: `multiplier` times the product, after dropout."""
+        return self._product(x, self._factors) * self.multiplier
 
     def accumulate(
         self,
@@ -206,14 +206,16 @@ class Chain(nn.Module):
         gain: Tensor | None = None,
         times: float | None = None,
     ) -> Tensor:
-        """`y + self(x, times)`. Where the factor allows it, the last product, the multiplier and the sum are one kernel.
+        """`y + self(x)`, with `times` in the place of the `multiplier` if it is given.
+
+        Where the factor allows it, the last product, the multiplier and the sum are one kernel.
 
         A `needs_base_weight` update also takes the product of the base weight and x, without a bias, and its
         `row_scale`.
         """
         times = self.multiplier if times is None else times
         if gain is not None and product is not None:
-            return torch.addcmul(torch.addcmul(y, product, gain - 1), self.forward(x, times), gain)
+            return torch.addcmul(torch.addcmul(y, product, gain - 1), self._product(x, self._factors) * times, gain)
         first, *rest = self._factors
         scatter = None
         if isinstance(first, Scatter) and rest:

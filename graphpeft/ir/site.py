@@ -39,7 +39,9 @@ class Site:
     tied: tuple[Site, ...] = ()
     """The same weight in other modules that use it (tied embeddings and head): one adapter acts in all of them."""
     calls: int = 1
-    """How many nodes of the captured graph use the weight."""
+    """How many nodes of the captured graph use the weight; 0 if no capture has seen it used."""
+    reader: str | None = field(default=None, compare=False)
+    """Path of the module whose code reads the weight, if that is another than the owner."""
     source: str = field(default="", compare=False)
     """File and line of the model's code that computes the projection, if the capture knows it."""
 

@@ -28,8 +28,7 @@ def insert(
     """
     check_name(model, name)
     shared: dict[str, Any] = {}
-    moved: set[str] = set()
-    entries = tuple(replace(entry, site=at_holder(model, entry.site, moved)) for entry in entries)
+    entries = tuple(replace(entry, site=at_holder(model, entry.site)) for entry in entries)
     branches = [(entry, make_branch(model, entry, shared)) for entry in entries]
     begin(model)
     with changing(model) as state:
@@ -43,7 +42,7 @@ def insert(
                 state.containers[place.owner] = adapters  # known before it is in the module tree, to be found again
                 hold(owner, adapters)
                 adapters.add(name, place, branch, guest=place is not entry.site)
-                adapters.opaque |= not place.calls or place.owner in moved
+                adapters.opaque |= not place.calls or place.reader is not None
                 adapters.train(owner.training)
         fresh = Adapter(rules, seed, entries)
         state.__dict__.update(

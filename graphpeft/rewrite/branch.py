@@ -40,15 +40,14 @@ def check_places(model: nn.Module, entry: Entry) -> None:
             )
 
 
-def at_holder(model: nn.Module, site: Site, moved: set[str]) -> Site:
+def at_holder(model: nn.Module, site: Site) -> Site:
     """The site with the module that holds the weight as its owner, where Python code reads the weight of a module below it: what
-    the code reads is shown there. Adds the holders of such weights to `moved`."""
+    the code reads is shown there."""
     holder = site.weight.rpartition(".")[0]
-    tied = tuple(at_holder(model, place, moved) for place in site.tied)
+    tied = tuple(at_holder(model, place) for place in site.tied)
     if holder == site.owner or kind_of(model.get_submodule(site.owner)) == "graph":
         return replace(site, tied=tied) if tied != site.tied else site
-    moved.add(holder)
-    return replace(site, owner=holder, tied=tied)
+    return replace(site, owner=holder, reader=site.owner, tied=tied)
 
 
 def make_branch(model: nn.Module, entry: Entry, shared: dict[str, Any]) -> Chain:

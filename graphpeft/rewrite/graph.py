@@ -91,6 +91,12 @@ class _BranchTracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, (nn.Dropout, Transform))
 
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A factor's own code: hooks around it, such as accelerate's, look at values, which there are none of here."""
+        if self.is_leaf_module(m, ""):
+            return super().call_module(m, forward, args, kwargs)
+        return type(m).forward(m, *args, **kwargs)
+
 
 @dataclass(frozen=True)
 class Splice:

@@ -43,6 +43,11 @@ class Adapted:
     reads: frozenset[str] = frozenset()
     """Paths of the branches that act through the weights that the owner's code reads."""
 
+    @property
+    def code(self) -> str:
+        """The text of the rewritten graph; empty where the owner runs its own code."""
+        return str(self.graph.python_code("self").src) if self.graph is not None else ""
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """After a change of dtype the casts in the graph may be wrong: install anew."""
         module = cast(nn.Module, self)
@@ -75,10 +80,6 @@ def _rebuild(base_class: type[nn.Module], state: dict[str, Any]) -> nn.Module:
 
 class AdaptedGraph(Adapted):
     """An adapted `GraphModule`: it can be switched between train and eval, and copies keep their adapters."""
-
-    @property
-    def code(self) -> str:
-        return str(cast(fx.GraphModule, self).graph.python_code("self").src)
 
     def recompile(self) -> Any:
         """Compile the graph into the class that is this module's alone."""

@@ -28,6 +28,8 @@ def described(entry: Entry) -> dict[str, Any]:
     """An entry as it is written to a file. Characters of `source` that the reader would refuse are replaced by `_`."""
     about = asdict(entry.site)
     for each in (about, *about["tied"]):
+        reader = each.pop("reader")
+        each["owner"] = each["owner"] if reader is None else reader  # as a capture finds it
         each["source"] = re.sub(r"[^\w.:<> -]", "_", each["source"])[-LONGEST:]
     method = entry.method.text([option.name for option in options(type(entry.method))])
     return {**about, "method": method, "rule": entry.rule}
@@ -62,7 +64,7 @@ def _site(saved: Any) -> Site:
     """Read a site from a file. Raises `ValueError`, `TypeError` or `KeyError` if it is invalid."""
     if not isinstance(saved, dict):
         raise TypeError(f"{str(saved)[:40]!r} is not a site")
-    values = {k: v for k, v in saved.items() if k in {f.name for f in fields(Site)}}
+    values = {k: v for k, v in saved.items() if k in KINDS and k in {f.name for f in fields(Site)}}
     for name, value in values.items():
         if type(value) not in KINDS[name]:
             raise TypeError(f"a site's {name} is {str(value)[:40]!r}")

@@ -85,7 +85,8 @@ def test_apply_merge_and_remove_pass_by_pass(name: str, tmp_path: Path) -> None:
     assert len(re.findall(r"default\.\w+\.factors\.\d\.weight float32 \[4, 64\]", new)) == sites
     assert changed("merge")[0].count(".weight float32 [4, 64]") == sites
     assert "with default merged" in changed("merge")[1]
-    assert changed("activate")[1].count("default.") == 2 * sites
+    calls = [line for line in changed("activate")[1].splitlines() if " float32 " not in line]
+    assert "\n".join(calls).count("default.") == 2 * sites
     assert not list((tmp_path / "dump").glob("*-initialize.diff")), "values are no text"
 
 
@@ -95,12 +96,11 @@ def test_of_a_whole_graph_all_operators_are_counted() -> None:
     exported = torch.export.export(model, (), sample, strict=False)
     with watch() as seen:
         made = gp.apply(exported, "qv:lora")
-    (activate,) = [one for one in seen.steps if one.name == "activate"]
+    insert, activate = (next(one for one in seen.steps if one.name == name) for name in ("insert", "activate"))
     nodes = [n for n in made.graph.nodes if n.op.startswith("call")]  # type: ignore[union-attr]
     assert sum(activate.after.values()) == len(nodes)
-    checks = activate.delta["_assert_tensor_metadata"]  # a rewritten graph has lost the checks of its capture
-    assert checks < 0
-    assert sum(activate.delta.values()) - checks == sum("graphpeft" in n.meta for n in nodes)
+    assert insert.delta["_assert_tensor_metadata"] < 0, "a rewritten graph has lost the checks of its capture"
+    assert sum(activate.delta.values()) == sum("graphpeft" in n.meta for n in nodes)
 
 
 def test_weights_shown_with_their_delta_are_counted_by_site() -> None:
@@ -210,7 +210,7 @@ def test_what_fails_is_recorded_and_the_dump_is_whole(tmp_path: Path, monkeypatc
         gp.apply(model, "qv:lora")
     errors = {one.name: one.error for one in seen.steps}
     assert errors["verify"] == errors["apply"] == "VerifyError: two lines\nof text"
-    assert [name for name, error in errors.items() if error is None] == [*APPLY[:-1], "remove"]
+    assert [name for name, error in errors.items() if error is None] == APPLY[:-1]
     told = json.loads((tmp_path / "steps.json").read_text())["graphpeft_steps"]
     assert [one["error"] for one in told] == [one.error for one in seen.steps]
     assert "failed: VerifyError: two lines" in (tmp_path / "steps.txt").read_text()

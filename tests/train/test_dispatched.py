@@ -147,13 +147,32 @@ def test_adapters_of_offloaded_models_are_those_of_the_base(tmp_path: Path) -> N
 
 
 def test_code_of_others_on_the_instance_is_not_looked_through() -> None:
-    """As accelerate's for mixed precision, on the root: another graph beneath it would never be called."""
-    model = gp.apply(build("hand_written"), "q:lora", inputs=(torch.randn(2, 3, 32),))
+    """As accelerate's for mixed precision: another graph beneath it would never be called."""
+    model = gp.apply(nn.Linear(8, 8), "linear:lora", inputs=(torch.randn(2, 8),))
     inner = model.forward
     model.forward = lambda x: inner(x)  # type: ignore[method-assign]
     for act in (lambda: gp.activate(model, None), lambda: gp.remove(model), lambda: gp.merge(model)):
         with pytest.raises(AdapterError, match="was replaced on the instance after its adapters came"):
             act()
+    del model.forward
+    gp.remove(model)
+    assert type(model) is nn.Linear
+
+
+def test_code_that_runs_as_it_is_may_be_wrapped_on_the_instance() -> None:
+    x = torch.randn(2, 3, 32)
+    model = build("hand_written")
+    base = outputs(model, ((x,), {}))
+    gp.apply(model, "q:lora", inputs=(x,))
+    randomize(model)
+    adapted = outputs(model, ((x,), {}))
+    inner = model.forward
+    model.forward = lambda x: inner(x)  # type: ignore[method-assign]
+    assert same(outputs(model, ((x,), {})), adapted)
+    gp.activate(model, None)
+    assert same(outputs(model, ((x,), {})), base)
+    gp.activate(model, "default")
+    assert same(outputs(model, ((x,), {})), adapted)
     del model.forward
     gp.remove(model)
     assert type(model).__name__ == "HandWritten"

@@ -72,5 +72,5 @@ def _site(
     shape = (columns[0], rows) if transposed else (rows, prod(columns))
     role = "conv" if conv else "embed" if isinstance(module, nn.Embedding) else "other"
     layer = layer_of(weight)
-    made = Site(role, weight, None, False, layer, shape, owner=path, full=shape[0], transposed=transposed)
+    made = Site(role, weight, None, False, layer, shape, owner=path, full=shape[0], transposed=transposed, calls=0)
     return replace(made, form="weight") if conv else made
