@@ -34,9 +34,10 @@ def planned(name: str, roles: str, trained: tuple[int, ...]) -> set[str]:
 
 
 EAGER = [case for case in CASES if case[1] == "eager" and (case[0], "sdpa") in CASES]
+LIKE = [("t5_gated", "sdpa"), ("falcon_new", "sdpa"), ("qwen3", "sdpa"), ("roberta", "sdpa")]
 
 
-@pytest.mark.parametrize("case", sampled(CASES, *EAGER), ids="-".join)
+@pytest.mark.parametrize("case", sampled(CASES, *EAGER, *LIKE), ids="-".join)
 def test_life_of_an_adapter(case: tuple[str, str]) -> None:
     name, attn = case
     model = build(name, attn)

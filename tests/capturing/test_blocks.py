@@ -106,7 +106,19 @@ LEFT_OUT = {"t5": 4, "t5_gated": 4, "clip": 4} | dict.fromkeys(
 @pytest.mark.parametrize(
     "name",
     sampled(
-        zoo.ZOO, "t5", "falcon", "bert", "qwen3", "phi3", "deberta_v2", "roberta", "falcon_new", "bloom", "distilbert"
+        zoo.ZOO,
+        "t5",
+        "falcon",
+        "bert",
+        "qwen3",
+        "phi3",
+        "deberta_v2",
+        "roberta",
+        "falcon_new",
+        "bloom",
+        "distilbert",
+        "t5_gated",
+        "clip",
     ),
 )
 def test_the_graph_is_that_of_the_full_capture(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from checks import Snapshot, adapters, build, call, delta, outputs, randomize, same, sampled
+from exports import tiny
 from torch import Tensor
 
 import graphpeft as gp
@@ -99,7 +100,7 @@ FIRST = sampled(SAMPLES, *(m for m in SAMPLES if m not in NEW_OPERATORS))
 
 @pytest.mark.parametrize("method", FIRST)
 def test_exported_code_has_nothing_that_only_training_needs(method: str) -> None:
-    model = gp.apply(build("llama"), f"qv:{method}")
+    model = gp.apply(tiny("llama"), f"qv:{method}")
     randomize(model)
     model.eval()
     example = call("llama", model)
@@ -119,7 +120,7 @@ def test_exported_code_has_nothing_that_only_training_needs(method: str) -> None
 def test_a_compiled_model_has_no_graph_break(method: str) -> None:
     """Nor do its steps of training, whose backward pass is traced too, differ from those of the model as it is."""
     torch._dynamo.reset()
-    model = gp.apply(build("llama"), f"qv:{method}")
+    model = gp.apply(tiny("llama"), f"qv:{method}")
     randomize(model)
     args, kwargs = call("llama", model)
     expected = outputs(model.eval(), (args, kwargs))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
-from checks import build, randomize
+from checks import randomize
 from exports import CLOSE, FAR, SAMPLE, dense, deployed, off, silent, tiny
 
 import graphpeft as gp

@@ -10,7 +10,7 @@ from typing import Literal
 import pytest
 import torch
 import transformers as tf
-from checks import SMALL, VOCAB, adapters, build, call, delta, outputs, randomize, same
+from checks import SMALL, VOCAB, adapters, build, call, delta, outputs, randomize, same, sampled
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
@@ -30,6 +30,12 @@ METHODS = [
     "dora(r=4)",
 ]
 CASES = [*(("llama", f"qv:{method}") for method in METHODS), ("gpt2", "qv:lora(r=4)"), ("gpt2", f"qv:{METHODS[4]}")]
+LIKE = [
+    ("llama", "qv:melora(n=4, r=2)"),
+    ("llama", "qv:olora(r=4)"),
+    ("gpt2", "qv:lora(r=4)"),
+    ("mixtral", "experts:lora(r=2)"),
+]
 EXPERTS = [("mixtral", "experts:lora(r=2)"), ("mixtral", "experts:melora(n=2, r=(1, 2))")]
 
 
@@ -51,8 +57,9 @@ def noisy(model: nn.Module) -> list[tuple[Tensor, Noise]]:
     return [(m.weight, t) for m in held for t in m.applied if isinstance(t, Noise)]
 
 
-@pytest.mark.parametrize(("name", "rules"), CASES + EXPERTS)
-def test_noise_acts_in_training_alone(name: str, rules: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", sampled(CASES + EXPERTS, *LIKE), ids="-".join)
+def test_noise_acts_in_training_alone(case: tuple[str, str], tmp_path: Path) -> None:
+    name, rules = case
     model = gp.apply(fresh(name), rules)
     trained = sum(p.numel() for p in adapters(model).values())
     randomize(model)
