@@ -196,7 +196,7 @@ def test_an_opset_for_older_runtimes(opset: int, tmp_path: Path) -> None:
     assert (report.opset, report.onnxruntime) == (opset, runtimes.OLDEST[opset])
     kinds = {node.op_type for node in onnx.load(tmp_path / "x" / "model.onnx").graph.node}
     assert not kinds & {"Attention", "RotaryEmbedding", "RMSNormalization"}
-    assert gp.export(model, tmp_path / "y", cache=False, verify="off").opset == 23
+    assert gp.export(model, tmp_path / "y", verify="off").opset == 23
     kinds = {node.op_type for node in onnx.load(tmp_path / "y" / "model.onnx").graph.node}
     assert kinds >= {"Attention", "RMSNormalization"}
 
