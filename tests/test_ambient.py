@@ -59,8 +59,6 @@ RULES = {
     "gpt2": "q:vera(r=8); v:olora(r=2); o:dora(r=2); mlp:pissa(r=2)",
     "llama": "qv:rlora(r=8); o:melora(n=2, r=2); mlp:vera(r=8); k:blora(r=2)",
 }
-settings = pytest.mark.parametrize("setting", SETTINGS)
-models = pytest.mark.parametrize("name", RULES)
 BOTH = [(name, setting) for name in RULES for setting in SETTINGS]
 TURNS = [(name, setting) for i, setting in enumerate(SETTINGS) for j, name in enumerate(RULES) if i % 2 != j]
 """Every setting, on the models in turn; the others are for -m slow."""
@@ -123,9 +121,9 @@ def test_the_same_sites_plan_and_adapter(case: tuple[str, str], outside: dict[st
     assert any(p.grad is not None for p in adapters(model).values())
 
 
-@settings
-@models
-def test_the_same_adapter_from_a_file(name: str, setting: str, outside: dict[str, Outside]) -> None:
+@pytest.mark.parametrize("case", sampled(BOTH, *TURNS), ids="-".join)
+def test_the_same_adapter_from_a_file(case: tuple[str, str], outside: dict[str, Outside]) -> None:
+    name, setting = case
     model, known = build(name), outside[name]
     with SETTINGS[setting]():
         gp.load(model, known.folder)
@@ -133,7 +131,7 @@ def test_the_same_adapter_from_a_file(name: str, setting: str, outside: dict[str
     assert same(outputs(model, known.call)[:1], known.outputs)
 
 
-@settings
+@pytest.mark.parametrize("setting", sampled(SETTINGS, "no_grad", "float64", "meta context"))
 def test_the_same_file_and_the_same_merged_weights(setting: str, outside: dict[str, Outside], tmp_path: Path) -> None:
     model, plain, known = build("gpt2"), build("gpt2"), outside["gpt2"]
     for each in (model, plain):

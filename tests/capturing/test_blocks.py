@@ -119,6 +119,7 @@ LEFT_OUT = {"t5": 4, "t5_gated": 4, "clip": 4} | dict.fromkeys(
         "distilbert",
         "t5_gated",
         "clip",
+        "gpt_neox",
     ),
 )
 def test_the_graph_is_that_of_the_full_capture(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

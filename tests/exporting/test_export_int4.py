@@ -25,6 +25,7 @@ import graphpeft as gp
 from graphpeft.errors import ExportError, FileError
 from graphpeft.exporting import parity
 from graphpeft.exporting.onnx import runtimes
+from graphpeft.exporting.work import Verify
 from graphpeft.runtime.doctor import doctor
 from graphpeft.runtime.folder import REPORT
 
@@ -48,7 +49,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, A
     found = {}
     for level in (0, 4):
         path = folder / str(level)
-        found[level] = path, gp.export(trained(), path, quantize="int4", accuracy_level=level, verify="fast")
+        verify: Verify = "full" if level == 4 else "fast"  # 4 is the default
+        found[level] = path, gp.export(trained(), path, quantize="int4", accuracy_level=level, verify=verify)
     return found
 
 
