@@ -170,7 +170,7 @@ HYBRIDS: dict[str, tuple[str, str, dict[str, Any], int]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", sampled(HYBRIDS, "jamba", "qwen3_next", "llama4", "gpt_oss", "mixtral"))
+@pytest.mark.parametrize("name", sampled(HYBRIDS, "jamba", "qwen3_next", "llama4", "gpt_oss", "mixtral", "falcon_h1"))
 def test_each_kind_of_a_hybrid_has_its_own_representative(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cls, config, sizes, left_out = HYBRIDS[name]
     torch.manual_seed(0)
