@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, too
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -14,6 +16,7 @@ import transformers
 pytest_plugins = ["browser"]  # one browser for all tests of pages
 
 torch.set_num_threads(1)
+gc.set_threshold(20_000, 20, 50)  # millions of objects of libraries live on: looking through them often is slow
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 

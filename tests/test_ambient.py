@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from checks import adapters, build, call, delta, outputs, randomize, same
+from checks import adapters, build, call, delta, outputs, randomize, same, sampled
+from exports import tiny
 from torch import Tensor, nn
 
 import graphpeft as gp
@@ -58,8 +59,9 @@ RULES = {
     "gpt2": "q:vera(r=8); v:olora(r=2); o:dora(r=2); mlp:pissa(r=2)",
     "llama": "qv:rlora(r=8); o:melora(n=2, r=2); mlp:vera(r=8); k:blora(r=2)",
 }
-settings = pytest.mark.parametrize("setting", SETTINGS)
-models = pytest.mark.parametrize("name", RULES)
+BOTH = [(name, setting) for name in RULES for setting in SETTINGS]
+TURNS = [(name, setting) for i, setting in enumerate(SETTINGS) for j, name in enumerate(RULES) if i % 2 != j]
+"""Every setting, on the models in turn; the others are for -m slow."""
 
 
 def now() -> tuple[object, ...]:
@@ -102,9 +104,9 @@ def outside(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outside]:
     return {name: Outside(name, tmp_path_factory.mktemp("saved") / name) for name in RULES}
 
 
-@settings
-@models
-def test_the_same_sites_plan_and_adapter(name: str, setting: str, outside: dict[str, Outside]) -> None:
+@pytest.mark.parametrize("case", sampled(BOTH, *TURNS), ids="-".join)
+def test_the_same_sites_plan_and_adapter(case: tuple[str, str], outside: dict[str, Outside]) -> None:
+    name, setting = case
     model, known = build(name), outside[name]
     with SETTINGS[setting]():
         assert gp.sites(model).items == known.sites.items
@@ -119,9 +121,9 @@ def test_the_same_sites_plan_and_adapter(name: str, setting: str, outside: dict[
     assert any(p.grad is not None for p in adapters(model).values())
 
 
-@settings
-@models
-def test_the_same_adapter_from_a_file(name: str, setting: str, outside: dict[str, Outside]) -> None:
+@pytest.mark.parametrize("case", sampled(BOTH, *TURNS), ids="-".join)
+def test_the_same_adapter_from_a_file(case: tuple[str, str], outside: dict[str, Outside]) -> None:
+    name, setting = case
     model, known = build(name), outside[name]
     with SETTINGS[setting]():
         gp.load(model, known.folder)
@@ -129,7 +131,7 @@ def test_the_same_adapter_from_a_file(name: str, setting: str, outside: dict[str
     assert same(outputs(model, known.call)[:1], known.outputs)
 
 
-@settings
+@pytest.mark.parametrize("setting", sampled(SETTINGS, "no_grad", "float64", "meta context"))
 def test_the_same_file_and_the_same_merged_weights(setting: str, outside: dict[str, Outside], tmp_path: Path) -> None:
     model, plain, known = build("gpt2"), build("gpt2"), outside["gpt2"]
     for each in (model, plain):
@@ -145,7 +147,9 @@ def test_the_same_file_and_the_same_merged_weights(setting: str, outside: dict[s
     assert same(outputs(model, known.call)[:1], known.outputs)
 
 
-@pytest.mark.parametrize("setting", ["inference mode", "autocast", "float64", "meta context"])
+@pytest.mark.parametrize(
+    "setting", sampled(["inference mode", "autocast", "float64", "meta context"], "autocast", "meta context")
+)
 def test_the_same_folder_for_peft(setting: str, outside: dict[str, Outside], tmp_path: Path) -> None:
     for name, context in (("in", SETTINGS[setting]), ("out", nullcontext)):
         model = build("llama")
@@ -182,7 +186,7 @@ def test_the_same_plain_lora(setting: str, outside: dict[str, Outside]) -> None:
     "setting", ["inference mode", *(pytest.param(other, marks=pytest.mark.slow) for other in ("autocast", "float64"))]
 )
 def test_the_same_answers_and_the_same_export(setting: str, outside: dict[str, Outside], tmp_path: Path) -> None:
-    model = build("gpt2")
+    model = tiny("gpt2")
     gp.apply(model, "qv:lora(r=2)")
     randomize(model)
     weight = "transformer.h.0.attn.c_attn"

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import transformers
-from checks import Snapshot, adapters, build, call, delta, outputs, randomize, same
+from checks import Snapshot, adapters, applied, build, call, delta, outputs, randomize, same
 from torch import nn
 
 import graphpeft as gp
@@ -195,7 +195,7 @@ ADAPTED: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
 
 @pytest.mark.parametrize(("action", "pattern"), ADAPTED.values(), ids=ADAPTED.keys())
 def test_an_adapted_model_refuses(action: Callable[[nn.Module], Any], pattern: str) -> None:
-    model = gp.apply(build("llama"), "qv:lora")
+    model = applied("llama", "qv:lora")
     randomize(model)
     example = call("llama", model)
     before, adapted = Snapshot.of(model), outputs(model, example)
@@ -211,7 +211,7 @@ def test_an_adapted_model_refuses(action: Callable[[nn.Module], Any], pattern: s
     ids=["merge", "apply", "activate", "disabled"],
 )  # fmt: skip
 def test_a_merged_model_refuses(action: Callable[[nn.Module], Any]) -> None:
-    model = gp.apply(build("llama"), "qv:lora")
+    model = applied("llama", "qv:lora")
     randomize(model)
     gp.merge(model)
     before = Snapshot.of(model)
@@ -235,14 +235,14 @@ def test_a_model_without_adapters_refuses(action: Callable[[nn.Module], Any]) ->
 
 
 def test_nothing_active_is_nothing_to_merge() -> None:
-    model = gp.apply(build("llama"), "qv:lora")
+    model = applied("llama", "qv:lora")
     gp.activate(model, None)
     with pytest.raises(AdapterError, match=r"No adapter is active.*gp\.merge\(model, 'default'\)"):
         gp.merge(model)
 
 
 def test_a_failing_second_adapter_leaves_the_first() -> None:
-    model = gp.apply(build("llama"), "qv:lora")
+    model = applied("llama", "qv:lora")
     randomize(model)
     model.model.layers[1].self_attn.o_proj.adapters = "mine"
     before = Snapshot.of(model)
@@ -255,7 +255,7 @@ def test_a_failing_second_adapter_leaves_the_first() -> None:
 def test_a_failing_initialization_leaves_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     from graphpeft.chain import Dense
 
-    model = gp.apply(build("llama"), "qv:lora")
+    model = applied("llama", "qv:lora")
     randomize(model)
     example = call("llama", model)
     before, adapted = Snapshot.of(model), outputs(model, example)
@@ -278,7 +278,7 @@ def test_a_failed_check_gives_the_active_adapters_back() -> None:
             return Dense(site.outputs, 2, normal(1.0)) @ Dense(2, site.inputs, normal(1.0))
 
     try:
-        model = gp.apply(build("llama"), "qv:lora")
+        model = applied("llama", "qv:lora")
         randomize(model)
         gp.activate(model, {"default": 0.5})
         example = call("llama", model)

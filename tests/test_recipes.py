@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -62,16 +63,81 @@ def follow(folder: Path, recipe: str) -> set[str]:
     return touched
 
 
-def run(folder: Path, *command: str, code: int = 0) -> str:
+def run(folder: Path, *command: str, code: int = 0, given: str | None = None) -> str:
     found = subprocess.run(
         [sys.executable, *command], cwd=folder, env=os.environ | {"PYTHONPATH": str(folder)}, capture_output=True, text=True,
-        check=False,
+        input=given, check=False,
     )  # fmt: skip
     assert found.returncode == code, found.stdout + found.stderr
     return found.stdout
 
 
-def test_a_method_is_one_file(copy: Copy) -> None:
+PROGRAMS = {
+    "method": """
+import graphpeft as gp
+print(gp.LoRAFA(r=4))
+""",
+    "complete": """
+from graphpeft.cli.complete import rules
+print(rules("qv:l"))
+""",
+    "role": """
+import torch, graphpeft as gp
+class Bilinear(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.left, self.right, self.fold = torch.nn.Linear(8, 12), torch.nn.Linear(8, 12), torch.nn.Linear(12, 8)
+    def forward(self, x):
+        return x + self.fold(self.left(x) * self.right(x))
+print(*[(s.role, s.weight) for s in gp.sites(Bilinear(), (torch.randn(2, 3, 8),))], sep="\\n")
+""",
+    "pass": """
+import torch, graphpeft as gp
+model = gp.apply(torch.nn.Sequential(torch.nn.Linear(4, 4)), "path(0):lora(r=2)", inputs=(torch.randn(2, 4),))
+adapter = dict(model[0].named_parameters())
+for name, p in adapter.items():
+    torch.nn.init.ones_(p) if "adapters" in name else None
+with gp.watch() as seen:
+    print(gp.norms(model, "default"))
+print([step.name for step in seen.steps])
+""",
+    "onnx": """
+import onnx, torch, graphpeft as gp
+model = gp.apply(torch.nn.Sequential(torch.nn.Linear(4, 4)), "path(0):lora(r=2)", inputs=(torch.randn(3, 4),))
+report = gp.export(model, "out", inputs=(torch.randn(3, 4),), verify="fast")
+print(report.passes, onnx.load("out/model.onnx").graph.doc_string)
+""",
+    "help": """
+from typer.testing import CliRunner
+from graphpeft.cli.main import app
+print(CliRunner().invoke(app, ["--help"]).stdout)
+""",
+    "command": """
+from typer.testing import CliRunner
+from graphpeft.cli.main import app
+print(CliRunner().invoke(app, ["count", "gpt2"]).stdout)
+""",
+}
+TURN = """
+import json, sys
+from contextlib import redirect_stdout
+from io import StringIO
+said = {}
+for name, code in json.load(sys.stdin).items():
+    with redirect_stdout(StringIO()) as told:
+        exec(code, {"__name__": name})
+    said[name] = told.getvalue().strip()
+print(json.dumps(said))
+"""
+
+
+@pytest.fixture(scope="module")
+def said(copy: Copy) -> dict[str, str]:
+    """What each program prints, in one process of the copy, for most of the time goes to imports."""
+    return json.loads(run(copy.folder, "-c", TURN, given=json.dumps(PROGRAMS)).strip().splitlines()[-1])
+
+
+def test_a_method_is_one_file(copy: Copy, said: dict[str, str]) -> None:
     assert copy.touched["A method"] == {"graphpeft/methods/lorafa.py"}
     told = run(
         copy.folder,
@@ -86,60 +152,33 @@ def test_a_method_is_one_file(copy: Copy) -> None:
     )
     assert re.search(r"[1-9] passed", told)
     assert "`lorafa` | s · B · A* | r · out" in (copy.folder / "README.md").read_text(encoding="utf-8")
-    assert run(copy.folder, "-c", "import graphpeft as gp; print(gp.LoRAFA(r=4))").strip() == "lorafa(r=4)"
-    assert "lorafa" in run(copy.folder, "-c", "from graphpeft.cli.complete import rules; print(rules('qv:l'))")
+    assert said["method"] == "lorafa(r=4)"
+    assert "lorafa" in said["complete"]
 
 
-def test_a_role(copy: Copy) -> None:
+def test_a_role(copy: Copy, said: dict[str, str]) -> None:
     assert copy.touched["A role"] == {"graphpeft/match/roles.py"}
-    code = """
-import torch, graphpeft as gp
-class Bilinear(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.left, self.right, self.fold = torch.nn.Linear(8, 12), torch.nn.Linear(8, 12), torch.nn.Linear(12, 8)
-    def forward(self, x):
-        return x + self.fold(self.left(x) * self.right(x))
-print(*[(s.role, s.weight) for s in gp.sites(Bilinear(), (torch.randn(2, 3, 8),))], sep="\\n")
-"""
-    told = run(copy.folder, "-c", code)
-    assert told.split("\n")[:-1] == [
+    assert said["role"].split("\n") == [
         "('factor', 'left.weight')",
         "('factor', 'right.weight')",
         "('fold', 'fold.weight')",
     ]
 
 
-def test_a_pass_that_reads(copy: Copy) -> None:
+def test_a_pass_that_reads(copy: Copy, said: dict[str, str]) -> None:
     assert copy.touched["A pass"] == {"graphpeft/passes/norms.py", "graphpeft/__init__.pyi"}  # the latter to be public
-    code = """
-import torch, graphpeft as gp
-model = gp.apply(torch.nn.Sequential(torch.nn.Linear(4, 4)), "path(0):lora(r=2)", inputs=(torch.randn(2, 4),))
-adapter = dict(model[0].named_parameters())
-for name, p in adapter.items():
-    torch.nn.init.ones_(p) if "adapters" in name else None
-with gp.watch() as seen:
-    print(gp.norms(model, "default"))
-print([step.name for step in seen.steps])
-"""
-    key, steps = run(copy.folder, "-c", code).strip().split("\n")
+    key, steps = said["pass"].split("\n")
     assert key == "{'0.weight:head': 8.0}"  # ones (4, 2) @ ones (2, 4): sixteen entries of 2
     assert steps == "['norms']"
 
 
-def test_a_pass_over_onnx_graphs(copy: Copy) -> None:
+def test_a_pass_over_onnx_graphs(copy: Copy, said: dict[str, str]) -> None:
     touched = copy.touched["A pass over ONNX graphs"]
     assert touched == {"graphpeft/exporting/onnx/label.py", "graphpeft/exporting/onnx/pipeline.py"}
-    code = """
-import onnx, torch, graphpeft as gp
-model = gp.apply(torch.nn.Sequential(torch.nn.Linear(4, 4)), "path(0):lora(r=2)", inputs=(torch.randn(3, 4),))
-report = gp.export(model, "out", inputs=(torch.randn(3, 4),), verify="fast")
-print(report.passes, onnx.load("out/model.onnx").graph.doc_string)
-"""
-    assert run(copy.folder, "-c", code).strip().endswith("('gemm', 'label', 'tags', 'defaults') 1 adapter slots")
+    assert said["onnx"].endswith("('gemm', 'label', 'tags', 'defaults') 1 adapter slots")
 
 
-def test_a_command(copy: Copy) -> None:
+def test_a_command(copy: Copy, said: dict[str, str]) -> None:
     assert copy.touched["A command"] == {"graphpeft/cli/look.py"}
-    assert "Count the projections of a model." in run(copy.folder, "-m", "graphpeft.cli.main", "--help")
-    assert int(run(copy.folder, "-m", "graphpeft.cli.main", "count", "gpt2")) > 48
+    assert "Count the projections of a model." in said["help"]
+    assert int(said["command"]) > 48

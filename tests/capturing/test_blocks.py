@@ -106,7 +106,20 @@ LEFT_OUT = {"t5": 4, "t5_gated": 4, "clip": 4} | dict.fromkeys(
 @pytest.mark.parametrize(
     "name",
     sampled(
-        zoo.ZOO, "t5", "falcon", "bert", "qwen3", "phi3", "deberta_v2", "roberta", "falcon_new", "bloom", "distilbert"
+        zoo.ZOO,
+        "t5",
+        "falcon",
+        "bert",
+        "qwen3",
+        "phi3",
+        "deberta_v2",
+        "roberta",
+        "falcon_new",
+        "bloom",
+        "distilbert",
+        "t5_gated",
+        "clip",
+        "gpt_neox",
     ),
 )
 def test_the_graph_is_that_of_the_full_capture(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +170,7 @@ HYBRIDS: dict[str, tuple[str, str, dict[str, Any], int]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", sampled(HYBRIDS, "jamba", "qwen3_next", "llama4", "gpt_oss", "mixtral"))
+@pytest.mark.parametrize("name", sampled(HYBRIDS, "jamba", "qwen3_next", "llama4", "gpt_oss", "mixtral", "falcon_h1"))
 def test_each_kind_of_a_hybrid_has_its_own_representative(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cls, config, sizes, left_out = HYBRIDS[name]
     torch.manual_seed(0)

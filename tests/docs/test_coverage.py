@@ -65,6 +65,13 @@ ELSEWHERE = {
     "cvt",
     "swin",
     "squeezebert",
+    "falcon",
+    "xlnet",
+    "deberta-v2",
+    "siglip",
+    "whisper",
+    "clip",
+    "bart",
 }
 """Other tests know the roles of these, too."""
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from checks import build
-from exports import deployed
+from exports import SAMPLE, deployed, hand
+from merging import forked
 
 import graphpeft as gp
 from graphpeft.errors import ExportError
@@ -67,22 +67,6 @@ def test_what_arrives_in_the_folder_during_an_export_is_not_lost(tmp_path: Path)
     assert [path.name for path in tmp_path.rglob("*")] == ["deploy", "late.txt"]
 
 
-SUPPORT = Path(__file__).parents[1] / "support"
-FULL = """
-import resource, signal, sys
-from exports import SAMPLE, hand
-from graphpeft.passes.export import export
-
-model = hand(sys.argv[3])
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writes then fail, as on a full disk
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
-try:
-    export(model, sys.argv[1], inputs=SAMPLE, verify="off")
-except Exception as error:
-    print(type(error).__name__, error)
-"""
-
-
 @pytest.mark.parametrize(
     ("limit", "rule"),
     [
@@ -93,13 +77,16 @@ except Exception as error:
     ids=["first weight", "between weights", "adapter"],
 )
 def test_a_disk_that_fills_half_way_leaves_nothing(tmp_path: Path, limit: int, rule: str) -> None:
-    pytest.importorskip("resource")
-    target = tmp_path / "parent" / "deploy"
-    run = subprocess.run(
-        [sys.executable, "-c", FULL, str(target), str(limit), rule], capture_output=True, text=True, cwd=SUPPORT
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    assert run.stdout, "the export went through"
+    resource = pytest.importorskip("resource")
+    target, model = tmp_path / "parent" / "deploy", hand(rule)
+
+    def fill() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writes then fail, as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        with pytest.raises(Exception):  # noqa: B017  # the export went through, otherwise
+            export(model, target, inputs=SAMPLE, verify="off")
+
+    assert forked(fill) == 0
     assert list(target.parent.iterdir()) == []
 
 

@@ -64,7 +64,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     model = adapted("gpt2", "q:lora(r=3); v:rlora(r=80)")
     folder = tmp_path_factory.mktemp("gpt2") / "deploy"
-    return SimpleNamespace(model=model, folder=folder, report=export(model, folder, share=True))
+    export(model, folder, share=True, cache=False, verify="off")  # the test compares with PyTorch
+    return SimpleNamespace(model=model, folder=folder)
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ import graphpeft as gp
 from graphpeft.errors import ExportError, FileError
 from graphpeft.exporting import parity
 from graphpeft.exporting.onnx import runtimes
+from graphpeft.exporting.work import Verify
 from graphpeft.runtime.doctor import doctor
 from graphpeft.runtime.folder import REPORT
 
@@ -34,7 +35,9 @@ TEXT = torch.tensor(
 
 
 def trained() -> nn.Module:
-    model = gp.apply(minilm().eval(), "qv:lora(r=4); mlp:lora(r=4)")
+    model = minilm().eval()
+    model.encoder.layer = model.encoder.layer[:1]
+    gp.apply(model, "qv:lora(r=4); mlp:lora(r=4)")
     randomize(model, std=0.02)
     return model
 
@@ -46,7 +49,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, A
     found = {}
     for level in (0, 4):
         path = folder / str(level)
-        found[level] = path, gp.export(trained(), path, quantize="int4", accuracy_level=level)
+        verify: Verify = "full" if level == 4 else "fast"  # 4 is the default
+        found[level] = path, gp.export(trained(), path, quantize="int4", accuracy_level=level, verify=verify)
     return found
 
 
@@ -90,7 +94,7 @@ def test_what_users_get_is_what_was_checked(use: str | None, folders: dict[int, 
         with torch.no_grad():
             want = model(input_ids=TEXT).last_hidden_state.numpy()
         gaps[level] = float(np.abs(users(path, use) - want).max() / max(1.0, np.abs(want).max()))
-    # float32 sums of some hundred terms; then steps of 1 / 127 of the largest of 32 values, through two layers.
+    # float32 sums of some hundred terms; then steps of 1 / 127 of the largest of 32 values.
     assert gaps[0] < 1e-5
     assert 1e-4 < gaps[4] < parity.IN_8_BITS
     figures = {c.subject: c.value for c in folders[4][1].checks if c.test == "quantized"}
@@ -194,7 +198,7 @@ def test_an_opset_for_older_runtimes(opset: int, tmp_path: Path) -> None:
     assert (report.opset, report.onnxruntime) == (opset, runtimes.OLDEST[opset])
     kinds = {node.op_type for node in onnx.load(tmp_path / "x" / "model.onnx").graph.node}
     assert not kinds & {"Attention", "RotaryEmbedding", "RMSNormalization"}
-    assert gp.export(model, tmp_path / "y").opset == 23
+    assert gp.export(model, tmp_path / "y", verify="off").opset == 23
     kinds = {node.op_type for node in onnx.load(tmp_path / "y" / "model.onnx").graph.node}
     assert kinds >= {"Attention", "RMSNormalization"}
 

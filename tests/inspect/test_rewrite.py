@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import networkx
@@ -21,11 +22,11 @@ from graphpeft.inspect.rewrite import CapturedGraph, Rewrite, rewrite
 from graphpeft.rewrite.sync import inactive
 
 CASES = {
-    "llama lora": (llama, "qv:lora; mlp:olora(r=2)"),
-    "llama dora": (llama, "linear:dora"),
-    "llama blora": (llama, "qv:blora"),
-    "gpt2 fused": (gpt2, "qv:rlora; mlp:melora(n=2)"),
-    "t5 cross and tied": (t5, "q[cross]:vera; embed:lora; k:dora"),
+    "llama lora": (partial(llama, layers=1), "qv:lora; mlp:olora(r=2)"),
+    "llama dora": (partial(llama, layers=1), "linear:dora"),
+    "llama blora": (partial(llama, layers=1), "qv:blora"),
+    "gpt2 fused": (partial(gpt2, n_layer=1), "qv:rlora; mlp:melora(n=2)"),
+    "t5 cross and tied": (partial(t5, num_layers=1), "q[cross]:vera; embed:lora; k:dora"),
     "mixtral experts": (mixtral, "attn:lora; experts:lora(r=2)"),
 }
 

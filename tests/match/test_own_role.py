@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -30,6 +31,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
+@cache
 def run(*packages: Path) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, packages)), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(EXAMPLE / "run.py")]

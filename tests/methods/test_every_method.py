@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from checks import Snapshot, adapters, build, call, delta, outputs, randomize, same, sampled
+from exports import tiny
 from torch import Tensor
 
 import graphpeft as gp
@@ -21,9 +22,15 @@ METHODS = {rule: rank for method in builtin() for rule, rank in (method.examples
 SAMPLES = {rule: rank for rule, rank in METHODS.items() if "quantize" not in rule}
 
 
+FAMILY = {rule: rule.partition("(")[0] for rule in METHODS}
+FIRST_OF = {method: rule for rule, method in reversed(FAMILY.items())}
+VARIANTS = [rule for rule, method in FAMILY.items() if FIRST_OF[method] != rule]
+"""All examples but the first of each method."""
+
+
 # gpt2: q and v are rows of one transposed weight. Other models: tests/behaviors.
 @pytest.mark.parametrize("name", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", sampled(METHODS, *(v for v in VARIANTS if FAMILY[v] in ("rlora", "lora"))))
 def test_life(name: str, method: str, tmp_path: Path) -> None:
     model = build(name)
     example, before = call(name, model), Snapshot.of(model)
@@ -53,7 +60,7 @@ def test_life(name: str, method: str, tmp_path: Path) -> None:
     before.check(model)
 
 
-@pytest.mark.parametrize("method", SAMPLES)
+@pytest.mark.parametrize("method", sampled(SAMPLES, *(v for v in VARIANTS if v in SAMPLES)))
 def test_the_same_seed_gives_the_same_adapter_in_any_order(method: str) -> None:
     """Of attachment, and whatever else is drawn in between."""
     x = torch.randn(2, 7, 32)
@@ -99,7 +106,7 @@ FIRST = sampled(SAMPLES, *(m for m in SAMPLES if m not in NEW_OPERATORS))
 
 @pytest.mark.parametrize("method", FIRST)
 def test_exported_code_has_nothing_that_only_training_needs(method: str) -> None:
-    model = gp.apply(build("llama"), f"qv:{method}")
+    model = gp.apply(tiny("llama"), f"qv:{method}")
     randomize(model)
     model.eval()
     example = call("llama", model)
@@ -119,7 +126,7 @@ def test_exported_code_has_nothing_that_only_training_needs(method: str) -> None
 def test_a_compiled_model_has_no_graph_break(method: str) -> None:
     """Nor do its steps of training, whose backward pass is traced too, differ from those of the model as it is."""
     torch._dynamo.reset()
-    model = gp.apply(build("llama"), f"qv:{method}")
+    model = gp.apply(tiny("llama"), f"qv:{method}")
     randomize(model)
     args, kwargs = call("llama", model)
     expected = outputs(model.eval(), (args, kwargs))

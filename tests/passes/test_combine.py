@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 
 import peft
 import pytest
@@ -19,6 +20,12 @@ TOKENS = torch.randint(3, 100, (2, 7), generator=torch.Generator().manual_seed(0
 
 
 def two(rules: tuple[str, str] = ("qv:lora(r=4)", "qv:lora(r=4)"), make: object = llama) -> nn.Module:
+    """A copy, for the captures take most of the time."""
+    return copy.deepcopy(_two(rules, make))
+
+
+@cache
+def _two(rules: tuple[str, str], make: object) -> nn.Module:
     torch.manual_seed(0)
     model = make().eval()  # type: ignore[operator]
     for name, rule in zip("ab", rules, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,12 @@ from graphpeft.rewrite.state import chains
 
 
 def two(make: object, rules: tuple[str, str]) -> nn.Module:
+    """A copy, for the captures take most of the time."""
+    return copy.deepcopy(_two(make, rules))
+
+
+@cache
+def _two(make: object, rules: tuple[str, str]) -> nn.Module:
     torch.manual_seed(0)
     model = make().eval()  # type: ignore[operator]
     for name, rule in zip("ab", rules, strict=True):

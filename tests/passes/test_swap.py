@@ -7,7 +7,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from checks import Snapshot, adapters, build, call, delta, outputs, randomize, same
+from checks import Snapshot, adapters, applied, build, call, delta, outputs, randomize, same
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -21,16 +21,14 @@ TOLERANCE = 1e-5
 
 def stored(folder: Path, rules: str, format: str = "graphpeft", seed: int = 5) -> list[torch.Tensor]:
     """A trained adapter in a folder, and what the model gives with it."""
-    model = build("llama")
-    gp.apply(model, rules, seed=seed)
+    model = applied("llama", rules, seed=seed)
     randomize(model, seed=seed)
     gp.save(model, folder, format=format)
     return outputs(model, call("llama", model))
 
 
 def slot(rules: str = "linear:lora(r=8, alpha=16)") -> nn.Module:
-    model = build("llama")
-    gp.apply(model, rules)
+    model = applied("llama", rules)
     randomize(model)
     return model
 

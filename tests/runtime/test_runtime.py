@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
-from checks import build, randomize
-from exports import CLOSE, FAR, SAMPLE, dense, deployed, off, silent
+from checks import randomize
+from exports import CLOSE, FAR, SAMPLE, dense, deployed, off, silent, tiny
 
 import graphpeft as gp
 from graphpeft.errors import AdapterError, FileError
@@ -216,7 +216,7 @@ def test_a_blend_of_two_is_neither_of_them() -> None:
 
 
 def test_of_two_graphs_the_one_without_slots_decides_nothing(tmp_path: Path) -> None:
-    model = gp.apply(build("t5"), "path(encoder.*.SelfAttention.q):vera(r=8)", name="enc")
+    model = gp.apply(tiny("t5"), "path(encoder.*.SelfAttention.q):vera(r=8)", name="enc")
     randomize(model, "enc")
     gp.export(model, tmp_path / "out", compact=True, verify="off")
     session = Session(tmp_path / "out")

@@ -9,15 +9,16 @@ import keyword
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
 import torch
-from checks import build, call, outputs, randomize, same, sampled
-from exports import CLOSE, SAMPLE, deployed, off
+from checks import build, call, outputs, randomize, same
+from exports import CLOSE, SAMPLE, deployed, off, tiny
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -62,10 +63,6 @@ LIKE = (
     "other newline",
 )
 hostile = pytest.mark.parametrize("kind", HOSTILE)
-FEW = ("keyword", "newline")
-"""For tests that try each field of a file in turn."""
-hostile_seldom = pytest.mark.parametrize("kind", sampled(HOSTILE, *(kind for kind in HOSTILE if kind not in FEW)))
-hostile_slowly = pytest.mark.parametrize("kind", sampled(HOSTILE, *LIKE))
 Where = tuple[str | int, ...]
 
 
@@ -116,7 +113,8 @@ class Saved:
     """A saved adapter, what loads it, and what it computes."""
 
     def __init__(self, folder: Path, format: Any) -> None:
-        model = build("llama")
+        self.build = partial(build, "llama") if format == "graphpeft" else partial(tiny, "llama")
+        model = self.build()
         self.call = call("llama", model)
         self.base = self.of(model)
         gp.apply(model, "q[layers=0]:lora(r=2); up[layers=1]:rlora(r=4)" if format == "graphpeft" else "q:lora(r=2)")
@@ -124,7 +122,7 @@ class Saved:
         self.folder, self.adapted = gp.save(model, folder, format=format), self.of(model)
         self.name = "adapter.json" if format == "graphpeft" else "adapter_config.json"
         self.about = json.loads((folder / self.name).read_text())
-        self.model = build("llama")
+        self.model = self.build()
 
     def of(self, model: nn.Module) -> list[Tensor]:
         return outputs(model, self.call)[:1]
@@ -158,11 +156,15 @@ PATHS = {"base_model_name_or_path"}
 REFUSED_THERE = {"quotes", "single quotes", "newline", "other newline", "control", "long"}
 
 
-formats = pytest.mark.parametrize("format", ["graphpeft", "peft"])
+def in_formats(kinds: Iterable[str], peft: Iterable[str]) -> pytest.MarkDecorator:
+    """Parametrize by kinds of text and formats. PEFT's files need a capture for each: some kinds, and all under -m slow."""
+    often = {"graphpeft": set(kinds), "peft": set(peft)}
+    cases = [(kind, format) for format in often for kind in HOSTILE]
+    marked = [pytest.param(k, f, marks=() if k in often[f] else pytest.mark.slow) for k, f in cases]
+    return pytest.mark.parametrize(("kind", "format"), marked)
 
 
-@formats
-@hostile_slowly
+@in_formats([kind for kind in HOSTILE if kind not in LIKE], peft=["quotes", "newline", "keyword"])
 def test_in_every_text_of_a_description(kind: str, format: str, saved: dict[str, Saved], tmp_path: Path) -> None:
     one = saved[format]
     loaded = [
@@ -178,8 +180,7 @@ def test_in_every_text_of_a_description(kind: str, format: str, saved: dict[str,
     assert not [where for where in loaded if not allowed & set(where)]
 
 
-@formats
-@hostile_seldom
+@in_formats(["keyword", "newline"], peft=["keyword"])
 def test_in_every_name_of_a_field(kind: str, format: str, saved: dict[str, Saved], tmp_path: Path) -> None:
     """An unknown field is ignored with a warning, but for text that no field has. Without a field PEFT has its defaults."""
     one = saved[format]

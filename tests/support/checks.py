@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from zoo import BERT, SMALL, VOCAB, ZOO
 
+import graphpeft as gp
 from graphpeft.capturing.samples import sample_inputs
 
 __all__ = [
@@ -21,6 +24,7 @@ __all__ = [
     "VOCAB",
     "Snapshot",
     "adapters",
+    "applied",
     "build",
     "call",
     "delta",
@@ -67,6 +71,21 @@ def inputs(name: str, model: nn.Module) -> Any:
         return None
     generator = torch.Generator().manual_seed(1)
     return (torch.randn(2, 7, 32, generator=generator).to(next(model.parameters()).dtype),)
+
+
+def applied(
+    name: str, rules: str, *, attn: str = "sdpa", dtype: torch.dtype = torch.float32, seed: int = 0
+) -> nn.Module:
+    """`build` and `gp.apply`, for tests of what comes after: made once and copied, for the capture takes most of the time."""
+    made = _applied(name, rules, attn, dtype, seed)
+    torch.manual_seed(0)  # whether it was made now or earlier
+    return copy.deepcopy(made)
+
+
+@cache
+def _applied(name: str, rules: str, attn: str, dtype: torch.dtype, seed: int) -> nn.Module:
+    model = build(name, attn, dtype)
+    return gp.apply(model, rules, inputs=inputs(name, model), seed=seed)
 
 
 def call(name: str, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What one process does of a run that several share; process 0 writes what it found: `processes.py FOLDER`."""
+"""What one process does of a run that several share; process 0 writes what it found: `processes.py FOLDER KIND...`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     folder, place = Path(sys.argv[1]), (dist.get_world_size(), dist.get_rank())
-    content = {"whole": runs.everything(*place), "sharded": sharded.everything(folder, *place)}
+    content = {"whole": runs.everything(*place), "sharded": sharded.everything(folder, sys.argv[2:], *place)}
     if dist.get_rank() == 0:
         (folder / "result.json").write_text(json.dumps(content))
     gc.collect()  # FSDP1 holds groups in cycles, and a group that outlives the end of the process aborts it

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +206,10 @@ def flat(workers: int = 1, rank: int = 0) -> dict[str, list[float]]:
     return found
 
 
-def everything(folder: Path, workers: int = 1, rank: int = 0) -> dict[str, Any]:
-    lives = {kind: life(kind, folder / kind, workers, rank) for kind in KINDS}
+OFTEN = ("llama", "policy", "root", "reads", "experts")
+"""By default: the other kinds differ from one of these in one respect."""
+
+
+def everything(folder: Path, kinds: Iterable[str], workers: int = 1, rank: int = 0) -> dict[str, Any]:
+    lives = {kind: life(kind, folder / kind, workers, rank) for kind in kinds}
     return lives | {"penalized": penalized(workers, rank), "flat": flat(workers, rank)}

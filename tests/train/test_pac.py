@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 from math import log
 from pathlib import Path
 from typing import Literal
@@ -10,7 +11,7 @@ from typing import Literal
 import pytest
 import torch
 import transformers as tf
-from checks import SMALL, VOCAB, adapters, build, call, delta, outputs, randomize, same
+from checks import SMALL, VOCAB, adapters, applied, build, call, delta, outputs, randomize, same, sampled
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
@@ -31,6 +32,12 @@ METHODS = [
     "dora(r=4)",
 ]
 CASES = [*(("llama", f"qv:{method}") for method in METHODS), ("gpt2", "qv:lora(r=4)"), ("gpt2", f"qv:{METHODS[4]}")]
+LIKE = [
+    ("llama", "qv:melora(n=4, r=2)"),
+    ("llama", "qv:olora(r=4)"),
+    ("gpt2", "qv:lora(r=4)"),
+    ("mixtral", "experts:lora(r=2)"),
+]
 EXPERTS = [("mixtral", "experts:lora(r=2)"), ("mixtral", "experts:melora(n=2, r=(1, 2))")]
 
 
@@ -43,6 +50,16 @@ def fresh(name: str) -> nn.Module:
     return tf.MixtralForCausalLM(config).eval()
 
 
+@cache
+def made(name: str, rules: str) -> nn.Module:
+    return gp.apply(fresh(name), rules)
+
+
+def fitted(name: str, rules: str) -> nn.Module:
+    """The model with an adapter, of which each test has a copy."""
+    return copy.deepcopy(made(name, rules))
+
+
 def noises(model: nn.Module) -> list[Noise]:
     return [m for m in model.modules() if isinstance(m, Noise)]
 
@@ -52,9 +69,10 @@ def noisy(model: nn.Module) -> list[tuple[Tensor, Noise]]:
     return [(m.weight, t) for m in held for t in m.applied if isinstance(t, Noise)]
 
 
-@pytest.mark.parametrize(("name", "rules"), CASES + EXPERTS)
-def test_noise_acts_in_training_alone(name: str, rules: str, tmp_path: Path) -> None:
-    model = gp.apply(fresh(name), rules)
+@pytest.mark.parametrize("case", sampled(CASES + EXPERTS, *LIKE), ids="-".join)
+def test_noise_acts_in_training_alone(case: tuple[str, str], tmp_path: Path) -> None:
+    name, rules = case
+    model = fitted(name, rules)
     trained = sum(p.numel() for p in adapters(model).values())
     randomize(model)
     model.eval()
@@ -110,7 +128,7 @@ def test_gradient_of_sigma_is_that_of_finite_differences() -> None:
 
 
 def test_numbers_of_the_objective() -> None:
-    model = gp.apply(build("llama"), "q:lora(r=2)").double()
+    model = applied("llama", "q:lora(r=2)").double()
     pac = gp.PAC(examples=20, gamma=10.0, K=0.5, confidence=0.1).attach(model)
     randomize(model, std=0.01)
     kl = pac.kl(model).item()
@@ -128,7 +146,7 @@ def test_numbers_of_the_objective() -> None:
 
 
 def test_groups_hold_every_parameter_once() -> None:
-    model = gp.apply(build("llama"), "qv:lora(r=4)")
+    model = applied("llama", "qv:lora(r=4)")
     gp.PAC(examples=20).attach(model)
     slow, fast, noise = gp.parameter_groups(model, 1e-3, weight_decay=0.1, lora_plus=16)
     assert (fast["lr"], noise["weight_decay"]) == (16e-3, 0.0)
@@ -144,7 +162,7 @@ def test_groups_hold_every_parameter_once() -> None:
 @pytest.mark.parametrize("prior", ["closed", "trained"])
 @pytest.mark.parametrize(("name", "rules"), [("llama", "qv:melora(n=2, r=(1, 2))"), EXPERTS[0]])
 def test_divergence_is_that_of_gaussians(name: str, rules: str, prior: Literal["closed", "trained"]) -> None:
-    model = gp.apply(fresh(name), rules).double()
+    model = fitted(name, rules).double()
     pac = gp.PAC(examples=9, prior=prior).attach(model)
     randomize(model, std=0.1)
     expected = torch.zeros((), dtype=torch.float64)
@@ -160,9 +178,9 @@ def test_divergence_is_that_of_gaussians(name: str, rules: str, prior: Literal["
 
 
 def test_trained_prior_starts_at_the_closed_one_and_is_no_part_of_the_file(tmp_path: Path) -> None:
-    model = gp.apply(build("llama"), "qv:lora(r=4)").double()
+    model = applied("llama", "qv:lora(r=4)").double()
     pac = gp.PAC(examples=20, prior="trained").attach(model)
-    closed = gp.apply(build("llama"), "qv:lora(r=4)").double()
+    closed = applied("llama", "qv:lora(r=4)").double()
     assert pac.kl(model).item() == pytest.approx(gp.PAC(examples=20).attach(closed).kl(closed).item(), abs=1e-9)
     assert all(n.log_prior is not None and n.log_prior.numel() == 1 for n in noises(model))
     gp.penalty(model).backward()
@@ -183,7 +201,7 @@ def test_trained_prior_starts_at_the_closed_one_and_is_no_part_of_the_file(tmp_p
 
 
 def test_noise_of_a_step_is_the_same_again() -> None:
-    model = gp.apply(build("llama"), "qv:lora(r=4)")
+    model = applied("llama", "qv:lora(r=4)")
     pac = gp.PAC(examples=20, sigma=0.3).attach(model)
     example = call("llama", model)
     randomize(model)
@@ -211,14 +229,14 @@ class Loose(Factor):
 
 
 def test_refusals_change_nothing() -> None:
-    model = gp.apply(build("llama"), "q:lora; v:lora")
+    model = applied("llama", "q:lora; v:lora")
     next(iter(chains(model, "default").values())).factors.insert(0, Loose(64))
     with pytest.raises(
         AdapterError, match=r"Loose of adapter 'default' at .*q_proj\.weight.* trains 'factors\.0\.gain'"
     ):
         gp.PAC(examples=5).attach(model)
     assert not noises(model)
-    model = gp.apply(build("llama"), "q:lora")
+    model = applied("llama", "q:lora")
     pac = gp.PAC(examples=5).attach(model)
     with pytest.raises(AdapterError, match="already has a PAC objective"):
         pac.attach(model)

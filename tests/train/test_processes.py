@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +19,31 @@ HERE = Path(__file__).parents[1] / "support"
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
-def both(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Path]:
+def both(folder: Path, kinds: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any], Path]:
     """What one process and two found, and the folder of what each saved: under `alone`, and under `together`."""
     (folder / "together").mkdir()
     started = subprocess.Popen(
-        [sys.executable, "-m", *TORCHRUN, str(HERE / "processes.py"), str(folder / "together")],
+        [sys.executable, "-m", *TORCHRUN, str(HERE / "processes.py"), str(folder / "together"), *kinds],
         env=os.environ | {"PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parents[1]}", "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         text=True,
     )
-    alone = {"whole": runs.everything(), "sharded": sharded.everything(folder / "alone")}
+    alone = {"whole": runs.everything(), "sharded": sharded.everything(folder / "alone", kinds)}
     _, errors = started.communicate(timeout=300)
     assert started.returncode == 0, errors[-3000:]
     return alone, json.loads((folder / "together" / "result.json").read_text()), folder
 
 
-def test_two_processes_equal_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "kinds", [sharded.OFTEN, pytest.param((*sharded.KINDS,), marks=pytest.mark.slow)], ids=["often", "all"]
+)
+def test_two_processes_equal_one(kinds: Sequence[str], tmp_path: Path) -> None:
     """In one test, for the runs take long and all serve the three."""
-    alone, together, folder = both(tmp_path)
+    alone, together, folder = both(tmp_path, kinds)
     check_whole(alone["whole"], together["whole"])
-    for kind in (*sharded.KINDS, "penalized", "flat"):
+    for kind in (*kinds, "penalized", "flat"):
         check_sharded(kind, alone["sharded"][kind], together["sharded"][kind])
-    for kind in sharded.KINDS:
+    for kind in kinds:
         check_files(kind, folder)
 
 

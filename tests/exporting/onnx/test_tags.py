@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def adapted(make: Any, rules: str) -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "rules", "options"),
     [
-        (gpt2, "v:lora; down:lora(r=2)", {}),
+        (partial(gpt2, n_layer=1), "v:lora; down:lora(r=2)", {}),
         pytest.param(
             llama,
             "qv:lora; down:lora(r=2)",
