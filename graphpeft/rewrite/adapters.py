@@ -22,6 +22,10 @@ REMEMBERED = 8
 """How many classes an owner keeps for adapters that are not active now."""
 
 
+Held = tuple[nn.Module, list[tuple[dict[str, Any], str]]]
+"""A branch, and for each of its parameters the dictionary of its module and its name there."""
+
+
 @dataclass(frozen=True)
 class Installed:
     """A class that was made for an owner, and for a graph module its graph."""
@@ -30,6 +34,8 @@ class Installed:
     """What it was made for: see `owner.install`."""
     kind: type[nn.Module]
     graph: fx.Graph | None
+    change: int
+    """How many changes the container had seen then."""
 
 
 class Adapters(nn.Module):
@@ -45,6 +51,9 @@ class Adapters(nn.Module):
         """For such an owner, the mode that `train()` or `eval()` asked for; `None` as long as neither was called."""
         self.refusals: dict[str, Any] = {}
         """The `train` and `eval` that torch.export put on the instance, which raise."""
+        self.changes = 0
+        """How often branches came or went, or tensors may have changed their dtype."""
+        self.held: dict[str, tuple[int, list[Held]]] = {}
         self.detached = False
         """Whether the owner was restored and its adapters taken off the module tree, to be put back later."""
         self.opaque = False
@@ -59,6 +68,7 @@ class Adapters(nn.Module):
         self.register_load_state_dict_pre_hook(_let_guests_be)
 
     def add(self, name: str, site: Site, branch: nn.Module, guest: bool = False) -> None:
+        self.changes += 1
         if name not in self._modules:
             self.add_module(name, nn.ModuleDict())
             self.sites[name] = {}
@@ -75,7 +85,7 @@ class Adapters(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Classes made here can be neither pickled nor shared: a copy makes its own."""
-        return {**super().__getstate__(), "installed": {}}
+        return {**super().__getstate__(), "installed": {}, "held": {}}
 
     def remember(self, state: tuple[tuple[str, ...], bool], made: Installed) -> None:
         """Keep a class that was made, and only the last few: who goes through many sets of adapters makes many."""
@@ -84,13 +94,19 @@ class Adapters(nn.Module):
         while len(self.installed) > REMEMBERED:
             del self.installed[next(iter(self.installed))]
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.changes += 1
+        return super()._apply(*args, **kwargs)
+
     def drop(self, name: str) -> None:
+        self.changes += 1
         del self._modules[name], self.sites[name]
         self.guests = {path for path in self.guests if not path.startswith(f"{name}.")}
         self.active = tuple(a for a in self.active if a != name)
 
     def rename(self, old: str, new: str) -> None:
         """Keep the order, in which active adapters act."""
+        self.changes += 1
         self._modules = {new if name == old else name: module for name, module in self._modules.items()}
         self.sites = {new if name == old else name: sites for name, sites in self.sites.items()}
         self.active = tuple(new if name == old else name for name in self.active)
@@ -117,11 +133,17 @@ class Adapters(nn.Module):
     def branch(self, name: str, key: str) -> nn.Module:
         return cast(nn.ModuleDict, self._modules[name])[key]
 
-    def trained(self, name: str) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
-        """The branches of an adapter, each with its parameters."""
-        for branch in self._branches(name).values():
-            parts = _inside(branch)
-            yield branch, [p for part in parts for p in part._parameters.values() if p is not None]
+    def trained(self, name: str, anew: bool = True) -> list[Held]:
+        """The branches of an adapter, each with where its parameters are held: tools put others there. As found before, unless
+        `anew` or something has changed."""
+        change, found = self.held.get(name, (-1, []))
+        if anew or change != self.changes:
+            found = [
+                (branch, [(part._parameters, leaf) for part in _inside(branch) for leaf in part._parameters])
+                for branch in self._branches(name).values()
+            ]
+            self.held[name] = self.changes, found
+        return found
 
     def fits(self, owner: nn.Module) -> bool:
         """Whether the owner has the weights that the adapters were made for."""

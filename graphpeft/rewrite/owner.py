@@ -197,23 +197,30 @@ def attach(owner: nn.Module, adapters: Adapters) -> None:
         owner.graph = adapters.base_graph  # `keep_mode` compiled another one into the class
 
 
-def install(owner: nn.Module) -> None:
+def install(owner: nn.Module, thorough: bool = True) -> None:
     """Let the owner run its active branches: give it the class for them, made now if it is not at hand.
+
+    Without `thorough` a class that was made before is taken as long as the container has seen no change.
 
     Raises `AdapterError`, and leaves the owner as it was, if its code has no use of an adapted weight.
     """
     adapters = home(owner)
-    if adapters is None or not (adapters.running() or isinstance(owner, fx.GraphModule)):
+    if adapters is None or not (adapters.active or isinstance(owner, fx.GraphModule)):
         restore(owner)
         return
     state = adapters.active, adapters.by_row is not None
-    wanted = _wanted(owner, adapters)
     known = adapters.installed.get(state)
+    if not thorough and known is not None and known.change == adapters.changes and known.graph is None:
+        own = without_adapters(type(owner)) is known.wanted[0]
+        if own:
+            become(owner, known.kind)
+            return
+    wanted = _wanted(owner, adapters)
     if known is None or known.wanted != wanted:
         before = type(owner), getattr(owner, "graph", None)
         restore(owner)
         try:
-            known = Installed(wanted, *_built(owner, adapters))
+            known = Installed(wanted, *_built(owner, adapters), adapters.changes)
         except BaseException:
             become(owner, before[0])
             if isinstance(owner, fx.GraphModule):

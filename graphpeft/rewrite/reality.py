@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,44 +15,66 @@ from graphpeft.rewrite.owner import Adapted
 from graphpeft.rewrite.state import AdapterSet
 
 Watched = tuple[dict[str, Any], str, nn.Module, type, dict[str, Any], str, Any]
+Spot = tuple[dict[str, Any], str, nn.Module, tuple[tuple[dict[str, Any], str], ...]]
+"""Where an owner stands: its parent's children, its name among them, itself, and where its adapted weights stand."""
 
 
-def watched(model: nn.Module, state: AdapterSet) -> tuple[Watched, ...]:
+def located(model: nn.Module, state: AdapterSet) -> dict[str, nn.Module | None]:
+    """The module at each owner's path, `None` if there is none. Owners share the way to their parents."""
+    known: dict[str, nn.Module | None] = {"": model}
+
+    def find(path: str) -> nn.Module | None:
+        if path not in known:
+            parent, _, name = path.rpartition(".")
+            above = find(parent)
+            known[path] = None if above is None else above._modules.get(name)
+        return known[path]
+
+    return {path: find(path) for path in state.containers}
+
+
+def watched(model: nn.Module, state: AdapterSet, owners: Mapping[str, nn.Module | None]) -> tuple[Watched, ...]:
     """What the check before a forward pass compares, as flat tuples: the owner by the dictionary of its parent, its class, and
     each adapted weight by the dictionary of its holder. By path this would take a millisecond for a large model."""
-    found = []
+    found: list[Watched] = []
+    spots: dict[str, Spot] = {}
     for path, adapters in state.containers.items():
-        parent, _, name = path.rpartition(".")
-        try:
-            above = model.get_submodule(parent)
-            owner = model if not path else above._modules[name]
-        except (AttributeError, KeyError):
-            continue
+        owner = owners.get(path)
         if owner is None:
             continue
-        modules = {"": model} if not path else above._modules
-        for leaf, holder in _weights(owner, path, adapters):
-            found.append((modules, name, owner, type(owner), holder._parameters, leaf, holder._parameters.get(leaf)))
+        spot = state.spots.get(path)
+        if spot is None or spot[2] is not owner or spot[0].get(spot[1]) is not owner:
+            spot = _spot(model, path, owner, adapters)
+        spots[path] = spot
+        modules, name, _, held = spot
+        kind = owner.__class__
+        for parameters, leaf in held:
+            found.append((modules, name, owner, kind, parameters, leaf, parameters.get(leaf)))
+    state.spots = spots
     return tuple(found)
 
 
-def _weights(owner: nn.Module, path: str, adapters: Adapters) -> Iterator[tuple[str, nn.Module]]:
-    for weight in dict.fromkeys(site.weight for sites in adapters.sites.values() for site in sites.values()):
-        local = weight[len(path) + 1 if path else 0 :]
-        inner, _, leaf = local.rpartition(".")
+def _spot(model: nn.Module, path: str, owner: nn.Module, adapters: Adapters) -> Spot:
+    parent, _, name = path.rpartition(".")
+    modules = {"": model} if not path else model.get_submodule(parent)._modules
+    weights = dict.fromkeys(site.weight for sites in adapters.sites.values() for site in sites.values())
+    held = []
+    for weight in weights:
+        inner, _, leaf = weight[len(path) + 1 if path else 0 :].rpartition(".")
         try:
-            yield leaf, owner.get_submodule(inner)
+            held.append((owner.get_submodule(inner)._parameters, leaf))
         except AttributeError:
             continue
+    return modules, name, owner, tuple(held)
 
 
 def differences(model: nn.Module, state: AdapterSet) -> dict[str, str]:
     """What is no longer as the record says, by the owner's path. Empty if all is well."""
     found = {}
+    owners = located(model, state)
     for path, adapters in state.containers.items():
-        try:
-            owner = model.get_submodule(path)
-        except AttributeError:
+        owner = owners[path]
+        if owner is None:
             found[path] = "is gone"
             continue
         expected = state.attached and not adapters.detached

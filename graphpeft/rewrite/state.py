@@ -88,12 +88,15 @@ class AdapterSet:
     inputs: Any = None
     """The example call that `apply` was given, for views that capture the model again."""
 
+    applied: dict[str, tuple[bool, float]] = field(default_factory=dict)
+    """By adapter, whether its tensors train and its strength, as they were last set."""
     pending: bool = False
     """Whether a change of the record may not have reached the modules yet."""
     tentative: tuple[str, dict[str, float]] | None = None
     """An adapter that is being added, and what was active before: undone if that does not come to its end."""
     journal: tuple[Any, ...] = ()
     """Work that has to be finished once begun: see `sync`."""
+    spots: dict[str, Any] = field(default_factory=dict, repr=False)
     watched: Any = field(default=None, repr=False)
     """What the check before each forward pass compares (see `reality`)."""
 
@@ -110,7 +113,7 @@ class AdapterSet:
         them. Of our own contexts, in which the model is being looked at, it has nothing."""
         ours = next((context for context in self.contexts if not context.name), None)
         before = {} if ours is None else {"active": ours.active, "rows": ours.rows, "attached": ours.attached}
-        return {**self.__dict__, **before, "contexts": (), "watched": None, "pending": True}
+        return {**self.__dict__, **before, "contexts": (), "watched": None, "spots": {}, "pending": True}
 
 
 def find_state(model: nn.Module) -> AdapterSet | None:

@@ -10,7 +10,7 @@ Ctrl-C, lets the work be finished at once, and if it is interrupted again, by th
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,10 +22,10 @@ from graphpeft.compat.quantized import release_order
 from graphpeft.compat.sharded import reshard
 from graphpeft.errors import AdapterError
 from graphpeft.ir.weights import get_parameter
-from graphpeft.rewrite.adapters import Adapters, home
+from graphpeft.rewrite.adapters import Adapters, Held, home
 from graphpeft.rewrite.freezing import require
 from graphpeft.rewrite.owner import attach, detach, install, refuse_replaced
-from graphpeft.rewrite.reality import changed, watched
+from graphpeft.rewrite.reality import changed, located, watched
 from graphpeft.rewrite.rows import Assignment, Rows
 from graphpeft.rewrite.state import STATE, AdapterSet, Context, find_state, get_state, strengths
 from graphpeft.tracing import depth
@@ -33,27 +33,32 @@ from graphpeft.tracing import depth
 Active = Mapping[str, float] | tuple[str, ...] | list[str]
 
 
-def sync(model: nn.Module) -> None:
-    """Compare what each owner should run with what it runs, and rebuild what differs."""
+def sync(model: nn.Module, switch: bool = False) -> None:
+    """Compare what each owner should run with what it runs, and rebuild what differs.
+
+    With `switch` only the choice of adapters has changed, so that branches are not looked into.
+    """
     state = find_state(model)
     if state is None:
         return
+    thorough = not switch or bool(state.journal)
     state.pending = True
     for work in state.journal:
         work(model, state)
     state.journal = ()
     if state.merge is not None and not state.merge.complete:
         _put_back(model, state)
-    _contain(model, state)
+    owners = located(model, state)
+    _contain(owners, state)
     for path, adapters in state.containers.items():
-        owner = _owner(model, path, adapters)
-        if owner is not None:
-            _run(owner, path, adapters, state)
-    _values(model, state)
+        owner = owners[path]
+        if owner is not None and home(owner) is adapters:
+            _run(owner, path, adapters, state, thorough)
+    _values(model, state, thorough)
     if not state.adapters:
         _forget(model, state)
     else:
-        state.watched = watched(model, state)
+        state.watched = watched(model, state, owners)
         if not has_pre_hook(model, before_forward):
             model.register_forward_pre_hook(before_forward)
     state.pending = False
@@ -74,17 +79,14 @@ def _put_back(model: nn.Module, state: AdapterSet) -> None:
     state.__dict__.update(merge=None, attached=True)
 
 
-def _contain(model: nn.Module, state: AdapterSet) -> None:
+def _contain(owners: Mapping[str, nn.Module | None], state: AdapterSet) -> None:
     """Put the containers on the module tree or take them off, and drop what the record does not know."""
     for path, adapters in list(state.containers.items()):
         for name in [name for name in adapters.sites if name not in state.adapters]:
             adapters.drop(name)
         for name in [name for name in adapters._modules if name not in adapters.sites and name != "by_row"]:
             del adapters._modules[name]  # an interrupt between two lines of `add`
-        try:
-            owner = model.get_submodule(path)
-        except AttributeError:
-            owner = None
+        owner = owners[path]
         there = owner is not None and home(owner) is adapters
         if not adapters.sites:
             if owner is not None and there:
@@ -92,7 +94,7 @@ def _contain(model: nn.Module, state: AdapterSet) -> None:
             del state.containers[path]
         elif owner is not None and there and not state.attached and not _keeps(owner, state):
             detach(owner, keep_mode=state.merge is not None)
-        elif owner is not None and not there and state.attached and home(owner) is None and adapters.fits(owner):
+        elif owner is not None and not there and state.attached and adapters.detached and adapters.fits(owner):
             attach(owner, adapters)
 
 
@@ -101,40 +103,42 @@ def _keeps(owner: nn.Module, state: AdapterSet) -> bool:
     return state.merge is None and isinstance(owner, fx.GraphModule)
 
 
-def _owner(model: nn.Module, path: str, adapters: Adapters) -> nn.Module | None:
-    """The owner of a container; `None` if another module stands in its place."""
-    try:
-        owner = model.get_submodule(path)
-    except AttributeError:
-        return None
-    return owner if home(owner) is adapters else None
-
-
-def _run(owner: nn.Module, path: str, adapters: Adapters, state: AdapterSet) -> None:
-    adapters.active = tuple(name for name in state.active if name in adapters.sites)
+def _run(owner: nn.Module, path: str, adapters: Adapters, state: AdapterSet, thorough: bool) -> None:
+    active = tuple([name for name in state.active if name in adapters.sites])
+    if active != adapters.active:
+        adapters.__dict__["active"] = active  # as `nn.Module.__setattr__` does, after a look at what it is
     rows = state.rows if state.rows is not None and adapters.active else None
     if rows is None and adapters.by_row is not None:
         del adapters.by_row  # a submodule: assigning None would leave its name among the submodules
         adapters.by_row = None
     elif rows is not None and (adapters.by_row is None or adapters.by_row.assignment is not rows):
         adapters.by_row = Rows(path, rows)
-    install(owner)
+    install(owner, thorough)
 
 
-def _values(model: nn.Module, state: AdapterSet) -> None:
+def _values(model: nn.Module, state: AdapterSet, thorough: bool) -> None:
     """Strengths, and which tensors train."""
-    for adapters in state.containers.values():
+    wanted = {name: (name in state.active, state.active.get(name, 1.0)) for name in state.adapters}
+    differ = {name for name, each in wanted.items() if thorough or state.applied.get(name) != each}
+    state.applied = {name: each for name, each in state.applied.items() if name not in differ}
+    for adapters in state.containers.values() if differ else ():
         for name in adapters.sites:
-            on, strength = name in state.active, state.active.get(name, 1.0)
-            for chain, parameters in adapters.trained(name):
-                if getattr(chain, "strength", strength) != strength:
-                    chain.strength = strength  # type: ignore[assignment]
-                for parameter in parameters:
-                    if parameter.requires_grad is not on:
-                        parameter.requires_grad_(on)
+            if name in differ:
+                _set(adapters.trained(name, thorough), *wanted[name])
+    state.applied = wanted
     for adapter in state.adapters.values():
         if adapter.objective is not None and adapter.objective.frozen:
             adapter.objective.freeze(model)
+
+
+def _set(branches: Iterable[Held], on: bool, strength: float) -> None:
+    for branch, held in branches:
+        if branch.__dict__.get("strength", strength) != strength:
+            branch.strength = strength  # type: ignore[assignment]
+        for parameters, leaf in held:
+            parameter = parameters.get(leaf)
+            if parameter is not None and parameter.requires_grad is not on:
+                parameter.requires_grad_(on)
 
 
 def _forget(model: nn.Module, state: AdapterSet) -> None:
@@ -155,7 +159,7 @@ def begin(model: nn.Module) -> AdapterSet:
 
 
 @contextmanager
-def changing(model: nn.Module) -> Iterator[AdapterSet]:
+def changing(model: nn.Module, switch: bool = False) -> Iterator[AdapterSet]:
     """Change the record inside; at the end the modules run what it says. On an error all is as it was."""
     state = get_state(model)
     # Containers that were made stay known, so that `sync` takes them off again.
@@ -163,7 +167,7 @@ def changing(model: nn.Module) -> Iterator[AdapterSet]:
     state.pending = True
     try:
         yield state
-        sync(model)
+        sync(model, switch)
     except Exception:
         state.__dict__.update(before, journal=())
         model.__dict__[STATE] = state
@@ -176,8 +180,8 @@ def changing(model: nn.Module) -> Iterator[AdapterSet]:
 
 def set_active(model: nn.Module, active: Active) -> None:
     """Make exactly these adapters run and train."""
-    with changing(model) as state:
-        _refuse_replaced(model, state)
+    with changing(model, switch=True) as state:
+        _refuse_replaced(state)
         state.__dict__.update(active=strengths(active), rows=None)
 
 
@@ -193,15 +197,13 @@ def before_forward(model: nn.Module, args: Any) -> None:
     for modules, name, owner, kind, parameters, leaf, weight in state.watched or ():
         if modules.get(name) is not owner or owner.__class__ is not kind or parameters.get(leaf) is not weight:
             changed(model, state)
-            state.watched = watched(model, state)
+            state.watched = watched(model, state, located(model, state))
             break
 
 
-def _refuse_replaced(model: nn.Module, state: AdapterSet) -> None:
-    for path, adapters in state.containers.items():
-        owner = _owner(model, path, adapters)
-        if owner is not None:
-            refuse_replaced(owner)
+def _refuse_replaced(state: AdapterSet) -> None:
+    for owner in {id(spot[2]): spot[2] for spot in state.spots.values()}.values():
+        refuse_replaced(owner)
 
 
 def recover(model: nn.Module, within: int = 1) -> None:
@@ -245,14 +247,14 @@ def opened(
     state, token = get_state(model), _Token()
     context = Context(name, state.active, state.rows, state.attached, weakref.ref(token))
     try:
-        with changing(model) as state:
+        with changing(model, switch=True) as state:
             state.__dict__.update(
                 contexts=(*state.contexts, context), active=strengths(active), rows=rows, attached=attached
             )
         yield
     finally:
         if context in state.contexts:
-            with changing(model) as state:
+            with changing(model, switch=True) as state:
                 _close(state, context)
 
 
