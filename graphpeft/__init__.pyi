@@ -31,6 +31,7 @@ from .passes.export import export as export
 from .passes.load import load as load
 from .passes.lower import lower as lower
 from .passes.merge import merge as merge
+from .passes.merge import merge_and_unload as merge_and_unload
 from .passes.merge import unmerge as unmerge
 from .passes.per_row import per_row as per_row
 from .passes.remove import remove as remove

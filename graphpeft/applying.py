@@ -18,6 +18,7 @@ from graphpeft.passes.insert import insert
 from graphpeft.passes.remove import undone_on_error
 from graphpeft.passes.verify import Level
 from graphpeft.planning.plan import make_plan
+from graphpeft.rewrite.entry import on_model
 from graphpeft.rewrite.naming import check_adaptable
 from graphpeft.rules.rule import Rules, coerce, to_text
 from graphpeft.tracing import as_pass
@@ -51,6 +52,7 @@ def apply(
 
 @as_pass("apply", "capture, find sites, plan, insert, initialize, activate and verify")
 @plain()
+@on_model(adds=True)
 def apply(
     model: nn.Module | ExportedProgram,
     rules: Rules,

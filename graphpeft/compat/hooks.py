@@ -29,3 +29,8 @@ def step_pre_hooks(optimizer: torch.optim.Optimizer) -> list[Callable[..., Any]]
 def has_global_hooks() -> bool:
     """Whether hooks run around the `forward` of every module there is."""
     return any(getattr(torch_module, f"_global_{hooks}") for hooks in ("forward_hooks", "forward_pre_hooks"))
+
+
+def version(tensor: torch.Tensor) -> int:
+    """How often the tensor was written to in place, as autograd counts; -1 where it does not count."""
+    return -1 if tensor.is_inference() else tensor._version

@@ -9,6 +9,7 @@ from torch import nn
 
 from graphpeft.chain import Chain, Factor, FakeQuantizer, IntCodes
 from graphpeft.planning.plan import Entry
+from graphpeft.rewrite.entry import on_model
 from graphpeft.rewrite.state import chains, get_state
 from graphpeft.show.table import table
 
@@ -43,6 +44,7 @@ class Bops:
         )
 
 
+@on_model()
 def bops(model: nn.Module) -> Bops:
     """Bit operations per position of the active adapters and of the weights they adapt, with gates as in evaluation.
 

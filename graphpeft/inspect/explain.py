@@ -12,6 +12,7 @@ from graphpeft.compat.sharded import gathered
 from graphpeft.inspect.adapter_stats import Numbers, numbers
 from graphpeft.ir.layers import any_layer
 from graphpeft.ir.site import Site
+from graphpeft.rewrite.entry import on_model
 from graphpeft.rewrite.state import AdapterSet, base_weight, branches, chains, get_state
 from graphpeft.show.folding import collapse_layers, layers_text
 from graphpeft.show.sites import headings, site_dict, site_row
@@ -64,6 +65,7 @@ class Explanation(View):
         return {"adapters": told}
 
 
+@on_model(intact=False)
 def explain(model: nn.Module, fold: bool = True) -> Explanation:
     """The adapters of a model and their sites, with equal layers in one line unless `fold` is false.
 

@@ -9,10 +9,12 @@ from graphpeft.ambient import plain
 from graphpeft.capturing.capture import Inputs, as_module
 from graphpeft.capturing.survey import find_base_sites
 from graphpeft.planning.plan import Plan, make_plan
+from graphpeft.rewrite.entry import on_model
 from graphpeft.rules.rule import Rules, coerce
 
 
 @plain()
+@on_model()
 def plan(
     model: nn.Module | ExportedProgram,
     rules: Rules,

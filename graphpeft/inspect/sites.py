@@ -13,6 +13,7 @@ from graphpeft.ambient import plain
 from graphpeft.capturing.capture import Inputs, as_module
 from graphpeft.capturing.survey import find_base_sites
 from graphpeft.ir.site import Site
+from graphpeft.rewrite.entry import on_model
 from graphpeft.show.sites import SiteRow, headings, site_dict, site_row
 from graphpeft.show.view import Grid, View
 
@@ -48,6 +49,7 @@ class Sites(View, Sequence[Site]):
 
 
 @plain()
+@on_model()
 def sites(model: nn.Module | ExportedProgram, inputs: Inputs = None) -> Sites:
     """Every projection of the model, with the role that dataflow assigns to it. Raises `CaptureError`."""
     module = as_module(model)

@@ -13,11 +13,13 @@ from graphpeft.capturing.capture import Inputs
 from graphpeft.inspect import graph_files, onnx_network
 from graphpeft.inspect.network import network
 from graphpeft.inspect.rewrite import rewrite
+from graphpeft.rewrite.entry import on_model
 
 if TYPE_CHECKING:
     from networkx import MultiDiGraph
 
 
+@on_model()
 def to_networkx(model: Any, inputs: Inputs = None, *, adapted: bool = True, values: bool = False) -> MultiDiGraph[str]:
     """A model's graph as a `networkx.MultiDiGraph`, with its active adapters unless `adapted` is false.
 

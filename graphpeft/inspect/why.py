@@ -19,6 +19,7 @@ from graphpeft.ir.source import code_of, location, runner
 from graphpeft.match.find import SearchResult
 from graphpeft.match.products import op
 from graphpeft.planning.absence import absences
+from graphpeft.rewrite.entry import on_model
 from graphpeft.rewrite.state import example, find_state
 from graphpeft.rewrite.sync import inactive
 from graphpeft.rules.rule import Rule, coerce, fits
@@ -69,6 +70,7 @@ class Why(View):
         return asdict(self)
 
 
+@on_model()
 def why(model: nn.Module | ExportedProgram, path: str, rules: Any = None, *, inputs: Inputs = None) -> Why:
     """Explain why a weight has an adapter or none.
 

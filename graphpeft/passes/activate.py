@@ -8,13 +8,17 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from graphpeft.ambient import plain
 from graphpeft.errors import AdapterError
+from graphpeft.rewrite.entry import entered, on_model
 from graphpeft.rewrite.state import get_state, names, refuse_merged
 from graphpeft.rewrite.sync import opened, set_active
 from graphpeft.tracing import as_pass
 
 
 @as_pass("activate", "rewrite owners so that the chosen adapters run")
+@plain()
+@on_model()
 def activate(model: nn.Module, name: str | Sequence[str] | Mapping[str, float] | None) -> None:
     """Choose the adapters that run and train: one, several (their updates add up), or none (`None`).
 
@@ -34,6 +38,7 @@ def activate(model: nn.Module, name: str | Sequence[str] | Mapping[str, float] |
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Within this context the model is its base, bit for bit. Raises `AdapterError` if it is merged or not adapted."""
+    model = entered(model, "disable adapters")
     if not get_state(model).contexts:  # contexts may be nested
         refuse_merged(model, "disable adapters")
     with opened(model, "gp.disabled", ()):

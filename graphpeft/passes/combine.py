@@ -20,6 +20,7 @@ from graphpeft.passes.insert import insert
 from graphpeft.planning.plan import Entry
 from graphpeft.rewrite.adapters import places
 from graphpeft.rewrite.delta import update
+from graphpeft.rewrite.entry import on_model
 from graphpeft.rewrite.fill import fill
 from graphpeft.rewrite.naming import check_name
 from graphpeft.rewrite.state import chains, get_state, names, refuse_merged
@@ -53,6 +54,7 @@ class WeightedUpdate:
 @as_pass("combine", "build one adapter from several")
 @plain()
 @torch.no_grad()
+@on_model(adds=True)
 def combine(
     model: nn.Module,
     weights: Mapping[str, float],

@@ -20,6 +20,7 @@ from graphpeft.compat.sharded import ELSEWHERE, refuse_sharded
 from graphpeft.errors import AdapterError
 from graphpeft.ir.site import Site
 from graphpeft.planning.plan import Entry
+from graphpeft.rewrite.entry import on_model
 from graphpeft.rewrite.replace import replace_branches
 from graphpeft.rewrite.state import chains, get_state, names, refuse_merged
 from graphpeft.tracing import as_pass
@@ -29,6 +30,7 @@ Made = tuple[Entry, Chain]
 
 @as_pass("compact", "shrink adapters to the ranks and precisions their gates learned")
 @plain()
+@on_model()
 def compact(model: nn.Module, name: str | None = None) -> nn.Module:
     """Replace learned ranks and precisions by smaller tensors; without `name`, in all adapters. Returns the model.
 

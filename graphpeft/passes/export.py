@@ -24,6 +24,7 @@ from graphpeft.exporting.request import check_options, exported_names, refuse_in
 from graphpeft.exporting.traceable import as_pairs, as_trained
 from graphpeft.exporting.work import Verify, Work
 from graphpeft.passes.merge import merge, unmerge
+from graphpeft.rewrite.entry import on_model
 from graphpeft.rewrite.state import get_state
 from graphpeft.runtime.folder import ExportReport, sizes, staged
 from graphpeft.tracing import as_pass
@@ -31,6 +32,7 @@ from graphpeft.tracing import as_pass
 
 @as_pass("export", "write ONNX graphs and adapter files, and check them")
 @plain()
+@on_model()
 def export(
     model: nn.Module,
     path: str | Path,

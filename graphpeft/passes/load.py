@@ -13,6 +13,7 @@ from graphpeft.passes.activate import activate
 from graphpeft.passes.initialize import initialize
 from graphpeft.passes.insert import insert
 from graphpeft.passes.remove import undone_on_error
+from graphpeft.rewrite.entry import on_model
 from graphpeft.rewrite.state import (
     chains,
     saved,
@@ -25,6 +26,7 @@ from graphpeft.tracing import as_pass
 
 @as_pass("load", "load an adapter from a folder")
 @plain()
+@on_model(adds=True)
 def load(
     model: nn.Module,
     folder: str | Path,

@@ -12,6 +12,7 @@ from graphpeft.errors import AdapterError
 from graphpeft.ir.site import Site
 from graphpeft.methods.lora import LoRA
 from graphpeft.planning.plan import Entry
+from graphpeft.rewrite.entry import on_model
 from graphpeft.rewrite.replace import replace_branches
 from graphpeft.rewrite.state import chains, get_state, names, refuse_merged
 from graphpeft.tracing import as_pass
@@ -19,6 +20,7 @@ from graphpeft.tracing import as_pass
 
 @as_pass("lower", "convert adapters to plain LoRA")
 @plain()
+@on_model()
 def lower(model: nn.Module, name: str | None = None) -> nn.Module:
     """Convert an adapter (without `name`, all of them) to plain LoRA with the same update ΔW; returns the model.
 

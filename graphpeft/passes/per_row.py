@@ -14,6 +14,7 @@ from graphpeft.capturing.samples import analysis_config
 from graphpeft.compat.pytree import tree_leaves, tree_map
 from graphpeft.errors import AdapterError
 from graphpeft.rewrite.adapters import home, places
+from graphpeft.rewrite.entry import entered
 from graphpeft.rewrite.rows import Assignment, Rows
 from graphpeft.rewrite.state import chains, example, get_state, names, owners, refuse_merged
 from graphpeft.rewrite.sync import opened
@@ -39,6 +40,7 @@ def per_row(
     Raises `AdapterError` for an unknown name, a merged model, or a site whose rows cannot be told apart or that is adapted
     in weight form; and, when the model runs, for a batch of another size.
     """
+    model = entered(model, "give rows adapters of their own")
     refuse_merged(model, "give rows adapters of their own")
     get_state(model)
     chosen = names(model, tuple(dict.fromkeys(name for name in adapters if name is not None)))

@@ -7,7 +7,9 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from graphpeft.ambient import plain
 from graphpeft.passes.merge import unmerge
+from graphpeft.rewrite.entry import on_model
 from graphpeft.rewrite.state import get_state, names, refuse_inside
 from graphpeft.rewrite.sync import begin, changing, undo_tentative
 from graphpeft.tracing import as_pass
@@ -34,6 +36,8 @@ def undone_on_error(model: nn.Module, name: str) -> Iterator[None]:
 
 
 @as_pass("remove", "remove adapters")
+@plain()
+@on_model(intact=False)
 def remove(model: nn.Module, name: str | None = None) -> None:
     """Remove an adapter (without `name`, all of them) for good; a merged model is un-merged first.
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from graphpeft.ambient import plain
+from graphpeft.rewrite.entry import on_model
 from graphpeft.rewrite.naming import check_name
 from graphpeft.rewrite.state import AdapterSet, names, refuse_merged
 from graphpeft.rewrite.sync import finish
@@ -11,6 +13,8 @@ from graphpeft.tracing import as_pass
 
 
 @as_pass("rename", "rename an adapter")
+@plain()
+@on_model(intact=False)
 def rename(model: nn.Module, old: str, new: str) -> nn.Module:
     """Rename an adapter; returns the model. Its tensors stay the same objects, so an optimizer remains valid.
 

@@ -13,6 +13,7 @@ from torch import nn
 from graphpeft.ambient import plain
 from graphpeft.compat.sharded import gathered, written
 from graphpeft.errors import AdapterError, FileError
+from graphpeft.rewrite.entry import on_model
 from graphpeft.rewrite.state import (
     branches,
     chains,
@@ -32,6 +33,7 @@ Format = Literal["graphpeft", "peft"]
 
 @as_pass("save", "write an adapter to a folder")
 @plain()
+@on_model(intact=False)
 def save(model: nn.Module, folder: str | Path, name: str | None = None, format: Format = "graphpeft") -> Path:
     """Write one adapter (the only one, or the one called `name`) to a folder; returns the folder.
 
@@ -90,6 +92,7 @@ def _write(model: nn.Module, name: str, format: Format, folder: Path) -> None:
     write_adapter(folder, AdapterFile(name, adapter.rules, adapter.seed, adapter.entries, tensors, base))
 
 
+@on_model(intact=False)
 def push_to_hub(
     model: nn.Module, repo_id: str, name: str | None = None, format: Format = "graphpeft", **options: Any
 ) -> str:

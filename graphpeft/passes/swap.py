@@ -18,6 +18,7 @@ from graphpeft.methods.lora import LoRA
 from graphpeft.passes.load import insert_content
 from graphpeft.passes.remove import remove
 from graphpeft.rewrite.adapters import places
+from graphpeft.rewrite.entry import on_model
 from graphpeft.rewrite.fill import fill
 from graphpeft.rewrite.state import Adapter, chains, get_state, names, refuse_merged
 from graphpeft.store.hub import local
@@ -28,6 +29,7 @@ from graphpeft.tracing import as_pass
 @as_pass("swap", "replace an adapter's values in place")
 @plain()
 @torch.no_grad()
+@on_model()
 def swap(
     model: nn.Module,
     folder: str | Path,

@@ -21,6 +21,7 @@ from graphpeft.ir.weights import float_weight, get_parameter
 from graphpeft.passes.merge import merge, unmerge
 from graphpeft.rewrite.adapters import home, places
 from graphpeft.rewrite.delta import update
+from graphpeft.rewrite.entry import on_model
 from graphpeft.rewrite.owner import Adapted, install
 from graphpeft.rewrite.state import chains, get_state, owners
 from graphpeft.rewrite.sync import inactive
@@ -48,6 +49,7 @@ class Report:
 
 @as_pass("verify", "check what the passes promised")
 @plain()
+@on_model()
 def verify(model: nn.Module, inputs: Inputs = None, level: Level = "full", identity: bool = False) -> Report:
     """Check an adapted model; raises `VerifyError` with the whole report if a check fails.
 

@@ -54,6 +54,14 @@ def watched(model: nn.Module, state: AdapterSet, owners: Mapping[str, nn.Module 
     return tuple(found)
 
 
+def same(state: AdapterSet) -> bool:
+    """Whether every owner is the module, of the class and with the weights, that `watched` saw."""
+    for modules, name, owner, kind, parameters, leaf, weight in state.watched or ():
+        if modules.get(name) is not owner or owner.__class__ is not kind or parameters.get(leaf) is not weight:
+            return False
+    return state.watched is not None
+
+
 def _spot(model: nn.Module, path: str, owner: nn.Module, adapters: Adapters) -> Spot:
     parent, _, name = path.rpartition(".")
     modules = {"": model} if not path else model.get_submodule(parent)._modules
@@ -110,6 +118,8 @@ def _resized(model: nn.Module, adapters: Adapters) -> str | None:
 
 def changed(model: nn.Module, state: AdapterSet, action: str = "run") -> None:
     """Raise `AdapterError` if an owner is no longer what its adapters were made for."""
+    if same(state):
+        return
     found = differences(model, state)
     if found:
         path, what = next(iter(found.items()))

@@ -47,8 +47,8 @@ class Merge:
     names: tuple[str, ...]
     originals: dict[str, torch.Tensor]
     """Weights as they were before the merge."""
-    values: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    """Checksums of the merged weights."""
+    versions: dict[str, int] = field(default_factory=dict)
+    """How often each merged weight had been written to when the merge was done."""
     complete: bool = False
     """Whether every weight is written. Until then, and again when it is undone, `sync` puts the originals back."""
 
@@ -88,6 +88,11 @@ class AdapterSet:
     inputs: Any = None
     """The example call that `apply` was given, for views that capture the model again."""
 
+    switches: int = 0
+    """How often other adapters were made to run."""
+    ran_rows: Assignment | None = None
+    ran: int | None = None
+    """The switches that there had been at the last forward pass of the model with gradients."""
     applied: dict[str, tuple[bool, float]] = field(default_factory=dict)
     """By adapter, whether its tensors train and its strength, as they were last set."""
     pending: bool = False
@@ -113,7 +118,7 @@ class AdapterSet:
         them. Of our own contexts, in which the model is being looked at, it has nothing."""
         ours = next((context for context in self.contexts if not context.name), None)
         before = {} if ours is None else {"active": ours.active, "rows": ours.rows, "attached": ours.attached}
-        return {**self.__dict__, **before, "contexts": (), "watched": None, "spots": {}, "pending": True}
+        return {**self.__dict__, **before, "contexts": (), "watched": None, "spots": {}, "ran": None, "pending": True}
 
 
 def find_state(model: nn.Module) -> AdapterSet | None:

@@ -22,10 +22,11 @@ from graphpeft.compat.quantized import release_order
 from graphpeft.compat.sharded import reshard
 from graphpeft.errors import AdapterError
 from graphpeft.ir.weights import get_parameter
+from graphpeft.rewrite import late
 from graphpeft.rewrite.adapters import Adapters, Held, home
 from graphpeft.rewrite.freezing import require
 from graphpeft.rewrite.owner import attach, detach, install, refuse_replaced
-from graphpeft.rewrite.reality import changed, located, watched
+from graphpeft.rewrite.reality import changed, located, same, watched
 from graphpeft.rewrite.rows import Assignment, Rows
 from graphpeft.rewrite.state import STATE, AdapterSet, Context, find_state, get_state, strengths
 from graphpeft.tracing import depth
@@ -124,20 +125,24 @@ def _values(model: nn.Module, state: AdapterSet, thorough: bool) -> None:
     for adapters in state.containers.values() if differ else ():
         for name in adapters.sites:
             if name in differ:
-                _set(adapters.trained(name, thorough), *wanted[name])
-    state.applied = wanted
+                _set(state, adapters.trained(name, thorough), *wanted[name])
+    if differ or state.ran_rows is not state.rows:
+        state.switches += 1
+    state.applied, state.ran_rows = wanted, state.rows
     for adapter in state.adapters.values():
         if adapter.objective is not None and adapter.objective.frozen:
             adapter.objective.freeze(model)
 
 
-def _set(branches: Iterable[Held], on: bool, strength: float) -> None:
+def _set(state: AdapterSet, branches: Iterable[Held], on: bool, strength: float) -> None:
     for branch, held in branches:
         if branch.__dict__.get("strength", strength) != strength:
             branch.strength = strength  # type: ignore[assignment]
         for parameters, leaf in held:
             parameter = parameters.get(leaf)
             if parameter is not None and parameter.requires_grad is not on:
+                if not on:
+                    late.watch(parameter, state)
                 parameter.requires_grad_(on)
 
 
@@ -162,6 +167,7 @@ def begin(model: nn.Module) -> AdapterSet:
 def changing(model: nn.Module, switch: bool = False) -> Iterator[AdapterSet]:
     """Change the record inside; at the end the modules run what it says. On an error all is as it was."""
     state = get_state(model)
+    _refuse_replaced(state)
     # Containers that were made stay known, so that `sync` takes them off again.
     before = {name: value for name, value in state.__dict__.items() if name not in ("pending", "containers")}
     state.pending = True
@@ -181,7 +187,6 @@ def changing(model: nn.Module, switch: bool = False) -> Iterator[AdapterSet]:
 def set_active(model: nn.Module, active: Active) -> None:
     """Make exactly these adapters run and train."""
     with changing(model, switch=True) as state:
-        _refuse_replaced(state)
         state.__dict__.update(active=strengths(active), rows=None)
 
 
@@ -194,11 +199,11 @@ def before_forward(model: nn.Module, args: Any) -> None:
         return
     if state.pending or state.tentative is not None or state.contexts:
         recover(model, within=0)
-    for modules, name, owner, kind, parameters, leaf, weight in state.watched or ():
-        if modules.get(name) is not owner or owner.__class__ is not kind or parameters.get(leaf) is not weight:
-            changed(model, state)
-            state.watched = watched(model, state, located(model, state))
-            break
+    if torch.is_grad_enabled():
+        state.ran = state.switches
+    if not same(state):
+        changed(model, state)
+        state.watched = watched(model, state, located(model, state))
 
 
 def _refuse_replaced(state: AdapterSet) -> None:
@@ -283,6 +288,7 @@ def inactive(model: nn.Module, attached: bool = True) -> Iterator[None]:
 def finish(model: nn.Module, *work: Callable[[nn.Module, AdapterSet], None]) -> None:
     """Do work that has to be finished once begun. Each part can be repeated without harm, and none may fail by itself."""
     state = get_state(model)
+    _refuse_replaced(state)
     state.__dict__.update(journal=work, pending=True)
     try:
         sync(model)

@@ -8,9 +8,11 @@ from torch import nn
 
 from graphpeft.chain import Noise, Transform
 from graphpeft.errors import RuleError
+from graphpeft.rewrite.entry import on_model
 from graphpeft.rewrite.state import chains, find_state
 
 
+@on_model()
 def parameter_groups(
     model: nn.Module,
     lr: float,

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from graphpeft.chain import Transform
 from graphpeft.compat.hooks import step_pre_hooks
 from graphpeft.compat.sharded import gathered
+from graphpeft.rewrite.entry import on_model
 from graphpeft.rewrite.state import branches, chains, get_state
 from graphpeft.train.tensors import weighted
 
@@ -27,6 +28,7 @@ def objectives(model: nn.Module) -> dict[str, PAC]:
     return {name: found[name] for name in reversed(first.values())}
 
 
+@on_model()
 def penalty(model: nn.Module) -> Tensor:
     """The penalty of the active adapters' transforms and objectives: a differentiable scalar, 0 if there are none.
 
@@ -49,6 +51,7 @@ def _penalty(model: nn.Module, active: tuple[str, ...]) -> Tensor:
     return sum((term.to(device) for term in terms), torch.zeros((), device=device))
 
 
+@on_model()
 def add_penalties(model: nn.Module, optimizer: Optimizer) -> RemovableHandle:
     """Add the gradient of `penalty` before every step of the optimizer, until `remove` of the returned handle is called.
 

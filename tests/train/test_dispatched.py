@@ -148,7 +148,7 @@ def test_adapters_of_offloaded_models_are_those_of_the_base(tmp_path: Path) -> N
 
 def test_code_of_others_on_the_instance_is_not_looked_through() -> None:
     """As accelerate's for mixed precision: another graph beneath it would never be called."""
-    model = gp.apply(nn.Linear(8, 8), "linear:lora", inputs=(torch.randn(2, 8),))
+    model = gp.apply(nn.Linear(8, 8), "head:lora", inputs=(torch.randn(2, 8),))
     inner = model.forward
     model.forward = lambda x: inner(x)  # type: ignore[method-assign]
     for act in (lambda: gp.activate(model, None), lambda: gp.remove(model), lambda: gp.merge(model)):

@@ -13,8 +13,10 @@ from graphpeft.files.atomic import write
 from graphpeft.inspect.report.collect import collect
 from graphpeft.inspect.report.page import render
 from graphpeft.passes.verify import Level
+from graphpeft.rewrite.entry import on_model
 
 
+@on_model()
 def report(model: nn.Module, path: str | os.PathLike[str], inputs: Inputs = None, *, verify: Level = "fast") -> Path:
     """Write an HTML file that needs no server and no network; returns its path. It appears complete or not at all.
 
