@@ -210,7 +210,7 @@ def unmerge(model: nn.Module, *, force: bool = False) -> None:
     the old values would replace the new ones. `force` does that.
     """
     known = find_state(model)
-    begun = known is not None and known.merge is not None and not known.merge.complete
+    begun = known is not None and known.merge is not None and known.pending
     model = entered(model, "unmerge", intact=False)
     state = get_state(model)
     if begun and state.merge is None:  # an interrupted call, which was just finished
@@ -232,7 +232,10 @@ def _refuse_changed(model: nn.Module, merge: Merge) -> None:
     """A weight that was written to is compared with the sum that the merge wrote, which is made again."""
     for part in _parts(model, merge.names):
         path, parameter = part.paths[0], part.parameter
-        if library(parameter) or merge.versions.get(path) == version(parameter):
+        writes = (
+            getattr(model.get_submodule(path.rpartition(".")[0]), "max_norm", None) is not None
+        )  # by itself, in each pass
+        if writes or library(parameter) or merge.versions.get(path) == version(parameter):
             continue
         original = full_tensor(merge.originals[path])
         total = original.to(torch.promote_types(original.dtype, torch.float32))

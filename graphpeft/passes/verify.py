@@ -49,7 +49,7 @@ class Report:
 
 @as_pass("verify", "check what the passes promised")
 @plain()
-@on_model()
+@on_model(intact=False)
 def verify(model: nn.Module, inputs: Inputs = None, level: Level = "full", identity: bool = False) -> Report:
     """Check an adapted model; raises `VerifyError` with the whole report if a check fails.
 
