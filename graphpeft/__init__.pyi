@@ -25,6 +25,7 @@ from .ir.site import Site as Site
 from .methods.base import Method as Method
 from .passes.activate import activate as activate
 from .passes.activate import disabled as disabled
+from .passes.activate import reference as reference
 from .passes.combine import combine as combine
 from .passes.compact import compact as compact
 from .passes.export import export as export

@@ -125,6 +125,11 @@ class ActivationQuantizer(LearnedQuantizer):
         fill(self.log_range, np.full(self.log_range.shape, np.nan))
         self.known = False
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """The loaded range may be one that has seen no data."""
+        super()._load_from_state_dict(*args, **kwargs)
+        self.known = False
+
     def forward(self, x: Tensor) -> Tensor:
         if not self.known and not self.seen():
             if not self.training:

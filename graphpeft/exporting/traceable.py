@@ -17,7 +17,7 @@ from graphpeft.errors import ExportError
 from graphpeft.exporting.slots import SlotBranch, inserted, lora_pairs, named, slot_at
 from graphpeft.ir.weights import get_parameter
 from graphpeft.rewrite.state import chains, get_state, saved
-from graphpeft.rewrite.sync import set_active
+from graphpeft.rewrite.sync import opened
 from graphpeft.runtime.layout import AdapterInput, Arrays, NativeSlot, Pairs, Slot, a_of, b_of, filled
 
 Fill = Callable[[Sequence[AdapterInput]], Arrays]
@@ -78,16 +78,20 @@ def as_trained(model: nn.Module, names: Sequence[str]) -> Iterator[TraceableMode
     slots = tuple(
         NativeSlot(site, tuple((key, tuple(t.shape)) for key, t in keys.items())) for site, keys in first.items()
     )
-    before = get_state(model).active
-    set_active(model, (names[0],))
-    try:
+    strengths = {
+        name: strength for name, strength in get_state(model).active.items() if name in names and strength != 1
+    }
+    if strengths:
+        raise ExportError(
+            f"Adapter {next(iter(strengths))!r} is active at strength {next(iter(strengths.values())):g}, which its own tensors "
+            f"do not hold. Activate it at strength 1, or export without compact."
+        )
+    with opened(model, "", (names[0],)):
         yield TraceableModel(
             slots, {key: tensor for keys in first.values() for key, tensor in keys.items()},
             {name: partial(_own, values=found) for name, found in values.items()},
             {name: {} for name in names},
         )  # fmt: skip
-    finally:
-        set_active(model, before)
 
 
 def _held(model: nn.Module, name: str) -> Iterator[tuple[str, dict[str, Tensor]]]:

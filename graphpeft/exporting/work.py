@@ -24,7 +24,7 @@ from graphpeft.exporting.parity import ReferenceRun, Runner
 from graphpeft.exporting.slots import fingerprint
 from graphpeft.exporting.traceable import TraceableModel
 from graphpeft.rewrite.state import get_state
-from graphpeft.rewrite.sync import set_active
+from graphpeft.rewrite.sync import opened
 from graphpeft.runtime.session import Session
 
 Verify = Literal["off", "fast", "full"]
@@ -166,9 +166,6 @@ def _moves(want: Sequence[Outputs], base: Sequence[Outputs]) -> bool:
 @contextmanager
 def _running(model: nn.Module, active: tuple[str, ...]) -> Iterator[None]:
     """Within this context exactly these adapters run."""
-    before = get_state(model).active
-    set_active(model, active)
-    try:
+    known = get_state(model).active
+    with opened(model, "", {name: known.get(name, 1.0) for name in active}):
         yield
-    finally:
-        set_active(model, before)

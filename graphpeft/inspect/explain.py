@@ -35,11 +35,13 @@ class Adapted:
 class Adapter:
     name: str
     status: str
-    """`active`, `resting` or `merged`."""
+    """`active`, `inactive` or `merged`."""
     rules: str
     parameters: int
     """Parameters at all its sites; shared tensors count once."""
     sites: tuple[Adapted, ...]
+    strength: float = 1.0
+    """The factor on its update while it is active."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class Explanation(View):
 
     def blocks(self) -> Iterator[Grid | str]:
         for number, adapter in enumerate(self.adapters):
-            title = f"{adapter.name} ({adapter.status}): {adapter.rules}  —  {len(adapter.sites)} sites, "
+            strength = "" if adapter.strength == 1 else f" at strength {adapter.strength:g}"
+            title = f"{adapter.name} ({adapter.status}{strength}): {adapter.rules}  —  {len(adapter.sites)} sites, "
             if number:
                 yield ""
             yield _grid(adapter, f"{title}{adapter.parameters:,} parameters", self.fold)
@@ -81,14 +84,16 @@ def explain(model: nn.Module, fold: bool = True) -> Explanation:
 def _adapters(model: nn.Module, state: AdapterSet) -> tuple[Adapter, ...]:
     made = []
     for name, adapter in state.adapters.items():
-        status = "merged" if name in state.merged else "active" if name in state.active else "resting"
+        status = "merged" if name in state.merged else "active" if name in state.active else "inactive"
         sites, tensors = [], dict[int, int]()
         for entry, (site, chain) in zip(adapter.entries, chains(model, name).items(), strict=True):
             tensors |= {id(p): p.numel() for p in chain.parameters()}
             weight = base_weight(model, site.weight)
             form, count = site.form if chain.has_side_path else "weight", sum(p.numel() for p in chain.parameters())
             sites.append(Adapted(site, str(entry.method), form, chain.rank, count, numbers(chain, weight, site)))
-        made.append(Adapter(name, status, adapter.rules, sum(tensors.values()), tuple(sites)))
+        made.append(
+            Adapter(name, status, adapter.rules, sum(tensors.values()), tuple(sites), state.active.get(name, 1.0))
+        )
     return tuple(made)
 
 

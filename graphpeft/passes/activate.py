@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from graphpeft.ambient import plain
@@ -33,6 +34,21 @@ def activate(model: nn.Module, name: str | Sequence[str] | Mapping[str, float] |
     if wrong := [each for each, strength in strengths.items() if not math.isfinite(strength)]:
         raise AdapterError(f"The strength of {wrong[0]!r} is {strengths[wrong[0]]}; it has to be a finite number.")
     set_active(model, strengths)
+
+
+@contextmanager
+def reference(model: nn.Module, of: str = "base") -> Iterator[None]:
+    """A context for reference passes, as of DPO, distillation or a penalty on outputs: the model computes as its base, or as the
+    adapter `of` alone, without gradients. At the end the same adapters run and train as before.
+
+    Raises `AdapterError` for an unknown adapter, or a merged model.
+    """
+    model = entered(model, "make a reference pass")
+    if not get_state(model).contexts:
+        refuse_merged(model, "make a reference pass")
+    chosen = () if of == "base" else names(model, of)
+    with opened(model, "gp.reference", chosen), torch.no_grad():
+        yield
 
 
 @contextmanager

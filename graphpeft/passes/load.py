@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from graphpeft.ambient import plain
+from graphpeft.capturing.capture import Inputs
 from graphpeft.errors import AdapterError, FileError
 from graphpeft.passes.activate import activate
 from graphpeft.passes.initialize import initialize
@@ -36,6 +37,7 @@ def load(
     strict: bool = True,
     hub: bool = False,
     revision: str | None = None,
+    inputs: Inputs = None,
 ) -> nn.Module:
     """Add a saved adapter to a model and activate it; returns the model.
 
@@ -48,15 +50,17 @@ def load(
         strict: raise, instead of warning, if tensors of a PEFT file are missing, unexpected, or of another shape.
         hub: `folder` is the `owner/name` of a repository on the Hub. Without this or `hub:`, the Hub is never contacted.
         revision: revision of the repository.
+        inputs: an example call of a model that has no config to make one from. PEFT's files name modules, whose use is looked up
+            in a capture; a module whose use was not seen runs its own code, and reads its weight adapted.
 
     Raises `FileError`, and leaves the model as it was, if the folder is not an intact adapter, does not fit the model, or
     was trained on other base weights.
     """
     place = local(folder, revision, hub)
-    content = read(model, place, name, None, any_base=any_base, strict=strict)
+    content = read(model, place, name, None, any_base=any_base, strict=strict, inputs=inputs)
     chosen = name or content.name
     with undone_on_error(model, chosen):
-        insert_content(model, chosen, content)
+        insert_content(model, chosen, content, inputs)
         try:
             activate(model, chosen)
         except AdapterError as error:  # the file's sites do not match the model's code
@@ -64,10 +68,10 @@ def load(
     return model
 
 
-def insert_content(model: nn.Module, name: str, content: AdapterFile) -> None:
+def insert_content(model: nn.Module, name: str, content: AdapterFile, inputs: Inputs = None) -> None:
     """Attach an adapter without activating it; on an error the model is as it was."""
     with undone_on_error(model, name):
-        insert(model, name, content.rules, content.seed, content.entries)
+        insert(model, name, content.rules, content.seed, content.entries, inputs)
         initialize(model, name)
         _fill(model, name, content)
 

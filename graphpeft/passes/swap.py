@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from graphpeft.ambient import plain
-from graphpeft.chain import Chain, Dense
+from graphpeft.capturing.capture import Inputs
+from graphpeft.chain import ActivationQuantizer, Chain, Dense
 from graphpeft.errors import AdapterError
 from graphpeft.ir.site import Site
 from graphpeft.methods.lora import LoRA
@@ -20,7 +21,8 @@ from graphpeft.passes.remove import remove
 from graphpeft.rewrite.adapters import places
 from graphpeft.rewrite.entry import on_model
 from graphpeft.rewrite.fill import fill
-from graphpeft.rewrite.state import Adapter, chains, get_state, names, refuse_merged
+from graphpeft.rewrite.state import Adapter, AdapterSet, chains, get_state, names, refuse_merged
+from graphpeft.rewrite.sync import finish
 from graphpeft.store.hub import local
 from graphpeft.store.read import read
 from graphpeft.tracing import as_pass
@@ -38,6 +40,7 @@ def swap(
     any_base: bool = False,
     hub: bool = False,
     revision: str | None = None,
+    inputs: Inputs = None,
 ) -> nn.Module:
     """Replace the values of the adapter `name` by those in a folder, in place; returns the model.
 
@@ -48,7 +51,7 @@ def swap(
 
     Args:
         folder: as for `load`, including PEFT's format.
-        any_base, hub, revision: as for `load`.
+        any_base, hub, revision, inputs: as for `load`.
 
     Raises `AdapterError` for an unknown name, a merged model, or an adapter that does not fit; `FileError` as `load` does.
     The model is then as it was.
@@ -84,10 +87,19 @@ def _swap(model: nn.Module, name: str, held: Adapter, visitor: str) -> None:
             f"{', '.join(sorted(theirs[other[0]]))}: only one of the two treats the weight as tied. Use gp.load instead."
         )
     if methods == {entry.site.key: entry.method for entry in coming.entries}:
-        for site, chain in here.items():
-            for mine, its in zip(_tensors(chain), _tensors(there[site.key]), strict=True):
+        pairs = [(chain, there[site.key]) for site, chain in here.items()]
+        copies = [pair for ours, its in pairs for pair in zip(_tensors(ours), _tensors(its), strict=True)]
+        known = [each for ours, its in pairs for each in zip(_quantizers(ours), _quantizers(its), strict=True)]
+        swapped = replace(held, rules=coming.rules, seed=coming.seed)
+
+        def work(_: nn.Module, record: AdapterSet) -> None:
+            for mine, its in copies:
                 mine.copy_(its)
-        state.adapters[name] = replace(held, rules=coming.rules, seed=coming.seed)
+            for quantizer, other in known:
+                quantizer.known = other.known
+            record.adapters = {**record.adapters, name: swapped}
+
+        finish(model, work)
         return
     if strange := sorted(there.keys() - methods.keys()):
         raise AdapterError(
@@ -99,9 +111,13 @@ def _swap(model: nn.Module, name: str, held: Adapter, visitor: str) -> None:
             f"At {not_lora[0]} adapter {name!r} is {methods[not_lora[0]]}, and the folder has another method or other options. "
             f"It accepts only its own method and options; plain LoRA, such as `lora(r=64)`, accepts any method that equals LoRA."
         )
-    pairs = {site: _pair(site, chain, there.get(site.key)) for site, chain in here.items()}
-    for site, chain in here.items():
-        fill(chain, *pairs[site], site)
+    filled = {site: _pair(site, chain, there.get(site.key)) for site, chain in here.items()}
+
+    def refill(_: nn.Module, __: AdapterSet) -> None:
+        for site, chain in here.items():
+            fill(chain, *filled[site], site)
+
+    finish(model, refill)
 
 
 def _places(adapter: Adapter) -> dict[str, set[str]]:
@@ -113,6 +129,11 @@ def _tensors(chain: Chain) -> Iterator[torch.Tensor]:
     """All tensors of the chain, including those drawn from a seed, which no state dict holds."""
     yield from chain.parameters()
     yield from chain.buffers()
+
+
+def _quantizers(chain: Chain) -> list[ActivationQuantizer]:
+    """Those that remember whether they have seen data, which is in no tensor."""
+    return [module for module in chain.modules() if isinstance(module, ActivationQuantizer)]
 
 
 def _pair(site: Site, chain: Chain, coming: Chain | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,8 +14,8 @@ from graphpeft.rewrite.adapters import Adapters, home
 from graphpeft.rewrite.owner import Adapted
 from graphpeft.rewrite.state import AdapterSet
 
-Watched = tuple[dict[str, Any], str, nn.Module, type, dict[str, Any], str, Any]
-Spot = tuple[dict[str, Any], str, nn.Module, tuple[tuple[dict[str, Any], str], ...]]
+Watched = tuple[dict[str, Any], str, nn.Module, type, dict[str, Any], str, Any, torch.Size | None]
+Spot = tuple[dict[str, Any], str, nn.Module, tuple[tuple[dict[str, Any], str, bool], ...]]
 """Where an owner stands: its parent's children, its name among them, itself, and where its adapted weights stand."""
 
 
@@ -48,16 +48,20 @@ def watched(model: nn.Module, state: AdapterSet, owners: Mapping[str, nn.Module 
         spots[path] = spot
         modules, name, _, held = spot
         kind = owner.__class__
-        for parameters, leaf in held:
-            found.append((modules, name, owner, kind, parameters, leaf, parameters.get(leaf)))
+        for parameters, leaf, resizable in held:
+            weight = parameters.get(leaf)
+            shape = weight.shape if resizable and weight is not None else None
+            found.append((modules, name, owner, kind, parameters, leaf, weight, shape))
     state.spots = spots
     return tuple(found)
 
 
 def same(state: AdapterSet) -> bool:
     """Whether every owner is the module, of the class and with the weights, that `watched` saw."""
-    for modules, name, owner, kind, parameters, leaf, weight in state.watched or ():
+    for modules, name, owner, kind, parameters, leaf, weight, shape in state.watched or ():
         if modules.get(name) is not owner or owner.__class__ is not kind or parameters.get(leaf) is not weight:
+            return False
+        if shape is not None and weight.shape != shape:
             return False
     return state.watched is not None
 
@@ -65,12 +69,14 @@ def same(state: AdapterSet) -> bool:
 def _spot(model: nn.Module, path: str, owner: nn.Module, adapters: Adapters) -> Spot:
     parent, _, name = path.rpartition(".")
     modules = {"": model} if not path else model.get_submodule(parent)._modules
-    weights = dict.fromkeys(site.weight for sites in adapters.sites.values() for site in sites.values())
+    places = (site for sites in adapters.sites.values() for site in sites.values())
+    # A table that is tied is resized in place.
+    weights = {site.weight: site.role in ("embed", "head") or bool(site.tied) for site in places}
     held = []
-    for weight in weights:
+    for weight, resizable in weights.items():
         inner, _, leaf = weight[len(path) + 1 if path else 0 :].rpartition(".")
         try:
-            held.append((owner.get_submodule(inner)._parameters, leaf))
+            held.append((owner.get_submodule(inner)._parameters, leaf, resizable))
         except AttributeError:
             continue
     return modules, name, owner, tuple(held)

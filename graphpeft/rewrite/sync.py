@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from graphpeft.compat.graph_modules import carry
 from graphpeft.compat.hooks import has_pre_hook, remove_pre_hook
 from graphpeft.compat.quantized import release_order
 from graphpeft.compat.sharded import reshard
@@ -60,6 +61,8 @@ def sync(model: nn.Module, switch: bool = False) -> None:
         _forget(model, state)
     else:
         state.watched = watched(model, state, owners)
+        if isinstance(model, fx.GraphModule):
+            carry(model, STATE, wanted=state.merge is not None)
         if not has_pre_hook(model, before_forward):
             model.register_forward_pre_hook(before_forward)
     state.pending = False
@@ -151,6 +154,8 @@ def _forget(model: nn.Module, state: AdapterSet) -> None:
     require(model, state.base_requires_grad)
     release_order(model, state.reorder_disabled)
     remove_pre_hook(model, before_forward)
+    if isinstance(model, fx.GraphModule):
+        carry(model, STATE, wanted=False)
     del model.__dict__[STATE]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from graphpeft.capturing.capture import Inputs
 from graphpeft.capturing.survey import find_base_sites
 from graphpeft.compat.quantized import levels
 from graphpeft.errors import CaptureError, FileError
@@ -25,12 +26,19 @@ from graphpeft.store.peft.read import read_peft
 
 
 def read(
-    model: nn.Module, folder: Path, name: str | None, sites: tuple[Site, ...] | None, *, any_base: bool, strict: bool
+    model: nn.Module,
+    folder: Path,
+    name: str | None,
+    sites: tuple[Site, ...] | None,
+    *,
+    any_base: bool,
+    strict: bool,
+    inputs: Inputs = None,
 ) -> AdapterFile:
     """A folder's content, checked against the model. PEFT's names are matched with `sites`, by default all sites found."""
     if (folder / CONFIG).is_file() and not (folder / DESCRIPTION).is_file():
         check_name(model, name or "default")
-        found = found_sites(model) if sites is None else sites
+        found = found_sites(model, inputs) if sites is None else sites
         content = read_peft(model, folder, found, any_base=any_base, strict=strict)
     else:
         content = read_adapter(folder)
@@ -45,11 +53,13 @@ def read(
     return content
 
 
-def found_sites(model: nn.Module) -> tuple[Site, ...]:
+def found_sites(model: nn.Module, inputs: Inputs = None) -> tuple[Site, ...]:
     """The sites that dataflow finds. None if the model cannot be captured; weights are then located by their paths."""
     try:
-        return find_base_sites(model).sites
+        return find_base_sites(model, inputs).sites
     except CaptureError:
+        if inputs is not None:
+            raise
         return ()
 
 

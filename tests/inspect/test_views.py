@@ -113,7 +113,7 @@ def test_explain_folds_layers_and_says_how_far_they_moved() -> None:
     assert "task (merged)" in str(gp.explain(model))
     gp.unmerge(model)
     gp.activate(model, None)
-    assert "task (resting)" in str(gp.explain(model))
+    assert "task (inactive)" in str(gp.explain(model))
 
 
 @pytest.mark.parametrize("view", [gp.explain, gp.diff])

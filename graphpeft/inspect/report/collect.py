@@ -55,7 +55,7 @@ def _overview(rewritten: Rewrite, state: AdapterSet | None, inputs: Inputs, chec
     adapters: list[Data] = []
     told: dict[str, Tally] = {}
     for name, adapter in state.adapters.items() if state is not None else ():
-        status = "merged" if name in state.merged else "active" if name in state.active else "resting"  # type: ignore
+        status = "merged" if name in state.merged else "active" if name in state.active else "inactive"  # type: ignore
         count = sum(
             p.numel() for p in {id(p): p for c in chains(model, name).values() for p in c.parameters()}.values()
         )
