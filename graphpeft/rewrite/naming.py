@@ -8,7 +8,7 @@ from graphpeft.compat.quantized import check_gradient_flow
 from graphpeft.compat.sharded import refuse_sharded
 from graphpeft.errors import AdapterError
 from graphpeft.names import is_name
-from graphpeft.rewrite.adapters import Adapters
+from graphpeft.rewrite.adapters import Adapters, home
 from graphpeft.rewrite.state import find_state, refuse_merged
 
 
@@ -31,9 +31,23 @@ def check_name(model: nn.Module, name: str) -> None:
             f"ran twice. Pass name= for a second adapter, or call gp.remove(model, {name!r}) first."
         )
     refuse_merged(model, "add an adapter")
+    _refuse_foreign(model)
     refuse_sharded(
         model, "add an adapter", "Call gp.apply or gp.load first, and fully_shard or accelerator.prepare after it."
     )
+
+
+def _refuse_foreign(model: nn.Module) -> None:
+    """Raise `AdapterError` if adapters of a model around this one are in it: they would be taken for a part of the base."""
+    modules = list(model.modules())
+    known = {id(held) for module in modules if (state := find_state(module)) for held in state.containers.values()}
+    for path, module in model.named_modules():
+        adapters = home(module)
+        if adapters is not None and id(adapters) not in known:
+            raise AdapterError(
+                f"{path or type(model).__name__} has the adapter {next(iter(adapters.sites), '')!r} of a model around this "
+                f"{type(model).__name__}. Call gp.apply on the model that was adapted, or gp.remove its adapters first."
+            )
 
 
 def check_adaptable(model: nn.Module, name: str) -> None:
