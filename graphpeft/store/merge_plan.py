@@ -16,6 +16,7 @@ from torch import nn
 from graphpeft.capturing.skeleton import skeleton
 from graphpeft.compat.transformers_keys import origins
 from graphpeft.errors import FileError
+from graphpeft.files.foreign import read_bytes
 from graphpeft.ir.site import Site
 from graphpeft.ir.weights import get_parameter
 from graphpeft.rewrite.branch import make_branch
@@ -26,6 +27,7 @@ from graphpeft.store.folding import Update
 from graphpeft.store.native import DESCRIPTION, AdapterFile, fingerprint, read_adapter
 from graphpeft.store.peft import config as peft_config
 from graphpeft.store.peft import read as peft_read
+from graphpeft.store.peft.files import PAIR
 from graphpeft.store.read import found_sites
 
 Updates = dict[str, list[Update]]
@@ -62,10 +64,9 @@ def plan_updates(checkpoint: Checkpoint, folders: Sequence[Path], any_base: bool
 def digest(folder: Path) -> str:
     """A hash of an adapter folder's content."""
     if not _is_peft(folder):
-        return hashlib.sha256((folder / DESCRIPTION).read_bytes()).hexdigest()  # it includes the tensors' digest
-    return hashlib.sha256(
-        b"".join((folder / n).read_bytes() for n in (peft_config.CONFIG, peft_config.TENSORS))
-    ).hexdigest()
+        return hashlib.sha256(read_bytes(folder / DESCRIPTION)).hexdigest()  # it includes the tensors' digest
+    parts = folder / peft_config.CONFIG, PAIR.find(folder)
+    return hashlib.sha256(b"".join(map(read_bytes, parts))).hexdigest()
 
 
 def _is_peft(folder: Path) -> bool:

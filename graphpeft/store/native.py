@@ -7,10 +7,10 @@ stored.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import re
+import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -24,14 +24,16 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from graphpeft.errors import FileError, RuleError
-from graphpeft.files.atomic import write
-from graphpeft.files.foreign import read_json, shortened
+from graphpeft.files.foreign import read_bytes, read_json, shortened
+from graphpeft.files.pair import Pair
 from graphpeft.planning.plan import Entry
 from graphpeft.store.entries import described, parsed, read_entry
 
 FORMAT, VERSION = "graphpeft", 1
 TENSORS, DESCRIPTION = "adapter.safetensors", "adapter.json"
-ASIDE = f".{TENSORS}.new"
+TRIES, PAUSE = 5, 0.02
+"""How often a folder is read again whose files do not fit, because another process may be writing it; and a pause in
+seconds."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,7 @@ class AdapterFile:
 
 
 def write_adapter(folder: Path, adapter: AdapterFile) -> None:
-    """Write both files, so that a kill at any moment leaves the old adapter or the new one.
-
-    The new tensors go to a temporary name first. Replacing the description, which holds their digest, switches to the
-    new adapter; only then are the tensors renamed. The reader looks for the digest under both names.
-    """
-    with contextlib.suppress(FileError):  # a kill may have left the current tensors under the temporary name
-        _tensors(folder, _describe(folder)["tensors_sha256"], settle=True)
+    """Write both files, so that a kill at any moment leaves the old adapter or the new one."""
     data = save_tensors({k: t.detach().cpu().contiguous() for k, t in adapter.tensors.items()}, {"format": "pt"})
     description = {
         "format": FORMAT,
@@ -67,15 +63,12 @@ def write_adapter(folder: Path, adapter: AdapterFile) -> None:
         "versions": {name: version(name) for name in ("graphpeft", "torch")},
         "sites": [described(entry) for entry in adapter.entries],
     }
-    write(folder / ASIDE, data, parents=True)
-    write(folder / DESCRIPTION, (json.dumps(description, indent=1) + "\n").encode())
-    (folder / ASIDE).replace(folder / TENSORS)
+    PAIR.write(folder, (json.dumps(description, indent=1) + "\n").encode(), data)
 
 
 def read_adapter(folder: Path) -> AdapterFile:
     """Read and check an adapter folder. Raises `FileError` for anything missing, torn, foreign or newer."""
-    about = _describe(folder)
-    data = _tensors(folder, about["tensors_sha256"])
+    about, data = _both(folder)
     try:
         tensors = load_tensors(data)
         parsed(about["rules"])
@@ -90,25 +83,44 @@ def read_adapter(folder: Path) -> AdapterFile:
     return AdapterFile(about["name"], about["rules"], about["seed"], entries, tensors, about["base_fingerprint"])
 
 
-def _tensors(folder: Path, digest: str, settle: bool = False) -> bytes:
-    """The tensor file with this digest. A kill may have left it under the temporary name; `settle` renames it."""
-    failed: OSError | None = None
-    for path in (folder / TENSORS, folder / ASIDE):
+def _describes(head: bytes, data: Path) -> bool:
+    """Whether a description holds the digest of a file of tensors."""
+    try:
+        about = json.loads(head)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(about, dict) and about.get("tensors_sha256") == hashlib.sha256(read_bytes(data)).hexdigest()
+
+
+PAIR = Pair(DESCRIPTION, TENSORS, _describes)
+
+
+def _both(folder: Path) -> tuple[dict[str, Any], bytes]:
+    """The description, and the tensors that it describes, from one moment."""
+    about, unchanged = _describe(folder), 0
+    while True:
         try:
-            data = path.read_bytes()
-        except OSError as error:
-            failed = failed or error
-            continue
-        if hashlib.sha256(data).hexdigest() == digest:
-            if settle and path.name == ASIDE:
-                path.replace(folder / TENSORS)
-            return data
-    if failed is not None and failed.filename == str(folder / TENSORS):
-        raise FileError(f"{folder / TENSORS} cannot be read: {failed}. An adapter folder needs both files.") from failed
-    raise FileError(
-        f"{folder / TENSORS} is not the file that {DESCRIPTION} describes: it was cut short, changed, or copied from "
-        f"another adapter. Copy the whole folder again."
-    )
+            return about, _tensors(folder, about["tensors_sha256"])
+        except FileError:
+            if unchanged == TRIES:
+                raise
+            time.sleep(PAUSE)
+            before, about = about, _describe(folder)
+            unchanged = unchanged + 1 if about == before else 0
+
+
+def _tensors(folder: Path, digest: str) -> bytes:
+    """The tensors with this digest."""
+    try:
+        data = read_bytes(PAIR.find(folder))
+    except OSError as error:
+        raise FileError(f"{folder / TENSORS} cannot be read: {error}. An adapter folder needs both files.") from error
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise FileError(
+            f"{folder / TENSORS} is not the file that {DESCRIPTION} describes: it was cut short, changed, or copied from "
+            f"another adapter. Copy the whole folder again."
+        )
+    return data
 
 
 def _describe(folder: Path) -> dict[str, Any]:
