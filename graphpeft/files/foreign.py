@@ -82,7 +82,7 @@ def read_bytes(path: Path, most: int | None = None) -> bytes:
             raise OSError(errno.EFBIG, "it is larger than the memory", str(path)) from error
 
 
-def open_file(path: Path) -> BinaryIO:
+def open_file(path: Path, buffering: int = -1) -> BinaryIO:
     """Open a file for reading. Raises `OSError` for what is no file, without waiting for it."""
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
@@ -90,7 +90,7 @@ def open_file(path: Path) -> BinaryIO:
         if not stat.S_ISREG(mode):
             kind = "a folder" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else "a device"
             raise OSError(errno.EINVAL, f"it is {kind}, not a file", str(path))
-        return os.fdopen(handle, "rb")
+        return os.fdopen(handle, "rb", buffering)
     except BaseException:
         os.close(handle)
         raise

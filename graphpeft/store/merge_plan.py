@@ -22,9 +22,10 @@ from graphpeft.ir.weights import get_parameter
 from graphpeft.rewrite.branch import make_branch
 from graphpeft.rewrite.tied import refuse_tied
 from graphpeft.store.checkpoint import FLOATS, Checkpoint
+from graphpeft.store.fingerprint import fingerprint, version
 from graphpeft.store.fitting import check_sites, check_tensors
 from graphpeft.store.folding import Update
-from graphpeft.store.native import DESCRIPTION, AdapterFile, fingerprint, read_adapter
+from graphpeft.store.native import DESCRIPTION, AdapterFile, read_adapter
 from graphpeft.store.peft import config as peft_config
 from graphpeft.store.peft import read as peft_read
 from graphpeft.store.peft.files import PAIR
@@ -129,7 +130,10 @@ def _check_base(
     """Check the base weights as `gp.load` does. PEFT's files do not record theirs."""
     if not content.fingerprint:
         return
-    if content.fingerprint == fingerprint(keys, lambda name: checkpoint.where[keys[name]].glimpse(keys[name])):
+    way = version(content.fingerprint)
+    if content.fingerprint == fingerprint(
+        keys, lambda name: checkpoint.where[keys[name]].glimpse(keys[name], way), way
+    ):
         return
     problem = f"{folder} was trained on other base weights than {checkpoint.folder} holds."
     if not any_base:

@@ -12,7 +12,7 @@ import json
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +28,7 @@ from graphpeft.files.foreign import read_bytes, read_json, shortened
 from graphpeft.files.pair import Pair
 from graphpeft.planning.plan import Entry
 from graphpeft.store.entries import described, parsed, read_entry
+from graphpeft.store.fingerprint import SHAPE as FINGERPRINT
 
 FORMAT, VERSION = "graphpeft", 1
 TENSORS, DESCRIPTION = "adapter.safetensors", "adapter.json"
@@ -173,25 +174,7 @@ FREE = {"rules", "rule", "method", "weight", "owner"}
 SHAPES: dict[str, Callable[[Any], bool]] = {
     # Earlier versions allowed keywords as names; loading such a file requires another name.
     "name": lambda value: isinstance(value, str) and re.fullmatch(r"[A-Za-z_]\w{0,199}", value) is not None,
-    "base_fingerprint": _is_hex,
+    "base_fingerprint": lambda value: isinstance(value, str) and re.fullmatch(FINGERPRINT, value) is not None,
     "tensors_sha256": _is_hex,
     "versions": lambda value: value is None or _are_versions(value),
 }
-
-
-def fingerprint(names: Iterable[str], weight_of: Callable[[str], torch.Tensor]) -> str:
-    """A hash of base weights: their names, shapes and 64 values each, enough to tell checkpoints apart.
-
-    Values are rounded to bfloat16, so that a float32 checkpoint and its bfloat16 copy count as the same base. Weights are
-    requested one at a time, because a quantized one is dequantized for it.
-    """
-    digest = hashlib.sha256()
-    for name in sorted(set(names)):
-        weight = weight_of(name)
-        digest.update(f"{name}{tuple(weight.shape)}".encode())
-        if not weight.is_meta:
-            step = max(1, weight.numel() // 64)
-            digest.update(
-                weight.detach().flatten()[::step][:64].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
-            )
-    return digest.hexdigest()
