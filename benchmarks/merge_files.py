@@ -71,7 +71,8 @@ def _adapter(folder: Path, model: Any, rules: str) -> None:
     import graphpeft as gp
     from graphpeft.rewrite.state import chains, get_state, saved
     from graphpeft.store.checkpoint import open_checkpoint
-    from graphpeft.store.native import AdapterFile, fingerprint, write_adapter
+    from graphpeft.store.fingerprint import fingerprint
+    from graphpeft.store.native import AdapterFile, write_adapter
 
     gp.apply(model, rules)
     adapter = get_state(model).adapters["default"]
@@ -81,7 +82,7 @@ def _adapter(folder: Path, model: Any, rules: str) -> None:
         for key, tensor in saved(site, chain)
     }
     where = open_checkpoint(folder / "base").where
-    base = fingerprint({e.site.weight: where[e.site.weight].tensor(e.site.weight) for e in adapter.entries})
+    base = fingerprint((e.site.weight for e in adapter.entries), lambda name: where[name].tensor(name))
     write_adapter(folder / "adapter", AdapterFile("default", rules, 0, adapter.entries, tensors, base))
 
 

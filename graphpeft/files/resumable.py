@@ -8,7 +8,6 @@ complete.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,8 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from graphpeft.errors import FileError
-
-ASIDE = ".unfinished"
+from graphpeft.files.atomic import ASIDE, flush, writing
 
 
 def begin(out: Path, sources: Mapping[str, str]) -> Path | None:
@@ -69,21 +67,6 @@ def discard(out: Path) -> None:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that gets its name only when it is complete and on disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ASIDE)
-    try:
-        with aside.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-@contextmanager
 def background_writer(file: BinaryIO) -> Iterator[Callable[[bytes | memoryview], None]]:
     """Write to a file in a background thread, while the caller makes the next piece."""
     last: list[Future[int]] = []
@@ -120,15 +103,3 @@ def _noted(part: Path, note: Path) -> dict[str, str] | None:
     except (OSError, ValueError, AttributeError, RecursionError):
         found = note
     raise FileError(f"{found} is in the way: no merge left it there. Move it, or name another folder to write to.")
-
-
-def flush(path: Path) -> None:
-    """Flush a finished file, or the names of the files in a folder, to disk, where the system can."""
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except OSError:  # Windows opens no folders
-        return
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from graphpeft.files.resumable import ASIDE
+from graphpeft.files.atomic import ASIDE
 
 try:
     import fcntl
@@ -26,16 +26,18 @@ def staging_dir(target: Path) -> Iterator[Path]:
     try:
         yield fresh
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-        if held is not None:
-            os.close(held)
+        try:
+            shutil.rmtree(fresh, ignore_errors=True)
+        finally:
+            if held is not None:
+                os.close(held)
 
 
 def _made(target: Path) -> tuple[Path, int | None]:
     while True:
         fresh = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}{ASIDE}")
         fresh.mkdir()
-        held = _hold(fresh, wait=True)
+        held = hold(fresh, wait=True)
         if fresh.exists():  # otherwise another process deleted it as stale
             return fresh, held
         if held is not None:
@@ -45,12 +47,12 @@ def _made(target: Path) -> tuple[Path, int | None]:
 def _sweep(target: Path) -> None:
     ours = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}{re.escape(ASIDE)}")
     for path in target.parent.iterdir():
-        if ours.fullmatch(path.name) and (held := _hold(path, wait=False)) is not None:
+        if ours.fullmatch(path.name) and (held := hold(path, wait=False)) is not None:
             shutil.rmtree(path, ignore_errors=True)
             os.close(held)
 
 
-def _hold(folder: Path, wait: bool) -> int | None:
+def hold(folder: Path, wait: bool) -> int | None:
     """Lock the folder until the process ends; `None` if another process has the lock, or locks do not exist."""
     with suppress(OSError):
         if fcntl is not None:

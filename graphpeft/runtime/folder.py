@@ -21,9 +21,9 @@ from rich.table import Table
 from rich.text import Text
 
 from graphpeft.errors import ExportError, FileError
+from graphpeft.files.atomic import flush
 from graphpeft.files.exchange import swap_dirs
 from graphpeft.files.foreign import read_json
-from graphpeft.files.resumable import flush
 from graphpeft.files.staging import staging_dir
 
 REPORT = "graphpeft.json"

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from graphpeft.errors import FileError
-from graphpeft.files.foreign import read_json
+from graphpeft.files.foreign import open_file, read_json
+from graphpeft.store.fingerprint import VERSION, looked_at
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -56,23 +57,24 @@ class Shard:
         data = np.memmap(self.path, np.uint8, "c", place.begin, (size,)) if size else np.empty(0, np.uint8)
         return torch.from_numpy(data).view(FLOATS[place.dtype]).view(place.shape)
 
-    def glimpse(self, name: str) -> torch.Tensor:
+    def glimpse(self, name: str, version: int = VERSION) -> torch.Tensor:
         """A tensor with only the values that `fingerprint` reads; all others are zero and take no memory.
 
-        The values are read one by one, after `posix_fadvise` announced all of them, so the reads overlap. In a mapped
+        They are read run by run, after `posix_fadvise` announced all of them, so the reads overlap. In a mapped
         tensor each access would wait for the disk in turn and read whole pages around the value.
         """
         place = self.tensors[name]
         dtype, count = FLOATS[place.dtype], prod(place.shape)
         thin = torch.frombuffer(mmap.mmap(-1, max(1, place.end - place.begin)), dtype=dtype, count=count)
-        step = max(1, count // 64)
-        looked_at = [place.begin + i * dtype.itemsize for i in range(0, count, step)[:64]]
-        with self.path.open("rb", buffering=0) as file:
+        runs = [(begin, length) for begin, length in looked_at(count, version) if length]
+        wide = dtype.itemsize
+        with open_file(self.path, buffering=0) as file:
             if hasattr(os, "posix_fadvise"):
-                for at in looked_at:
-                    os.posix_fadvise(file.fileno(), at, dtype.itemsize, os.POSIX_FADV_WILLNEED)
-            found = b"".join(file.read(dtype.itemsize) for at in looked_at if file.seek(at))
-        thin[::step][:64] = torch.frombuffer(bytearray(found), dtype=dtype)
+                for begin, length in runs:
+                    os.posix_fadvise(file.fileno(), place.begin + begin * wide, length * wide, os.POSIX_FADV_WILLNEED)
+            for begin, length in runs:
+                file.seek(place.begin + begin * wide)
+                thin[begin : begin + length] = torch.frombuffer(bytearray(file.read(length * wide)), dtype=dtype)
         return thin.view(place.shape)
 
 
@@ -130,8 +132,8 @@ def _index(folder: Path) -> dict[str, str]:
 
 def _shard(path: Path) -> Shard:
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else LONGEST + 1
             text = file.read(length) if length <= LONGEST else b""

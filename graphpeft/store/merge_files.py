@@ -18,6 +18,7 @@ import torch
 
 from graphpeft.errors import AdapterError, FileError
 from graphpeft.files import resumable as unfinished
+from graphpeft.files.atomic import writing
 from graphpeft.store.checkpoint import INDEX, WHOLE, Checkpoint, Shard, Stored, open_checkpoint
 from graphpeft.store.folding import Scratch, folded
 from graphpeft.store.merge_plan import Updates, digest, plan_updates
@@ -91,7 +92,7 @@ def merge_files(
                 if not _finished(folder, shard):
                     _write(shard, folder, updates, scratch)
             for path in others:
-                with unfinished.writing(folder / path) as file, (base / path).open("rb") as source:
+                with writing(folder / path) as file, (base / path).open("rb") as source:
                     shutil.copyfileobj(source, file, CHUNK)
             unfinished.finish(out)
     except AdapterError:
@@ -113,7 +114,7 @@ def _finished(folder: Path, shard: Shard) -> bool:
 def _write(shard: Shard, folder: Path, updates: Updates, scratch: Scratch) -> None:
     with (
         step(shard.path.name),
-        unfinished.writing(folder / shard.path.name) as file,
+        writing(folder / shard.path.name) as file,
         unfinished.background_writer(file) as write,
         shard.path.open("rb") as source,
     ):

@@ -16,16 +16,19 @@ from torch import nn
 from graphpeft.capturing.skeleton import skeleton
 from graphpeft.compat.transformers_keys import origins
 from graphpeft.errors import FileError
+from graphpeft.files.foreign import read_bytes
 from graphpeft.ir.site import Site
 from graphpeft.ir.weights import get_parameter
 from graphpeft.rewrite.branch import make_branch
 from graphpeft.rewrite.tied import refuse_tied
 from graphpeft.store.checkpoint import FLOATS, Checkpoint
+from graphpeft.store.fingerprint import fingerprint, version
 from graphpeft.store.fitting import check_sites, check_tensors
 from graphpeft.store.folding import Update
-from graphpeft.store.native import DESCRIPTION, AdapterFile, fingerprint, read_adapter
+from graphpeft.store.native import DESCRIPTION, AdapterFile, read_adapter
 from graphpeft.store.peft import config as peft_config
 from graphpeft.store.peft import read as peft_read
+from graphpeft.store.peft.files import PAIR
 from graphpeft.store.read import found_sites
 
 Updates = dict[str, list[Update]]
@@ -62,10 +65,9 @@ def plan_updates(checkpoint: Checkpoint, folders: Sequence[Path], any_base: bool
 def digest(folder: Path) -> str:
     """A hash of an adapter folder's content."""
     if not _is_peft(folder):
-        return hashlib.sha256((folder / DESCRIPTION).read_bytes()).hexdigest()  # it includes the tensors' digest
-    return hashlib.sha256(
-        b"".join((folder / n).read_bytes() for n in (peft_config.CONFIG, peft_config.TENSORS))
-    ).hexdigest()
+        return hashlib.sha256(read_bytes(folder / DESCRIPTION)).hexdigest()  # it includes the tensors' digest
+    parts = folder / peft_config.CONFIG, PAIR.find(folder)
+    return hashlib.sha256(b"".join(map(read_bytes, parts))).hexdigest()
 
 
 def _is_peft(folder: Path) -> bool:
@@ -128,7 +130,10 @@ def _check_base(
     """Check the base weights as `gp.load` does. PEFT's files do not record theirs."""
     if not content.fingerprint:
         return
-    if content.fingerprint == fingerprint(keys, lambda name: checkpoint.where[keys[name]].glimpse(keys[name])):
+    way = version(content.fingerprint)
+    if content.fingerprint == fingerprint(
+        keys, lambda name: checkpoint.where[keys[name]].glimpse(keys[name], way), way
+    ):
         return
     problem = f"{folder} was trained on other base weights than {checkpoint.folder} holds."
     if not any_base:

@@ -7,12 +7,12 @@ stored.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import re
+import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,14 +24,17 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from graphpeft.errors import FileError, RuleError
-from graphpeft.files.atomic import write
-from graphpeft.files.foreign import read_json, shortened
+from graphpeft.files.foreign import read_bytes, read_json, shortened
+from graphpeft.files.pair import Pair
 from graphpeft.planning.plan import Entry
 from graphpeft.store.entries import described, parsed, read_entry
+from graphpeft.store.fingerprint import SHAPE as FINGERPRINT
 
 FORMAT, VERSION = "graphpeft", 1
 TENSORS, DESCRIPTION = "adapter.safetensors", "adapter.json"
-ASIDE = f".{TENSORS}.new"
+TRIES, PAUSE = 5, 0.02
+"""How often a folder is read again whose files do not fit, because another process may be writing it; and a pause in
+seconds."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,7 @@ class AdapterFile:
 
 
 def write_adapter(folder: Path, adapter: AdapterFile) -> None:
-    """Write both files, so that a kill at any moment leaves the old adapter or the new one.
-
-    The new tensors go to a temporary name first. Replacing the description, which holds their digest, switches to the
-    new adapter; only then are the tensors renamed. The reader looks for the digest under both names.
-    """
-    with contextlib.suppress(FileError):  # a kill may have left the current tensors under the temporary name
-        _tensors(folder, _describe(folder)["tensors_sha256"], settle=True)
+    """Write both files, so that a kill at any moment leaves the old adapter or the new one."""
     data = save_tensors({k: t.detach().cpu().contiguous() for k, t in adapter.tensors.items()}, {"format": "pt"})
     description = {
         "format": FORMAT,
@@ -67,15 +64,12 @@ def write_adapter(folder: Path, adapter: AdapterFile) -> None:
         "versions": {name: version(name) for name in ("graphpeft", "torch")},
         "sites": [described(entry) for entry in adapter.entries],
     }
-    write(folder / ASIDE, data, parents=True)
-    write(folder / DESCRIPTION, (json.dumps(description, indent=1) + "\n").encode())
-    (folder / ASIDE).replace(folder / TENSORS)
+    PAIR.write(folder, (json.dumps(description, indent=1) + "\n").encode(), data)
 
 
 def read_adapter(folder: Path) -> AdapterFile:
     """Read and check an adapter folder. Raises `FileError` for anything missing, torn, foreign or newer."""
-    about = _describe(folder)
-    data = _tensors(folder, about["tensors_sha256"])
+    about, data = _both(folder)
     try:
         tensors = load_tensors(data)
         parsed(about["rules"])
@@ -90,25 +84,44 @@ def read_adapter(folder: Path) -> AdapterFile:
     return AdapterFile(about["name"], about["rules"], about["seed"], entries, tensors, about["base_fingerprint"])
 
 
-def _tensors(folder: Path, digest: str, settle: bool = False) -> bytes:
-    """The tensor file with this digest. A kill may have left it under the temporary name; `settle` renames it."""
-    failed: OSError | None = None
-    for path in (folder / TENSORS, folder / ASIDE):
+def _describes(head: bytes, data: Path) -> bool:
+    """Whether a description holds the digest of a file of tensors."""
+    try:
+        about = json.loads(head)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(about, dict) and about.get("tensors_sha256") == hashlib.sha256(read_bytes(data)).hexdigest()
+
+
+PAIR = Pair(DESCRIPTION, TENSORS, _describes)
+
+
+def _both(folder: Path) -> tuple[dict[str, Any], bytes]:
+    """The description, and the tensors that it describes, from one moment."""
+    about, unchanged = _describe(folder), 0
+    while True:
         try:
-            data = path.read_bytes()
-        except OSError as error:
-            failed = failed or error
-            continue
-        if hashlib.sha256(data).hexdigest() == digest:
-            if settle and path.name == ASIDE:
-                path.replace(folder / TENSORS)
-            return data
-    if failed is not None and failed.filename == str(folder / TENSORS):
-        raise FileError(f"{folder / TENSORS} cannot be read: {failed}. An adapter folder needs both files.") from failed
-    raise FileError(
-        f"{folder / TENSORS} is not the file that {DESCRIPTION} describes: it was cut short, changed, or copied from "
-        f"another adapter. Copy the whole folder again."
-    )
+            return about, _tensors(folder, about["tensors_sha256"])
+        except FileError:
+            if unchanged == TRIES:
+                raise
+            time.sleep(PAUSE)
+            before, about = about, _describe(folder)
+            unchanged = unchanged + 1 if about == before else 0
+
+
+def _tensors(folder: Path, digest: str) -> bytes:
+    """The tensors with this digest."""
+    try:
+        data = read_bytes(PAIR.find(folder))
+    except OSError as error:
+        raise FileError(f"{folder / TENSORS} cannot be read: {error}. An adapter folder needs both files.") from error
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise FileError(
+            f"{folder / TENSORS} is not the file that {DESCRIPTION} describes: it was cut short, changed, or copied from "
+            f"another adapter. Copy the whole folder again."
+        )
+    return data
 
 
 def _describe(folder: Path) -> dict[str, Any]:
@@ -161,25 +174,7 @@ FREE = {"rules", "rule", "method", "weight", "owner"}
 SHAPES: dict[str, Callable[[Any], bool]] = {
     # Earlier versions allowed keywords as names; loading such a file requires another name.
     "name": lambda value: isinstance(value, str) and re.fullmatch(r"[A-Za-z_]\w{0,199}", value) is not None,
-    "base_fingerprint": _is_hex,
+    "base_fingerprint": lambda value: isinstance(value, str) and re.fullmatch(FINGERPRINT, value) is not None,
     "tensors_sha256": _is_hex,
     "versions": lambda value: value is None or _are_versions(value),
 }
-
-
-def fingerprint(names: Iterable[str], weight_of: Callable[[str], torch.Tensor]) -> str:
-    """A hash of base weights: their names, shapes and 64 values each, enough to tell checkpoints apart.
-
-    Values are rounded to bfloat16, so that a float32 checkpoint and its bfloat16 copy count as the same base. Weights are
-    requested one at a time, because a quantized one is dequantized for it.
-    """
-    digest = hashlib.sha256()
-    for name in sorted(set(names)):
-        weight = weight_of(name)
-        digest.update(f"{name}{tuple(weight.shape)}".encode())
-        if not weight.is_meta:
-            step = max(1, weight.numel() // 64)
-            digest.update(
-                weight.detach().flatten()[::step][:64].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
-            )
-    return digest.hexdigest()

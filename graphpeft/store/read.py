@@ -19,8 +19,9 @@ from graphpeft.rewrite.naming import check_name, usable
 from graphpeft.rewrite.state import (
     base_weight,
 )
+from graphpeft.store.fingerprint import VERSION, fingerprint, version
 from graphpeft.store.fitting import check_sites, check_tensors
-from graphpeft.store.native import DESCRIPTION, AdapterFile, fingerprint, read_adapter
+from graphpeft.store.native import DESCRIPTION, AdapterFile, read_adapter
 from graphpeft.store.peft.config import CONFIG
 from graphpeft.store.peft.read import read_peft
 
@@ -65,7 +66,8 @@ def found_sites(model: nn.Module, inputs: Inputs = None) -> tuple[Site, ...]:
 
 def _check_base(model: nn.Module, content: AdapterFile, folder: Path, any_base: bool) -> None:
     """Check the base weights against those the adapter was trained on, up to a bfloat16 cast. PEFT's files record none."""
-    if not content.fingerprint or content.fingerprint == base_fingerprint(model, content.entries):
+    wanted = content.fingerprint
+    if not wanted or wanted == base_fingerprint(model, content.entries, version(wanted)):
         return
     found = f"{folder} was trained on other base weights than {type(model).__name__} has now."
     if not any_base:
@@ -77,9 +79,9 @@ def _check_base(model: nn.Module, content: AdapterFile, folder: Path, any_base: 
     warnings.warn(f"{found} The adapter is loaded as any_base=True asks; check its outputs.", stacklevel=4)
 
 
-def base_fingerprint(model: nn.Module, entries: tuple[Entry, ...]) -> str:
+def base_fingerprint(model: nn.Module, entries: tuple[Entry, ...], version: int = VERSION) -> str:
     def weight_of(name: str) -> torch.Tensor:
         found = levels(get_parameter(model, name), model.get_submodule(name.rpartition(".")[0]))
         return base_weight(model, name) if found is None else found
 
-    return fingerprint((e.site.weight for e in entries), weight_of)
+    return fingerprint((e.site.weight for e in entries), weight_of, version)

@@ -235,7 +235,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(Path, "replace", fail)
     trained(model, "mlp:lora", name="more")
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(FileError, match="no space"):
         gp.save(model, tmp_path, "more")
     assert (tmp_path / "adapter.safetensors").read_bytes() == old
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter.json", "adapter.safetensors"]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from graphpeft.errors import FileError
-from graphpeft.files.foreign import read_json, shortened
+from graphpeft.files.foreign import parse_json, shortened
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 T = TypeVar("T")
@@ -83,14 +83,13 @@ def _reads(value: Any, shape: str) -> bool:
     return not isinstance(value, str) or re.fullmatch(shape, value) is not None
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read and check a folder's config; unknown fields cause a warning.
+def parse_config(path: Path, data: bytes) -> dict[str, Any]:
+    """Parse and check the config that was read from `path`; unknown fields cause a warning.
 
     Raises `FileError` for a file that is not PEFT's, a method other than LoRA (with rsLoRA and DoRA) or VeRA, a LoRA
     variant, or an adapter whose update is relative to base weights that PEFT changed.
     """
-    path = folder / CONFIG
-    config = read_json(path, free=FREE)
+    config = parse_json(path, data, free=FREE)
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if not isinstance(kind, str) or kind not in KNOWN:
         raise FileError(
@@ -119,7 +118,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     unknown = sorted(config.keys() - KNOWN[kind])
     if unknown:
-        warnings.warn(f"{path} has fields that this version ignores: {', '.join(unknown)}", stacklevel=5)
+        warnings.warn(f"{path} has fields that this version ignores: {', '.join(unknown)}", stacklevel=6)
     return dict(config)
 
 

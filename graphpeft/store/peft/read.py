@@ -13,9 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, fx, nn
 
 from graphpeft.errors import FileError, RuleError
@@ -30,7 +28,8 @@ from graphpeft.rewrite.adapters import places
 from graphpeft.rewrite.state import find_state, saved
 from graphpeft.rules.rule import parse, to_text
 from graphpeft.store.native import AdapterFile
-from graphpeft.store.peft.config import CONFIG, TENSORS, looked_up, read_config, selects_nothing
+from graphpeft.store.peft.config import CONFIG, TENSORS, looked_up, selects_nothing
+from graphpeft.store.peft.files import read_both
 from graphpeft.store.peft.layout import (
     BANK,
     MAGNITUDE,
@@ -89,13 +88,13 @@ def read_peft(
 ) -> AdapterFile:
     """Read the adapter of a folder with `adapter_config.json`; `found` are the sites of the model.
 
-    Raises `FileError` for a config that `read_config` refuses; for tensors that are missing, unexpected or of another
+    Raises `FileError` for a config that `parse_config` refuses; for tensors that are missing, unexpected or of another
     shape (without `strict`, warns and reads the complete ones); and for base tensors in the file (`modules_to_save`,
     biases, resized tables) that differ from the model's (with `any_base`, warns). `base` supplies the values of a model
     that has none.
     """
-    config, tensors = read_config(folder), _tensors(folder)
-    tensors = _without_base(model, config, tensors, folder, any_base, base)
+    config, stored = read_both(folder)
+    tensors = _without_base(model, config, _named(stored), folder, any_base, base)
     problems = Problems()
     prefixes = dict.fromkeys(match[1] for key in tensors if (match := OURS.match(key)))
     vera = config["peft_type"] == "VERA"
@@ -121,16 +120,8 @@ def read_peft(
     return _file(parts, _bank(tensors) if vera else ())
 
 
-def _tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of the file, with PEFT's key prefix."""
-    path = folder / TENSORS
-    try:
-        found = load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        pickled = " Pickles are not read: load it with PEFT and save it again, which writes safetensors." * any(
-            folder.glob("adapter_model.bin")
-        )
-        raise FileError(f"{path} cannot be read: {error}.{pickled}") from error
+def _named(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file, with PEFT's key prefix."""
     named = {key.removesuffix(".weight") if MAGNITUDE in key else key: tensor for key, tensor in found.items()}
     return {key if key.startswith(f"{BANK}.") else PREFIX + key: tensor for key, tensor in named.items()}
 

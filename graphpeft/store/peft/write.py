@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save as save_tensors
 from torch import Tensor, fx, nn
 
 from graphpeft.chain import Chain, Diag, Magnitude, Projection, Weighted
 from graphpeft.errors import AdapterError
-from graphpeft.files.atomic import write
 from graphpeft.ir.site import Site
 from graphpeft.ir.weights import as_out_in, weight_layout
 from graphpeft.methods.dora import DoRA
@@ -27,7 +25,8 @@ from graphpeft.methods.vera import VeRA
 from graphpeft.planning.plan import Entry
 from graphpeft.rewrite.adapters import places
 from graphpeft.rewrite.state import base_weight, chains, get_state
-from graphpeft.store.peft.config import CONFIG, TENSORS, pattern, selection
+from graphpeft.store.peft.config import pattern, selection
+from graphpeft.store.peft.files import PAIR, packed
 from graphpeft.store.peft.layout import BANK, NoEquivalent, PeftWeight, bare, modules, nesting, place
 
 INSTEAD = "Save it in graphpeft's own format, or merge it: gp.merge(model)."
@@ -48,7 +47,7 @@ class Pair:
 
 
 def write_peft(model: nn.Module, name: str, folder: Path) -> None:
-    """Write `adapter_model.safetensors` and `adapter_config.json`, tensors first.
+    """Write `adapter_model.safetensors` and `adapter_config.json`, so that a kill at any moment leaves the old or the new.
 
     Raises `AdapterError`, before anything is written, if PEFT's format cannot hold the update of a site, which it names.
     """
@@ -71,8 +70,8 @@ def write_peft(model: nn.Module, name: str, folder: Path) -> None:
     names = [target for target, _ in modules(model)]
     targets = {spot.target for listed in spots.values() for spot in listed if spot.kind != "parameter"}
     config = {**_about(model), **config, "target_modules": selection(targets, names) if targets else []}
-    write(folder / TENSORS, save_tensors(data, {"format": "pt"}), parents=True)
-    write(folder / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+    head = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    PAIR.write(folder, head, packed(data, head))
 
 
 def _about(model: nn.Module) -> dict[str, Any]:
