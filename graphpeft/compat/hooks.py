@@ -34,3 +34,10 @@ def has_global_hooks() -> bool:
 def version(tensor: torch.Tensor) -> int:
     """How often the tensor was written to in place, as autograd counts; -1 where it does not count."""
     return -1 if tensor.is_inference() else tensor._version
+
+
+def remove_state_hooks(module: nn.Module, *hooks: Callable[..., Any]) -> None:
+    """Take these functions off the module's `state_dict` and `load_state_dict`."""
+    for held in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
+        for key in [key for key, found in held.items() if getattr(found, "hook", found) in hooks]:
+            del held[key]

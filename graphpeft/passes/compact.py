@@ -74,7 +74,7 @@ def _smaller(model: nn.Module, adapter: str) -> dict[Site, Made | None]:
         if method is None:
             made[entry.site] = None
             continue
-        smaller = Entry(entry.site, method, entry.rule)
+        smaller = Entry(entry.site, method, entry.rule, entry.as_it_is(chain).scale)
         with torch.device(chain.device):
             branch = smaller.build().to(chain.dtype)
         _fill(chain, branch)

@@ -89,7 +89,9 @@ def _write(model: nn.Module, name: str, format: Format, folder: Path) -> None:
             f"model. Call dispatch_model before gp.apply; the adapter then stays on the device where it trains."
         )
     base = base_fingerprint(model, adapter.entries)
-    write_adapter(folder, AdapterFile(name, adapter.rules, adapter.seed, adapter.entries, tensors, base))
+    found = chains(model, name)
+    entries = tuple(entry.as_it_is(found[entry.site]) for entry in adapter.entries)
+    write_adapter(folder, AdapterFile(name, adapter.rules, adapter.seed, entries, tensors, base))
 
 
 @on_model(intact=False)

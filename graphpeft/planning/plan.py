@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -33,13 +33,23 @@ class Entry:
     site: Site
     method: Method
     rule: str
+    scale: float | None = None
+    """The chain's scale, where it is another than the method's."""
 
     def build(self) -> Chain:
         """The site's branch with empty tensors: as wide as the weight, and with one chain per matrix for a stack."""
         chain = self.method.chain(self.site)
+        if self.scale is not None:
+            chain.scale = self.scale
         if self.site.rows:
             chain = Scatter(self.site.full, self.site.rows) @ chain
         return Stack(chain, self.site.stack) if self.site.stack else chain
+
+    def as_it_is(self, chain: Chain) -> Entry:
+        """This entry with the scale that the chain has now, if that was changed."""
+        with torch.device("meta"):
+            built = replace(self, scale=None).build().scale
+        return replace(self, scale=None if chain.scale == built else chain.scale)
 
     def parameters(self) -> int:
         """The number of parameters that the site's branch trains."""

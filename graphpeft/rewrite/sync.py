@@ -18,7 +18,7 @@ import torch
 from torch import fx, nn
 
 from graphpeft.compat.graph_modules import carry
-from graphpeft.compat.hooks import has_pre_hook, remove_pre_hook
+from graphpeft.compat.hooks import has_pre_hook, remove_pre_hook, remove_state_hooks
 from graphpeft.compat.quantized import release_order
 from graphpeft.compat.sharded import reshard
 from graphpeft.errors import AdapterError
@@ -26,6 +26,7 @@ from graphpeft.ir.weights import get_parameter
 from graphpeft.rewrite import late
 from graphpeft.rewrite.adapters import Adapters, Held, home
 from graphpeft.rewrite.freezing import require
+from graphpeft.rewrite.numbers import compare, describe
 from graphpeft.rewrite.owner import attach, detach, install, refuse_replaced
 from graphpeft.rewrite.reality import changed, located, same, watched
 from graphpeft.rewrite.rows import Assignment, Rows
@@ -65,6 +66,8 @@ def sync(model: nn.Module, switch: bool = False) -> None:
             carry(model, STATE, wanted=state.merge is not None)
         if not has_pre_hook(model, before_forward):
             model.register_forward_pre_hook(before_forward)
+            model.register_state_dict_post_hook(describe)
+            model.register_load_state_dict_pre_hook(compare)
     state.pending = False
 
 
@@ -154,6 +157,7 @@ def _forget(model: nn.Module, state: AdapterSet) -> None:
     require(model, state.base_requires_grad)
     release_order(model, state.reorder_disabled)
     remove_pre_hook(model, before_forward)
+    remove_state_hooks(model, describe, compare)
     if isinstance(model, fx.GraphModule):
         carry(model, STATE, wanted=False)
     del model.__dict__[STATE]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import asdict, fields
 from functools import lru_cache
@@ -32,7 +33,8 @@ def described(entry: Entry) -> dict[str, Any]:
         each["owner"] = each["owner"] if reader is None else reader  # as a capture finds it
         each["source"] = re.sub(r"[^\w.:<> -]", "_", each["source"])[-LONGEST:]
     method = entry.method.text([option.name for option in options(type(entry.method))])
-    return {**about, "method": method, "rule": entry.rule}
+    scale = {} if entry.scale is None else {"scale": entry.scale}
+    return {**about, "method": method, "rule": entry.rule, **scale}
 
 
 def read_entry(saved: Any) -> Entry:
@@ -41,7 +43,10 @@ def read_entry(saved: Any) -> Entry:
     site = _site(saved)
     parsed(saved["rule"])
     (rule,) = parsed(f"linear:{saved['method']}")
-    return Entry(site, rule.method, saved["rule"])
+    scale = saved.get("scale")
+    if scale is not None and (type(scale) not in (int, float) or not math.isfinite(scale)):
+        raise ValueError(f"a site has the scale {shortened(str(scale))!r}")
+    return Entry(site, rule.method, saved["rule"], None if scale is None else float(scale))
 
 
 @lru_cache(1000)
