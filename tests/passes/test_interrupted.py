@@ -4,44 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
 import torch
 from checks import build, call, inputs, outputs, randomize, same
+from interrupts import interrupted
 from torch import Tensor, nn
 
 import graphpeft as gp
 from graphpeft.rewrite.state import get_state, owners
 
-OURS = (str(Path(str(gp.__file__)).parent),)
 X = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(1))
-
-
-def interrupted(run: Callable[[], Any], at: int) -> int | None:
-    """Run with a KeyboardInterrupt at the line of graphpeft that is executed as number `at`; how many there were, without one."""
-    count = 0
-
-    def line(frame: FrameType, event: str, _: Any) -> Any:
-        nonlocal count
-        count += event == "line"
-        if event == "line" and count == at:
-            raise KeyboardInterrupt
-        return line
-
-    before = sys.gettrace()
-    sys.settrace(lambda frame, *_: line if frame.f_code.co_filename.startswith(OURS) else None)
-    try:
-        run()
-    except KeyboardInterrupt:
-        return None
-    finally:
-        sys.settrace(before)
-    return count
 
 
 class Adapted:
