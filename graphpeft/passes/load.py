@@ -47,6 +47,8 @@ def load(
         hub: `folder` is the `owner/name` of a repository on the Hub. Without this or `hub:`, the Hub is never contacted.
         revision: revision of the repository.
 
+    Warns about tensors with NaN or infinite values, which are loaded as they are.
+
     Raises `FileError`, and leaves the model as it was, if the folder is not an intact adapter, does not fit the model, or
     was trained on other base weights.
     """
