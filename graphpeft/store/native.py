@@ -66,8 +66,8 @@ def write_adapter(folder: Path, adapter: AdapterFile) -> None:
         "versions": {name: version(name) for name in ("graphpeft", "torch")},
         "sites": [described(entry) for entry in adapter.entries],
     }
+    warn_of(odd_tensors(tensors, adapter.entries), folder, "They are saved as they are.", stacklevel=7)
     PAIR.write(folder, (json.dumps(description, indent=1) + "\n").encode(), data)
-    warn_of(odd_tensors(tensors, adapter.entries), folder, "They are saved as they are.", stacklevel=5)
 
 
 def read_adapter(folder: Path) -> AdapterFile:

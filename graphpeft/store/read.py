@@ -44,7 +44,7 @@ def read(
     check_sites(model, content, folder)
     check_tensors(content, folder)
     _check_base(model, content, folder, any_base)
-    warn_of(odd_tensors(content.tensors, content.entries), folder, "They are loaded as they are.", stacklevel=3)
+    warn_of(odd_tensors(content.tensors, content.entries), folder, "They are loaded as they are.", stacklevel=5)
     return content
 
 

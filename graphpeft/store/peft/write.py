@@ -72,8 +72,8 @@ def write_peft(model: nn.Module, name: str, folder: Path) -> None:
     targets = {spot.target for listed in spots.values() for spot in listed if spot.kind != "parameter"}
     config = {**_about(model), **config, "target_modules": selection(targets, names) if targets else []}
     head = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    warn_of(odd_tensors(data), folder, "They are saved as they are.", stacklevel=7)
     PAIR.write(folder, head, packed(data, head))
-    warn_of(odd_tensors(data), folder, "They are saved as they are.", stacklevel=5)
 
 
 def _about(model: nn.Module) -> dict[str, Any]:
