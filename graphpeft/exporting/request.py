@@ -12,7 +12,7 @@ from graphpeft.compat.sharded import ELSEWHERE, refuse_sharded
 from graphpeft.errors import ExportError
 from graphpeft.exporting.onnx.quantize import ROUNDED
 from graphpeft.rewrite.state import get_state, names
-from graphpeft.runtime.folder import REPORT
+from graphpeft.runtime.own_files import REPORT
 
 RESERVED = {
     Path(REPORT).stem, "genai_config", "tokenizer", "tokenizer_config", "special_tokens_map", "added_tokens", "vocab",

@@ -48,9 +48,9 @@ def reported(place: Path) -> Iterator[None]:
     """Raise a `WriteError` that names the place for every error of the system."""
     try:
         yield
-    except WriteError:
-        raise
-    except OSError as error:
+    except OSError as failure:
+        # Of places inside of each other, the message names the outermost, which the user named.
+        error = failure.__cause__ if isinstance(failure.__cause__, OSError) else failure
         failed = WriteError(
             f"{place} was not written: {error.strerror or error}. Usually the disk is full or write-protected, or a file or a "
             f"broken link is in the way. Make room, or name another place. What was there before is unchanged."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,6 +23,8 @@ from graphpeft.show.table import table
 from graphpeft.tracing import Step, Watcher, watching
 
 INDEX = "steps.json"
+DUMPED = r"steps\.(json|txt)|\d{2,}-[^/\\]+\.(txt|before\.txt|after\.txt|diff)"
+"""A pattern of the names of a dump's files."""
 
 
 class WatchError(GraphPeftError, ValueError):
@@ -198,7 +201,8 @@ class _Folder:
                 f"{self.path} exists and is not an earlier dump, so nothing is written there. Name a new folder."
             ) from None
         for name in files:
-            (self.path / Path(name).name).unlink(missing_ok=True)
+            if re.fullmatch(DUMPED, str(name)):  # whatever else an index lists is not ours
+                (self.path / name).unlink(missing_ok=True)
 
     def index(self, seen: Seen) -> None:
         """Write the table. This happens after every step, so that it survives a crash in the next one."""

@@ -53,6 +53,8 @@ def load(
         inputs: an example call of a model that has no config to make one from. PEFT's files name modules, whose use is looked up
             in a capture; a module whose use was not seen runs its own code, and reads its weight adapted.
 
+    Warns about tensors with NaN or infinite values, which are loaded as they are.
+
     Raises `FileError`, and leaves the model as it was, if the folder is not an intact adapter, does not fit the model, or
     was trained on other base weights.
     """

@@ -38,7 +38,7 @@ def save(model: nn.Module, folder: str | Path, name: str | None = None, format: 
     """Write one adapter (the only one, or the one called `name`) to a folder; returns the folder.
 
     Only trained tensors are stored, in the adapter's own dtype. Warns about base parameters that train too, because they
-    belong to no adapter.
+    belong to no adapter, and about tensors with NaN or infinite values, which are saved as they are.
 
     With `format="peft"`, `peft.PeftModel.from_pretrained(base, folder)` loads the folder and gives the same outputs. LoRA
     (with rsLoRA), DoRA and VeRA are written as such. Every other method is written as the plain LoRA that equals it, as

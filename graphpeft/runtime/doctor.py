@@ -12,8 +12,9 @@ import onnxruntime as ort
 
 from graphpeft.errors import AdapterError, FileError
 from graphpeft.runtime.adapter_file import read
-from graphpeft.runtime.folder import REPORT, oldest_runtime, recover
+from graphpeft.runtime.folder import oldest_runtime, recover
 from graphpeft.runtime.layout import b_of
+from graphpeft.runtime.own_files import REPORT
 from graphpeft.runtime.session import Session
 
 

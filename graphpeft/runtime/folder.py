@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -25,8 +26,9 @@ from graphpeft.files.atomic import flush
 from graphpeft.files.exchange import swap_dirs
 from graphpeft.files.foreign import read_json
 from graphpeft.files.staging import staging_dir
+from graphpeft.runtime.own_files import REPORT, is_ours
 
-REPORT = "graphpeft.json"
+REMEDY = "Export to a new folder, or move what is there."
 
 
 @dataclass(frozen=True)
@@ -131,27 +133,50 @@ def staged(target: Path) -> Iterator[Path]:
             for path in (*fresh.rglob("*"), fresh):
                 flush(path)
             _refuse_foreign(target)
-            _replace(target, fresh)
+            known = {path.name for path in target.iterdir()} if target.exists() else set()
+            _replace(target, fresh, known)
     except OSError as error:
         raise ExportError(
             f"{target}: nothing was written: {error}. Usually the disk is full or write-protected."
         ) from error
 
 
-def _replace(target: Path, fresh: Path) -> None:
+def _replace(target: Path, fresh: Path, known: set[str]) -> None:
+    """Give `fresh` the name of the target, whose files are `known`; others that came meanwhile move along."""
     if not target.exists():
         fresh.rename(target)
-    elif not swap_dirs(target, fresh):
+    elif swap_dirs(target, fresh):
+        _rescue(fresh, target, known)
+    else:
         old = _old(target)
-        shutil.rmtree(old, ignore_errors=True)  # left by an export that was killed just before deleting it
+        _refuse_foreign(old)
+        _delete(old)  # left by an export that was killed just before deleting it
         target.rename(old)
         try:
             fresh.rename(target)
         except OSError:
             old.rename(target)
             raise
-        shutil.rmtree(old, ignore_errors=True)
+        _rescue(old, target, known)
+        _delete(old)
     flush(target.parent)
+
+
+def _delete(folder: Path) -> None:
+    """Delete an export, its report last: what a kill leaves is still recognized."""
+    for path in folder.iterdir() if folder.exists() else ():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != REPORT:
+            path.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _rescue(old: Path, target: Path, known: set[str]) -> None:
+    """Move what another process put into the old folder in the last moment into the new one."""
+    for path in old.iterdir():
+        if path.name not in known and not os.path.lexists(target / path.name):
+            path.rename(target / path.name)
 
 
 def recover(target: Path) -> Path:
@@ -166,21 +191,24 @@ def _old(target: Path) -> Path:
 
 
 def _refuse_foreign(target: Path) -> None:
+    """Raise unless an export can have written everything that is in the place."""
     if not target.exists():
         return
-    remedy = "Export to a new folder, or move what is there."
     if not target.is_dir():
-        raise ExportError(f"{target}: this is a file; an export is a folder. {remedy}")
-    present = {path.name for path in target.iterdir()}
-    if not present:
+        raise ExportError(f"{target}: this is a file; an export is a folder. {REMEDY}")
+    if not any(target.iterdir()):
         return
     try:
-        listed = read_json(target / REPORT, free={"checks", "notes"})["files"]
+        told = read_json(target / REPORT, free={"checks", "notes"})
+        listed, adapters = told["files"], told["adapters"]
         if not all(Path(name).name == name and type(size) is int for name, size in listed.items()):
             raise TypeError(listed)
+        if not all(re.fullmatch(r"\w{1,200}", name) for name in adapters):
+            raise TypeError(adapters)
     except (FileError, KeyError, TypeError, AttributeError):
-        raise ExportError(f"{target}: the folder exists, and graphpeft's export did not write it. {remedy}") from None
-    if foreign := sorted(present - {REPORT, *listed}):
-        raise ExportError(
-            f"{target}: an earlier export, but {foreign[0]!r} is not part of it and would be lost. {remedy}"
-        )
+        raise ExportError(f"{target}: the folder exists, and graphpeft's export did not write it. {REMEDY}") from None
+    for path in sorted(target.iterdir()):
+        if not (path.name in {REPORT, *listed} and is_ours(path, adapters)):
+            raise ExportError(
+                f"{target}: an earlier export, but {path.name!r} is not part of it and would be lost. {REMEDY}"
+            )

@@ -19,6 +19,7 @@ import torch
 from graphpeft.errors import AdapterError, FileError
 from graphpeft.files import resumable as unfinished
 from graphpeft.files.atomic import writing
+from graphpeft.files.foreign import open_file
 from graphpeft.store.checkpoint import INDEX, WHOLE, Checkpoint, Shard, Stored, open_checkpoint
 from graphpeft.store.folding import Scratch, folded
 from graphpeft.store.merge_plan import Updates, digest, plan_updates
@@ -92,7 +93,7 @@ def merge_files(
                 if not _finished(folder, shard):
                     _write(shard, folder, updates, scratch)
             for path in others:
-                with writing(folder / path) as file, (base / path).open("rb") as source:
+                with writing(folder / path) as file, open_file(base / path) as source:
                     shutil.copyfileobj(source, file, CHUNK)
             unfinished.finish(out)
     except AdapterError:
@@ -147,10 +148,13 @@ def _others(checkpoint: Checkpoint) -> tuple[list[Path], tuple[str, ...]]:
     return [path for path in rest if path not in left], tuple(map(str, left))
 
 
-def _visible(folder: Path) -> Iterator[Path]:
+def _visible(folder: Path, inside: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """All files below a folder whose names do not begin with a dot. A link to a folder around it is left out."""
+    around = (*inside, folder.resolve())
     for path in folder.iterdir():
-        if not path.name.startswith("."):
-            yield from _visible(path) if path.is_dir() else (path,)
+        if path.name.startswith(".") or (path.is_symlink() and path.is_dir() and path.resolve() in around):
+            continue
+        yield from _visible(path, around) if path.is_dir() else (path,)
 
 
 def _holds_weights(path: Path) -> bool:

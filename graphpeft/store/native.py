@@ -29,6 +29,7 @@ from graphpeft.files.pair import Pair
 from graphpeft.planning.plan import Entry
 from graphpeft.store.entries import described, parsed, read_entry
 from graphpeft.store.fingerprint import SHAPE as FINGERPRINT
+from graphpeft.store.finite import odd_tensors, warn_of
 
 FORMAT, VERSION = "graphpeft", 1
 TENSORS, DESCRIPTION = "adapter.safetensors", "adapter.json"
@@ -52,7 +53,8 @@ class AdapterFile:
 
 def write_adapter(folder: Path, adapter: AdapterFile) -> None:
     """Write both files, so that a kill at any moment leaves the old adapter or the new one."""
-    data = save_tensors({k: t.detach().cpu().contiguous() for k, t in adapter.tensors.items()}, {"format": "pt"})
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in adapter.tensors.items()}
+    data = save_tensors(tensors, {"format": "pt"})
     description = {
         "format": FORMAT,
         "version": VERSION,
@@ -64,6 +66,7 @@ def write_adapter(folder: Path, adapter: AdapterFile) -> None:
         "versions": {name: version(name) for name in ("graphpeft", "torch")},
         "sites": [described(entry) for entry in adapter.entries],
     }
+    warn_of(odd_tensors(tensors, adapter.entries), folder, "They are saved as they are.", stacklevel=7)
     PAIR.write(folder, (json.dumps(description, indent=1) + "\n").encode(), data)
 
 

@@ -20,6 +20,7 @@ from graphpeft.rewrite.state import (
     base_weight,
 )
 from graphpeft.store.fingerprint import VERSION, fingerprint, version
+from graphpeft.store.finite import odd_tensors, warn_of
 from graphpeft.store.fitting import check_sites, check_tensors
 from graphpeft.store.native import DESCRIPTION, AdapterFile, read_adapter
 from graphpeft.store.peft.config import CONFIG
@@ -51,6 +52,7 @@ def read(
     check_sites(model, content, folder)
     check_tensors(content, folder)
     _check_base(model, content, folder, any_base)
+    warn_of(odd_tensors(content.tensors, content.entries), folder, "They are loaded as they are.", stacklevel=5)
     return content
 
 

@@ -18,6 +18,7 @@ from graphpeft.compat import (
     hooks,
     operators,
     pytree,
+    regexes,
     sharded,
     transformers_export,
     transformers_keys,
@@ -142,3 +143,16 @@ def test_transformers_config_chooses_how_experts_are_computed() -> None:
                               num_key_value_heads=2, num_local_experts=2)  # fmt: skip
     model = tf.MixtralForCausalLM(config)
     assert hasattr(model.config, "_experts_implementation")
+
+
+def test_the_parser_of_regexes() -> None:
+    tree = regexes.parse(r"^(?:a|[b-d]x)*?(?=\d)(?<!xy)(q)\1")
+    assert isinstance(tree, regexes.Run)
+    assert [type(part).__name__ for part in tree.parts] == ["Spot", "Repeat", "Look", "Look", "Char", "Odd"]
+    repeat, behind, char = (tree.parts[i] for i in (1, 3, 4))
+    assert isinstance(repeat, regexes.Repeat)
+    assert isinstance(repeat.body, regexes.Either)
+    assert isinstance(behind, regexes.Look)
+    assert (repeat.least, behind.wanted, behind.behind) == (0, False, 2)
+    assert isinstance(char, regexes.Char)
+    assert [char.fits(each) for each in "qx"] == [True, False]

@@ -581,7 +581,8 @@ def test_patterns_give_every_target_its_value() -> None:
 
 def test_targets_are_those_of_peft() -> None:
     names = ["layers.0.q", "layers.1.q", "layers.1.v", "head.0.q"]
-    assert targeted({"target_modules": ["q"], "layers_to_transform": [1]}, names) == ["layers.1.q"]
+    deeper = [f"model.{name}" for name in names]
+    assert targeted({"target_modules": ["q"], "layers_to_transform": [1]}, deeper) == ["model.layers.1.q"]
     assert targeted({"target_modules": ["q"], "layers_to_transform": 0, "layers_pattern": "layers"}, names) == [
         "layers.0.q"
     ]

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from graphpeft.errors import FileError
 from graphpeft.files.foreign import parse_json, shortened
+from graphpeft.store.peft.patterns import Patterns
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 T = TypeVar("T")
@@ -122,45 +123,60 @@ def parse_config(path: Path, data: bytes) -> dict[str, Any]:
     return dict(config)
 
 
-def selects_nothing(config: Mapping[str, Any], modules: Iterable[str]) -> bool:
+def selects_nothing(config: Mapping[str, Any], modules: Iterable[str], patterns: Patterns | None = None) -> bool:
     """Whether the config names its target modules, and none of `modules` is among them."""
     targets = config.get("target_modules")
     told = bool(targets) and targets != "all-linear" and not config.get("target_parameters")
-    return told and not targeted(config, modules)
+    return told and not targeted(config, modules, patterns)
 
 
-def targeted(config: Mapping[str, Any], modules: Iterable[str]) -> list[str]:
-    """The modules that `target_modules` selects; none if it is left to PEFT's defaults or is `all-linear`."""
+def targeted(config: Mapping[str, Any], modules: Iterable[str], patterns: Patterns | None = None) -> list[str]:
+    """The modules that `target_modules` selects; none if it is left to PEFT's defaults or is `all-linear`.
+
+    `patterns` bounds the time of the config's regexes. Raises `ValueError` if they take longer, or cannot be parsed.
+    """
     targets, layers = config.get("target_modules"), config.get("layers_to_transform")
     if not targets or targets == "all-linear":
         return []
     chosen = {layers} if isinstance(layers, int) else set(layers or ())
-    patterns = config.get("layers_pattern") or [r"[^.]*"]
+    by = patterns or Patterns()
+    excluded, selected = _selector(config.get("exclude_modules"), by), _selector(targets, by)
+    named = config.get("layers_pattern") or ()
+    layer_patterns = [rf"(?:^|.*?\.){each}" for each in ([named] if isinstance(named, str) else named)]
+    layer_patterns = layer_patterns or [r".*?\.[^.]*"]
+    full_names = () if isinstance(targets, str) else set(targets)
     found = []
     for name in modules:
-        saved = any(re.match(rf"(^|.*\.){each}($|\..*)", name) for each in config.get("modules_to_save") or ())
-        if saved or _selects(config.get("exclude_modules"), name) or not _selects(targets, name):
+        saved = any(by.start(rf"(^|.*\.){each}($|\..*)", name) for each in config.get("modules_to_save") or ())
+        if saved or excluded(name) or not selected(name):
             continue
-        if chosen and not isinstance(targets, str) and name not in targets:
-            listed = [patterns] if isinstance(patterns, str) else patterns
-            index = next((m for p in listed if (m := re.match(rf"(?:^|.*?\.){p}\.(\d+)\.", name))), None)
-            if index is None or int(index[1]) not in chosen:
+        if chosen and not isinstance(targets, str) and name not in full_names:
+            index = next((m for p in layer_patterns if (m := by.first(rf"{p}\.(\d+)\.", name))), None)
+            if index is None or index[1] is None or int(index[1]) not in chosen:
                 continue
         found.append(name)
     return found
 
 
-def _selects(targets: str | Sequence[str] | None, name: str) -> bool:
+def _selector(targets: str | Sequence[str] | None, by: Patterns) -> Callable[[str], bool]:
+    """Whether a module's name matches a regex, or is or ends with one of several names."""
     if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return any(name == each or name.endswith(f".{each}") for each in targets or ())
+        regex = targets
+        return lambda name: by.whole(regex, name)
+    ends = set(targets or ())
+
+    def selects(name: str) -> bool:
+        parts = name.split(".")
+        return any(".".join(parts[i:]) in ends for i in range(len(parts)))
+
+    return selects
 
 
 def selection(names: Iterable[str], every: Iterable[str]) -> list[str] | str:
     """The shortest `target_modules` that selects exactly these modules: last names, full names, or a regex."""
     wanted, every = sorted(set(names)), list(every)
     for listed in (sorted({name.rpartition(".")[2] for name in wanted}), wanted):
-        if [name for name in sorted(every) if _selects(listed, name)] == wanted:
+        if list(filter(_selector(listed, Patterns()), sorted(every))) == wanted:
             return listed
     return "|".join(map(re.escape, wanted))
 
@@ -177,9 +193,10 @@ def pattern(values: Mapping[str, T]) -> tuple[T, dict[str, T]]:
     return common, {key(name): value for name, value in values.items() if value != common}
 
 
-def looked_up(patterns: Mapping[str, T] | None, target: str, common: T) -> T:
-    """A target's value, matched as PEFT does."""
-    return next((v for k, v in (patterns or {}).items() if re.match(rf"(.*\.)?({k})$", target)), common)
+def looked_up(values: Mapping[str, T] | None, target: str, common: T, patterns: Patterns | None = None) -> T:
+    """A target's value, matched as PEFT does. Raises `ValueError` as `targeted` does."""
+    by = patterns or Patterns()
+    return next((value for key, value in (values or {}).items() if by.start(rf"(.*\.)?({key})$", target)), common)
 
 
 def _leaf(name: str) -> str:

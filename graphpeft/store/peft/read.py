@@ -39,6 +39,7 @@ from graphpeft.store.peft.layout import (
     modules,
     shapes,
 )
+from graphpeft.store.peft.patterns import Patterns
 from graphpeft.store.peft.sites import locate
 
 OURS = re.compile(r"^(.+)\.(lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector|vera_lambda_[bd])$")
@@ -95,17 +96,18 @@ def read_peft(
     """
     config, stored = read_both(folder)
     tensors = _without_base(model, config, _named(stored), folder, any_base, base)
-    problems = Problems()
+    problems, patterns = Problems(), Patterns()
     prefixes = dict.fromkeys(match[1] for key in tensors if (match := OURS.match(key)))
     vera = config["peft_type"] == "VERA"
     try:
-        if selects_nothing(config, (name for name, _ in modules(model) if name)):
+        if selects_nothing(config, (name for name, _ in modules(model) if name), patterns):
             raise FileError(
                 f"{folder / CONFIG} does not fit {type(model).__name__}: its target_modules, "
                 f"{shortened(str(config['target_modules']))}, match none of its modules. Load the base the adapter was made for."
             )
-        spots = list(locate(model, config, prefixes, found))
-        parts = list((_vera if vera else _lora)(config, tensors, spots, problems))
+        spots = list(locate(model, config, prefixes, found, patterns))
+        read = _vera(config, tensors, spots, problems) if vera else _lora(config, tensors, spots, problems, patterns)
+        parts = list(read)
     except NoEquivalent as error:
         raise FileError(f"{folder}: {error}. Use it with PEFT, and merge it there.") from error
     except (RuleError, TypeError, ValueError, re.error, RecursionError, OverflowError) as error:
@@ -173,12 +175,13 @@ def _lora(
     tensors: Mapping[str, Tensor],
     spots: Sequence[tuple[Site, PeftWeight]],
     problems: Problems,
+    patterns: Patterns,
 ) -> Iterator[PeftEntry]:
     wanted: set[str] = set()
     dora, dropout = bool(config.get("use_dora")), float(config.get("lora_dropout") or 0)
     for site, spot in spots:
-        r = looked_up(config.get("rank_pattern"), spot.target, config.get("r", 8))
-        alpha = looked_up(config.get("alpha_pattern"), spot.target, config.get("lora_alpha", 8))
+        r = looked_up(config.get("rank_pattern"), spot.target, config.get("r", 8), patterns)
+        alpha = looked_up(config.get("alpha_pattern"), spot.target, config.get("lora_alpha", 8), patterns)
         a, b = shapes(site, r)
         expected = spot.laid(a, b, torch.empty(b.shape[-2], device="meta") if dora else None)
         wanted |= expected.keys()

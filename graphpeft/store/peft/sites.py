@@ -14,12 +14,13 @@ from graphpeft.ir.site import Site
 from graphpeft.rewrite.adapters import places
 from graphpeft.store.peft.config import targeted
 from graphpeft.store.peft.layout import PREFIX, NoEquivalent, PeftWeight, conv1d, modules, nesting, place
+from graphpeft.store.peft.patterns import Patterns
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def locate(
-    model: nn.Module, config: Mapping[str, Any], prefixes: Iterable[str], found: Sequence[Site]
+    model: nn.Module, config: Mapping[str, Any], prefixes: Iterable[str], found: Sequence[Site], patterns: Patterns
 ) -> Iterator[tuple[Site, PeftWeight]]:
     """Every place that a key prefix or the config names, with graphpeft's site of the whole weight.
 
@@ -28,7 +29,8 @@ def locate(
     """
     nested = nesting(model, config.get("target_parameters") or ())
     weights = {PREFIX + prefix: weight for weight, prefix in nested.items()}
-    weights |= {PREFIX + name: f"{name}.weight" for name in targeted(config, (name for name, _ in modules(model)))}
+    names = targeted(config, (name for name, _ in modules(model)), patterns)
+    weights |= {PREFIX + name: f"{name}.weight" for name in names}
     holders, paths = _by_holder(model, found), dict(modules(model))
     for prefix in dict.fromkeys([*prefixes, *weights]):
         weight = weights.get(prefix, prefix.removeprefix(PREFIX) + ".weight")

@@ -25,6 +25,7 @@ from graphpeft.methods.vera import VeRA
 from graphpeft.planning.plan import Entry
 from graphpeft.rewrite.adapters import places
 from graphpeft.rewrite.state import base_weight, chains, get_state
+from graphpeft.store.finite import odd_tensors, warn_of
 from graphpeft.store.peft.config import pattern, selection
 from graphpeft.store.peft.files import PAIR, packed
 from graphpeft.store.peft.layout import BANK, NoEquivalent, PeftWeight, bare, modules, nesting, place
@@ -71,6 +72,7 @@ def write_peft(model: nn.Module, name: str, folder: Path) -> None:
     targets = {spot.target for listed in spots.values() for spot in listed if spot.kind != "parameter"}
     config = {**_about(model), **config, "target_modules": selection(targets, names) if targets else []}
     head = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    warn_of(odd_tensors(data), folder, "They are saved as they are.", stacklevel=7)
     PAIR.write(folder, head, packed(data, head))
 
 
