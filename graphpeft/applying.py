@@ -85,6 +85,7 @@ def apply(
         captured = capture_programs(module, inputs)
         found = find_sites(captured)
     made = make_plan(module, found, asked, expect)
+    made.warn()
     with undone_on_error(module, name):
         insert(module, name, to_text(asked), seed, made.entries, inputs)
         initialize(module, name)

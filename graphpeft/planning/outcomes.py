@@ -31,11 +31,17 @@ class Tally:
 
     @property
     def notes(self) -> list[str]:
-        more = f" (and {len(self.unlike) - 1} more)" if len(self.unlike) > 1 else ""
-        missed = [f"{self.unlike[0]}{more} is no site, as it is in equal layers"] if self.unlike else []
         return (
-            [f"{count} × {reason}" for reason, count in self.skipped] + [str(each) for each in self.rejected] + missed
+            [f"{count} × {reason}" for reason, count in self.skipped]
+            + [str(each) for each in self.rejected]
+            + self.missed
         )
+
+    @property
+    def missed(self) -> list[str]:
+        """What to say of layers that are like those taken, and have no site."""
+        more = f" (and {len(self.unlike) - 1} more)" if len(self.unlike) > 1 else ""
+        return [f"{self.unlike[0]}{more} is no site, as it is in equal layers"] if self.unlike else []
 
     @property
     def counts(self) -> tuple[int, int, int]:

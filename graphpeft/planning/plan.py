@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -114,7 +115,18 @@ class Plan(View):
         yield f"{len(self)} sites, {self.trainable:,} trainable of {self.total:,} parameters ({share:.3f} %)"
         yield Grid.of(COUNTS, [(each.rule, *each.counts) for each in self.tallies], right=COUNTS[1:])
         yield from (f"rejected `{each.rule}`, {miss}" for each in self.tallies for miss in each.rejected)
+        yield from (f"missed `{each.rule}`, {miss}" for each in self.tallies for miss in each.missed)
         yield from self._skipped_lines()
+
+    def warn(self) -> None:
+        """Warn about layers that a rule misses, though it takes equal ones."""
+        for each in self.tallies:
+            for miss in each.missed:
+                warnings.warn(
+                    f"`{each.rule}`: {miss}, so it stays without an adapter. Usually the layer was wrapped or parametrized. "
+                    f"gp.plan(model, rules) lists every site; [layers=...] says which layers are meant.",
+                    stacklevel=7,
+                )
 
     def _cells(self, entry: Entry) -> tuple[str, ...]:
         row = site_row(entry.site)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -14,9 +14,12 @@ from graphpeft.rewrite.adapters import Adapters, home
 from graphpeft.rewrite.owner import Adapted
 from graphpeft.rewrite.state import AdapterSet
 
-Watched = tuple[dict[str, Any], str, nn.Module, type, dict[str, Any], str, Any, torch.Size | None]
-Spot = tuple[dict[str, Any], str, nn.Module, tuple[tuple[dict[str, Any], str, bool], ...]]
-"""Where an owner stands: its parent's children, its name among them, itself, and where its adapted weights stand."""
+Edge = tuple[dict[str, Any], str, nn.Module]
+"""A module on the way to an owner, with the dictionary of its parent's children and its name there."""
+WatchedWeight = tuple[nn.Module, type, dict[str, Any], str, Any, torch.Size | None]
+Watched = tuple[tuple[Edge, ...], tuple[WatchedWeight, ...]]
+Spot = tuple[nn.Module, tuple[tuple[dict[str, Any], str, bool], ...]]
+"""An owner, and where its adapted weights stand."""
 
 
 def located(model: nn.Module, state: AdapterSet) -> dict[str, nn.Module | None]:
@@ -33,42 +36,59 @@ def located(model: nn.Module, state: AdapterSet) -> dict[str, nn.Module | None]:
     return {path: find(path) for path in state.containers}
 
 
-def watched(model: nn.Module, state: AdapterSet, owners: Mapping[str, nn.Module | None]) -> tuple[Watched, ...]:
-    """What the check before a forward pass compares, as flat tuples: the owner by the dictionary of its parent, its class, and
-    each adapted weight by the dictionary of its holder. By path this would take a millisecond for a large model."""
-    found: list[Watched] = []
+def watched(model: nn.Module, state: AdapterSet, owners: Mapping[str, nn.Module | None]) -> Watched:
+    """What the check before a forward pass compares, as flat tuples: the modules on the way to each owner, its class, and each
+    adapted weight by the dictionary of its holder. By path this would take a millisecond for a large model."""
+    weights: list[WatchedWeight] = []
     spots: dict[str, Spot] = {}
     for path, adapters in state.containers.items():
         owner = owners.get(path)
         if owner is None:
             continue
         spot = state.spots.get(path)
-        if spot is None or spot[2] is not owner or spot[0].get(spot[1]) is not owner:
-            spot = _spot(model, path, owner, adapters)
+        if spot is None or spot[0] is not owner:
+            spot = _spot(path, owner, adapters)
         spots[path] = spot
-        modules, name, _, held = spot
         kind = owner.__class__
-        for parameters, leaf, resizable in held:
+        for parameters, leaf, resizable in spot[1]:
             weight = parameters.get(leaf)
             shape = weight.shape if resizable and weight is not None else None
-            found.append((modules, name, owner, kind, parameters, leaf, weight, shape))
+            weights.append((owner, kind, parameters, leaf, weight, shape))
+    edges = state.watched[0] if state.watched is not None and spots.keys() == state.spots.keys() else None
+    if edges is None or any(modules.get(name) is not module for modules, name, module in edges):
+        edges = tuple(_edges(model, spots))
     state.spots = spots
-    return tuple(found)
+    return edges, tuple(weights)
+
+
+def _edges(model: nn.Module, paths: Iterable[str]) -> Iterator[Edge]:
+    ways = dict.fromkeys(
+        path[:end] for path in paths for end in (*(i for i, c in enumerate(path) if c == "."), len(path))
+    )
+    for way in ways:
+        parent, _, name = way.rpartition(".")
+        if way:
+            modules = cast("dict[str, Any]", model.get_submodule(parent)._modules)
+            yield modules, name, modules[name]
 
 
 def same(state: AdapterSet) -> bool:
     """Whether every owner is the module, of the class and with the weights, that `watched` saw."""
-    for modules, name, owner, kind, parameters, leaf, weight, shape in state.watched or ():
-        if modules.get(name) is not owner or owner.__class__ is not kind or parameters.get(leaf) is not weight:
+    if state.watched is None:
+        return False
+    edges, watched_weights = state.watched
+    for modules, name, module in edges:
+        if modules.get(name) is not module:
+            return False
+    for owner, kind, parameters, leaf, weight, shape in watched_weights:
+        if owner.__class__ is not kind or parameters.get(leaf) is not weight:
             return False
         if shape is not None and weight.shape != shape:
             return False
-    return state.watched is not None
+    return True
 
 
-def _spot(model: nn.Module, path: str, owner: nn.Module, adapters: Adapters) -> Spot:
-    parent, _, name = path.rpartition(".")
-    modules = {"": model} if not path else model.get_submodule(parent)._modules
+def _spot(path: str, owner: nn.Module, adapters: Adapters) -> Spot:
     places = (site for sites in adapters.sites.values() for site in sites.values())
     # A table that is tied is resized in place.
     weights = {site.weight: site.role in ("embed", "head") or bool(site.tied) for site in places}
@@ -79,7 +99,7 @@ def _spot(model: nn.Module, path: str, owner: nn.Module, adapters: Adapters) -> 
             held.append((owner.get_submodule(inner)._parameters, leaf, resizable))
         except AttributeError:
             continue
-    return modules, name, owner, tuple(held)
+    return owner, tuple(held)
 
 
 def differences(model: nn.Module, state: AdapterSet) -> dict[str, str]:

@@ -216,7 +216,7 @@ def before_forward(model: nn.Module, args: Any) -> None:
 
 
 def _refuse_replaced(state: AdapterSet) -> None:
-    for owner in {id(spot[2]): spot[2] for spot in state.spots.values()}.values():
+    for owner in {id(spot[0]): spot[0] for spot in state.spots.values()}.values():
         refuse_replaced(owner)
 
 
