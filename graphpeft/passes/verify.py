@@ -23,7 +23,7 @@ from graphpeft.rewrite.adapters import home, places
 from graphpeft.rewrite.delta import update
 from graphpeft.rewrite.entry import on_model
 from graphpeft.rewrite.owner import Adapted, install
-from graphpeft.rewrite.state import chains, get_state, owners
+from graphpeft.rewrite.state import chains, get_state, owners, refuse_merged
 from graphpeft.rewrite.sync import inactive
 from graphpeft.tracing import as_pass
 
@@ -61,6 +61,7 @@ def verify(model: nn.Module, inputs: Inputs = None, level: Level = "full", ident
     report = Report()
     if level == "off":
         return report
+    refuse_merged(model, "verify")
     _accounting(model, report)
     _graphs(model, report)
     if level == "full" and not any(p.is_meta for p in model.parameters()):
@@ -74,12 +75,13 @@ def verify(model: nn.Module, inputs: Inputs = None, level: Level = "full", ident
 
 def _accounting(model: nn.Module, report: Report) -> None:
     state = get_state(model)
-    names = dict(model.named_parameters())
+    names = dict(model.named_parameters(remove_duplicate=False))
     lost = [n for n in state.base_requires_grad if n not in names]
+    count = len({id(names[n]) for n in state.base_requires_grad if n in names})
     report.add(
         "base names",
         not lost,
-        f"{len(state.base_requires_grad)} parameters keep their names" if not lost else f"lost: {lost[:3]}",
+        f"{count} parameters keep their names" if not lost else f"lost: {lost[:3]}",
     )
     planned = {id(p) for a in state.active for c in chains(model, a).values() for p in c.parameters()}
     trained = {id(p): n for n, p in names.items() if p.requires_grad and n not in state.base_requires_grad}

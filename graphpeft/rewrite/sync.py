@@ -167,7 +167,8 @@ def begin(model: nn.Module) -> AdapterSet:
     """The model's record, made empty on first use. Until it has an adapter, the next `sync` takes it off again."""
     state = find_state(model)
     if state is None:
-        required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        held = model.named_parameters(remove_duplicate=False)  # tied ones may be untied later
+        required = {name: parameter.requires_grad for name, parameter in held}
         state = model.__dict__[STATE] = AdapterSet(base_requires_grad=required, pending=True)
     return state
 
