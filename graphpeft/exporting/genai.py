@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from graphpeft.exporting.flat import Flat
+from graphpeft.files import atomic
 
 KNOWN = {"llama", "gemma", "gemma2", "gemma3_text", "mistral", "phi", "phi3", "qwen2", "qwen3", "olmo", "granite"}
 """Model types that onnxruntime-genai knows. It treats all decoders with these inputs alike, so others pass as llama."""
@@ -62,4 +63,4 @@ def write(folder: Path, model: nn.Module, flat: Flat) -> None:
         "search": {"do_sample": False, "max_length": getattr(text, "max_position_embeddings", 2048),
                    "past_present_share_buffer": False},
     }  # fmt: skip
-    (folder / "genai_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    atomic.write(folder / "genai_config.json", (json.dumps(config, indent=1) + "\n").encode())

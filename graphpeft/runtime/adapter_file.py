@@ -37,5 +37,5 @@ def read(path: Path) -> Arrays:
         file = ort.AdapterFormat.read_adapter(str(path))
         # Copy the values: they point into memory that is freed with the file object.
         return {name: value.numpy().copy() for name, value in file.get_parameters().items()}
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, MemoryError) as error:
         raise FileError(f"{path}: not an adapter of ONNX Runtime ({error}). Export the adapter again.") from error

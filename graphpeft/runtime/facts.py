@@ -16,6 +16,8 @@ from graphpeft.files.foreign import plain, read_json, shortened
 from graphpeft.runtime.adapter_file import SCHEMA, SUFFIX
 from graphpeft.runtime.layout import AdapterInput, place
 
+LARGEST = 2**63
+"""Larger than any size or token that ONNX Runtime can count with."""
 HEX, VERSION, NAMES = r"[0-9a-f]{64}", r"\d[\w.+!-]{0,99}", r"\w{1,200}(,\w{1,200})*"
 TEXTS = {
     "base": HEX,
@@ -102,7 +104,11 @@ def _parsed(path: Path, key: str, text: str, read: Callable[[Any], Any]) -> Any:
 def _slots(listed: Any) -> tuple[AdapterInput, ...]:
     if not isinstance(listed, list):
         raise TypeError(type(listed))
-    return tuple(map(_slot, listed))
+    slots = tuple(map(_slot, listed))
+    names = [name for slot in slots for name in (*slot.sites, *slot.shapes)]
+    if len(set(names)) < len(names) or not all(map(plain, names)):
+        raise ValueError("names")
+    return slots
 
 
 def _slot(fields: Any) -> AdapterInput:
@@ -128,7 +134,7 @@ def _generation(found: Any) -> Mapping[str, Any]:
 
 
 def _is_size(value: Any) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value < LARGEST
 
 
 def _are_sizes(value: Any) -> bool:

@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from graphpeft.errors import ExportError, FileError
-from graphpeft.files.atomic import flush
+from graphpeft.files.atomic import flush, write
 from graphpeft.files.exchange import swap_dirs
 from graphpeft.files.foreign import read_json
 from graphpeft.files.staging import staging_dir
@@ -70,7 +70,7 @@ class ExportReport:
     def save(self, folder: Path) -> None:
         """Write the report into the folder, without this machine's path."""
         fields = {name: value for name, value in asdict(self).items() if name != "path"}
-        (folder / REPORT).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+        write(folder / REPORT, (json.dumps(fields, indent=1) + "\n").encode())
 
     def __rich__(self) -> Group:
         size = sum(self.files.values()) / 2**20
@@ -200,7 +200,7 @@ def _refuse_foreign(target: Path) -> None:
         return
     try:
         told = read_json(target / REPORT, free={"checks", "notes"})
-        listed, adapters = told["files"], told["adapters"]
+        listed, adapters = told["files"], told.get("adapters", [])
         if not all(Path(name).name == name and type(size) is int for name, size in listed.items()):
             raise TypeError(listed)
         if not all(re.fullmatch(r"\w{1,200}", name) for name in adapters):

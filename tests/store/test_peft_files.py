@@ -599,6 +599,8 @@ def test_targets_are_those_of_peft() -> None:
         ("lora_alpha", "8"),
         ("rank_pattern", ["q"]),
         ("alpha_pattern", {"q": None}),
+        ("use_rslora", "false"),
+        ("use_dora", "no"),
         ("modules_to_save", 5),
     ],
     ids=str,

@@ -11,6 +11,7 @@ import onnx
 import onnx_ir as ir
 
 from graphpeft.errors import ExportError
+from graphpeft.files import atomic
 from graphpeft.runtime.adapter_file import SCHEMA, SUFFIX, write
 from graphpeft.runtime.layout import AdapterInput, Arrays
 from graphpeft.tracing import as_pass
@@ -67,4 +68,4 @@ def write_adapter(folder: Path, name: str, parts: Mapping[str, Arrays], facts: M
     for part, tensors in parts.items():
         write(folder / (name + ("" if len(parts) == 1 else f".{part}") + SUFFIX), tensors, facts["base"])
     text = json.dumps({"schema": SCHEMA, "adapter": name, **facts}, indent=1)
-    (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    atomic.write(folder / f"{name}.json", f"{text}\n".encode())

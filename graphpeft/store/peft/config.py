@@ -58,6 +58,7 @@ SHAPES: dict[str, Callable[[Any], bool]] = {
     "vera_dropout": _is_number,
     "d_initial": _is_number,
     "projection_prng_key": lambda key: type(key) is int and 0 <= key < 2**63,
+    **{flag: lambda value: isinstance(value, bool) for flag in ("use_dora", "use_rslora", "fan_in_fan_out")},
     "modules_to_save": lambda names: isinstance(names, list) and all(isinstance(name, str) for name in names),
 }
 """Checks of the fields that are computed with."""
