@@ -107,11 +107,16 @@ FLAT = "_is_fsdp_managed_module"
 """FSDP1 and FSDP2 set this attribute on every module that they manage. It is private to torch; a test checks it."""
 
 
+def in_flat_shards(module: nn.Module) -> bool:
+    """Whether FSDP1 or FSDP2 manages the module: the parameters of the first are pieces of a flat tensor."""
+    return bool(getattr(module, FLAT, False))
+
+
 def _refuse_flat(model: nn.Module) -> None:
     """Raise `AdapterError` for a model in FSDP1, whose parameters are pieces of a flat tensor but look plain."""
     if not dist.is_available() or not dist.is_initialized() or sharded(model):
         return
-    if any(getattr(module, FLAT, False) for module in model.modules()):
+    if any(map(in_flat_shards, model.modules())):
         raise AdapterError(
             f"{type(model).__name__} is in FullyShardedDataParallel (FSDP1), and only FSDP1 can gather its parameters. "
             f"Training works; to save, merge or change adapters, shard with fully_shard (FSDP2) instead."

@@ -13,13 +13,12 @@ from graphpeft.capturing.capture import Inputs
 from graphpeft.inspect import graph_files, onnx_network
 from graphpeft.inspect.network import network
 from graphpeft.inspect.rewrite import rewrite
-from graphpeft.rewrite.entry import on_model
+from graphpeft.rewrite.entry import entered
 
 if TYPE_CHECKING:
     from networkx import MultiDiGraph
 
 
-@on_model()
 def to_networkx(model: Any, inputs: Inputs = None, *, adapted: bool = True, values: bool = False) -> MultiDiGraph[str]:
     """A model's graph as a `networkx.MultiDiGraph`, with its active adapters unless `adapted` is false.
 
@@ -40,4 +39,4 @@ def to_networkx(model: Any, inputs: Inputs = None, *, adapted: bool = True, valu
         return graph_files.read_graph(path) if path.suffix == ".json" else onnx_network.read(path, values)
     if not isinstance(model, (nn.Module, ExportedProgram)):
         return onnx_network.network(onnx_network.as_ir(model), values)
-    return network(rewrite(model, inputs), adapted, values)
+    return network(rewrite(entered(model, "draw"), inputs), adapted, values)

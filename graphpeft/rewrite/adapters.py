@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from torch import fx, nn
@@ -86,6 +87,16 @@ class Adapters(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Classes made here can be neither pickled nor shared: a copy makes its own."""
         return {**super().__getstate__(), "installed": {}, "held": {}}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Adapters:
+        """A copy of the owner shares its class, so what the class was made for comes along, as modules of the copy."""
+        clone = memo[id(self)] = type(self).__new__(type(self))
+        clone.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        kept = {state: made for state, made in self.installed.items() if made.graph is None}
+        clone.__dict__["installed"] = {
+            state: replace(made, wanted=copy.deepcopy(made.wanted, memo)) for state, made in kept.items()
+        }
+        return clone
 
     def remember(self, state: tuple[tuple[str, ...], bool], made: Installed) -> None:
         """Keep a class that was made, and only the last few: who goes through many sets of adapters makes many."""

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from graphpeft.compat.sharded import in_flat_shards
 from graphpeft.errors import AdapterError
 from graphpeft.ir.weights import get_parameter
 from graphpeft.rewrite.adapters import Adapters, home
@@ -125,6 +126,8 @@ def differences(model: nn.Module, state: AdapterSet) -> dict[str, str]:
 
 def _resized(model: nn.Module, adapters: Adapters) -> str | None:
     for site in (site for sites in adapters.sites.values() for site in sites.values()):
+        if in_flat_shards(model.get_submodule(site.weight.rpartition(".")[0])):  # their shapes tell nothing
+            continue
         try:
             weight: torch.Tensor = get_parameter(model, site.weight)
         except AdapterError:  # pruning and FSDP1 put a plain tensor in its place

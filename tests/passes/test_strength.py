@@ -116,7 +116,7 @@ def test_another_name_keeps_tensors_outputs_and_training(tmp_path: Path) -> None
     assert {id(p) for p in tensors} == {id(p) for p in model.parameters() if p.requires_grad}
     assert any(".adapters.task." in name for name, _ in model.named_parameters())
     assert not any(".adapters.a." in name for name, _ in model.named_parameters())
-    assert str(gp.explain(model)).startswith("task (active)")
+    assert str(gp.explain(model)).startswith("task (active at strength 0.5)")
     gp.verify(model, level="fast")
     gp.save(model, tmp_path, "task")
     gp.remove(model, "task")
