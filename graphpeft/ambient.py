@@ -35,6 +35,13 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Other threads wait at the entry of this context and of `plain` until this one is done."""
+    with _one_at_a_time:
+        yield
+
+
+@contextmanager
 def plain() -> Iterator[None]:
     """Use the settings of a new process inside the context. As a decorator, `@plain()`, inside a whole function."""
     with _one_at_a_time, ExitStack() as stack:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from graphpeft.ambient import one_at_a_time
 from graphpeft.compat.graph_modules import carry
 from graphpeft.compat.hooks import has_pre_hook, remove_pre_hook, remove_state_hooks
 from graphpeft.compat.quantized import release_order
@@ -31,6 +32,7 @@ from graphpeft.rewrite.owner import attach, detach, install, refuse_replaced
 from graphpeft.rewrite.reality import changed, located, same, watched
 from graphpeft.rewrite.rows import Assignment, Rows
 from graphpeft.rewrite.state import STATE, AdapterSet, Context, find_state, get_state, strengths
+from graphpeft.rewrite.threads import refuse_running
 from graphpeft.tracing import depth
 
 Active = Mapping[str, float] | tuple[str, ...] | list[str]
@@ -176,22 +178,24 @@ def begin(model: nn.Module) -> AdapterSet:
 @contextmanager
 def changing(model: nn.Module, switch: bool = False) -> Iterator[AdapterSet]:
     """Change the record inside; at the end the modules run what it says. On an error all is as it was."""
-    state = get_state(model)
-    _refuse_replaced(state)
-    # Containers that were made stay known, so that `sync` takes them off again.
-    before = {name: value for name, value in state.__dict__.items() if name not in ("pending", "containers")}
-    state.pending = True
-    try:
-        yield state
-        sync(model, switch)
-    except Exception:
-        state.__dict__.update(before, journal=())
-        model.__dict__[STATE] = state
-        sync(model)
-        raise
-    except BaseException:
-        sync(model)
-        raise
+    with one_at_a_time():
+        state = get_state(model)
+        _refuse_replaced(state)
+        refuse_running(model)
+        # Containers that were made stay known, so that `sync` takes them off again.
+        before = {name: value for name, value in state.__dict__.items() if name not in ("pending", "containers")}
+        state.pending = True
+        try:
+            yield state
+            sync(model, switch)
+        except Exception:
+            state.__dict__.update(before, journal=())
+            model.__dict__[STATE] = state
+            sync(model)
+            raise
+        except BaseException:
+            sync(model)
+            raise
 
 
 def set_active(model: nn.Module, active: Active) -> None:
@@ -208,7 +212,8 @@ def before_forward(model: nn.Module, args: Any) -> None:
     if state is None:
         return
     if state.pending or state.tentative is not None or state.contexts:
-        recover(model, within=0)
+        with one_at_a_time():  # another thread may be at it
+            recover(model, within=0)
     if torch.is_grad_enabled():
         state.ran = state.switches
     if not same(state):
@@ -297,11 +302,13 @@ def inactive(model: nn.Module, attached: bool = True) -> Iterator[None]:
 
 def finish(model: nn.Module, *work: Callable[[nn.Module, AdapterSet], None]) -> None:
     """Do work that has to be finished once begun. Each part can be repeated without harm, and none may fail by itself."""
-    state = get_state(model)
-    _refuse_replaced(state)
-    state.__dict__.update(journal=work, pending=True)
-    try:
-        sync(model)
-    except BaseException:
-        sync(model)
-        raise
+    with one_at_a_time():
+        state = get_state(model)
+        _refuse_replaced(state)
+        refuse_running(model)
+        state.__dict__.update(journal=work, pending=True)
+        try:
+            sync(model)
+        except BaseException:
+            sync(model)
+            raise

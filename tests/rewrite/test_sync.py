@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import linecache
+import threading
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -265,3 +267,38 @@ def test_copies_of_a_merged_graph_un_merge(tmp_path: Path) -> None:
     assert same(of(model), expected)
     gp.save(model, tmp_path)
     assert delta(of(gp.load(eager, tmp_path)), expected) < 1e-5  # the exported graph's own kernels
+
+
+# -- threads ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_switch_while_another_thread_generates_is_refused_or_comes_after() -> None:
+    model = two()
+    alone = {}
+    for name in "ab":
+        gp.activate(model, name)
+        alone[name] = model.generate(CALL[1]["input_ids"], max_new_tokens=12, do_sample=False).tolist()  # type: ignore[operator]
+    assert alone["a"] != alone["b"]
+    gp.activate(model, "a")
+    active, found = ["a"], []
+
+    def generate() -> None:
+        for _ in range(6):
+            made = model.generate(CALL[1]["input_ids"], max_new_tokens=12, do_sample=False).tolist()  # type: ignore[operator]
+            found.append(made)
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=generate)
+    thread.start()
+    refused: list[str] = []
+    while thread.is_alive():
+        try:
+            gp.activate(model, "b" if active[-1] == "a" else "a")
+            active.append("b" if active[-1] == "a" else "a")
+        except AdapterError as error:
+            refused.append(str(error))
+        time.sleep(0.003)
+    thread.join()
+    assert refused
+    assert all("is running in another thread" in message for message in refused)
+    assert all(made in alone.values() for made in found), "never one part with each"
