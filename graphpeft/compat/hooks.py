@@ -31,11 +31,6 @@ def has_global_hooks() -> bool:
     return any(getattr(torch_module, f"_global_{hooks}") for hooks in ("forward_hooks", "forward_pre_hooks"))
 
 
-def version(tensor: torch.Tensor) -> int:
-    """How often the tensor was written to in place, as autograd counts; -1 where it does not count."""
-    return -1 if tensor.is_inference() else tensor._version
-
-
 def remove_state_hooks(module: nn.Module, *hooks: Callable[..., Any]) -> None:
     """Take these functions off the module's `state_dict` and `load_state_dict`."""
     for held in (module._state_dict_hooks, module._load_state_dict_pre_hooks):

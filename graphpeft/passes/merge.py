@@ -12,9 +12,9 @@ from torch import nn
 from graphpeft.ambient import plain
 from graphpeft.chain import Chain
 from graphpeft.compat.accelerate import offloaded
-from graphpeft.compat.hooks import version
 from graphpeft.compat.quantized import library
 from graphpeft.compat.sharded import full_tensor, gathered, shard_like
+from graphpeft.compat.tensors import version
 from graphpeft.errors import AdapterError
 from graphpeft.ir.site import Site
 from graphpeft.ir.weights import float_weight, get_parameter

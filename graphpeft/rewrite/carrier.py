@@ -16,12 +16,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graphpeft.compat.pytree import tree_map
 from graphpeft.compat.quantized import dequantize
+from graphpeft.compat.tensors import without_elements
 from graphpeft.errors import AdapterError
 from graphpeft.ir.site import Site
 from graphpeft.ir.weights import as_out_in, weight_layout
@@ -177,12 +177,9 @@ class CarriedWeight(Tensor):
 
 def carrying(reading: Reading, weight: Tensor, flipped: bool = False) -> CarriedWeight:
     """A carrier of the reading's branches. It has no elements of its own."""
-    made = torch.Tensor._make_subclass(CarriedWeight, _NOTHING)
+    made = without_elements(CarriedWeight)
     made.__dict__["held"] = Held(reading, weight, flipped)
     return made
-
-
-_NOTHING = torch.empty(0)
 
 
 def _dense(value: Any) -> Any:

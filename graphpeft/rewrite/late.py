@@ -15,14 +15,14 @@ from types import FrameType
 import torch
 from torch import Tensor, nn
 
+from graphpeft.compat.tensors import gradient_hooks
 from graphpeft.errors import AdapterError
 from graphpeft.rewrite.state import AdapterSet
 
 
 def watch(parameter: nn.Parameter, state: AdapterSet) -> None:
     """Look at the gradients of an adapter's tensor, which has to be one that trains. A copy of it has no hooks."""
-    hooks = parameter._backward_hooks
-    for hook in hooks.values() if hooks is not None else ():
+    for hook in gradient_hooks(parameter):
         if type(hook) is partial and hook.func is _seen:
             return
     if parameter.requires_grad and parameter.is_leaf:

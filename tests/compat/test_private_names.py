@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import re
 from pathlib import Path
 
@@ -15,13 +16,16 @@ import graphpeft as gp
 from graphpeft.compat import (
     accelerate,
     fake_tensors,
+    graph_modules,
     hooks,
     operators,
     pytree,
     regexes,
     sharded,
+    tensors,
     transformers_export,
     transformers_keys,
+    wrappers,
 )
 
 HOUSE = Path(str(gp.__file__)).parent
@@ -156,3 +160,61 @@ def test_the_parser_of_regexes() -> None:
     assert (repeat.least, behind.wanted, behind.behind) == (0, False, 2)
     assert isinstance(char, regexes.Char)
     assert [char.fits(each) for each in "qx"] == [True, False]
+
+
+def test_tensors() -> None:
+    tensor = torch.zeros(2, requires_grad=True)
+    before = tensors.version(tensor)
+    with torch.no_grad():
+        tensor.add_(1)
+    assert tensors.version(tensor) == before + 1
+    with torch.inference_mode():
+        assert tensors.version(torch.zeros(2)) == -1
+    assert tensors.gradient_hooks(tensor) == []
+    tensor.register_hook(print)
+    assert tensors.gradient_hooks(tensor) == [print]
+
+    class Kind(torch.Tensor):
+        pass
+
+    with torch.device("meta"):
+        made = tensors.without_elements(Kind)
+    assert type(made) is Kind
+    assert made.numel() == 0
+
+
+def test_graph_modules() -> None:
+    module, other = (torch.fx.symbolic_trace(nn.Sequential(nn.ReLU(), *more)) for more in ((), (nn.Tanh(),)))
+    x, code, own = torch.randn(3), type(module).forward, module.graph
+    graph_modules.put_graph(module, other.graph)
+    assert module.graph is other.graph
+    assert type(module).forward is code
+    assert torch.equal(module(x), x.relu())
+    graph_modules.put_graph(module, own)
+    module.note = ["kept"]
+    graph_modules.carry(module, "note", wanted=True)
+    clone = copy.deepcopy(copy.deepcopy(module))
+    assert clone.note == ["kept"]
+    assert clone.note is not module.note
+    graph_modules.carry(module, "other", wanted=False)
+    assert not module._deepcopy_hooks
+
+
+def test_wrappers() -> None:
+    model = nn.Linear(2, 2)
+    assert wrappers.inner(model) is None
+    assert wrappers.inner(torch.compile(model, backend="eager")) is model  # type: ignore[arg-type]
+    assert wrappers.inner(nn.DataParallel(model)) is model
+
+
+def test_hooks_of_state_dicts() -> None:
+    def saved(*_: object) -> None: ...
+
+    def loaded(*_: object) -> None: ...
+
+    module = nn.Linear(2, 2)
+    module.register_state_dict_post_hook(saved)
+    module.register_load_state_dict_pre_hook(loaded)
+    hooks.remove_state_hooks(module, saved, loaded)
+    assert not module._state_dict_hooks
+    assert not module._load_state_dict_pre_hooks
