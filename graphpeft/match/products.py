@@ -81,9 +81,9 @@ def read_affine(node: fx.Node, is_weight: Callable[[fx.Node], bool]) -> Affine |
     """`node` as a product of an activation and a parameter, or `None`."""
     name = op(node)
     if name in CONVOLUTIONS:
-        x, w = node.args[0], node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+        x, w = _given(node, 0, "input"), _given(node, 1, "weight")
         good = isinstance(x, fx.Node) and isinstance(w, fx.Node)
-        return _convolution(node, x, w, is_weight) if good else None  # type: ignore[arg-type]
+        return _convolution(node, x, w, is_weight) if good else None
     if name == "einsum":
         return _einsum(node, is_weight)
     for x, w, left in _factors(name, node):
@@ -103,11 +103,16 @@ def added_to(node: fx.Node) -> fx.Node | None:
     return found if isinstance(found, fx.Node) else None
 
 
+def _given(node: fx.Node, place: int, keyword: str) -> Any:
+    """An argument, by its place or its keyword."""
+    return node.args[place] if len(node.args) > place else node.kwargs.get(keyword)
+
+
 def _factors(name: str, node: fx.Node) -> list[tuple[Any, Any, bool | None]]:
     """Triples to try: activation, weight, whether the weight is on the left (`None` for `linear`)."""
     args = list(node.args)
     if name == "linear":
-        return [(args[0], args[1] if len(args) > 1 else node.kwargs.get("weight"), None)]
+        return [(_given(node, 0, "input"), _given(node, 1, "weight"), None)]
     if name in {"addmm", "baddbmm"} and len(args) >= 3:
         args = args[1:]
     elif name not in MATMULS | GROUPED or len(args) < 2:

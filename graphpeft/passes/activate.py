@@ -33,6 +33,7 @@ def activate(model: nn.Module, name: str | Sequence[str] | Mapping[str, float] |
     strengths = {each: float(name[each]) if isinstance(name, Mapping) else 1.0 for each in chosen}
     if wrong := [each for each, strength in strengths.items() if not math.isfinite(strength)]:
         raise AdapterError(f"The strength of {wrong[0]!r} is {strengths[wrong[0]]}; it has to be a finite number.")
+    get_state(model).applied = {}  # what somebody set on the tensors meanwhile does not count
     set_active(model, strengths)
 
 

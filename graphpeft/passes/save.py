@@ -64,7 +64,7 @@ def save(model: nn.Module, folder: str | Path, name: str | None = None, format: 
         warnings.warn(
             f"{', '.join(loose[:3])} {'and others train' if len(loose) > 3 else 'train'} too but belong to no adapter, so they "
             f"are not saved with it. Save them yourself, from model.state_dict() with torch.save or safetensors.",
-            stacklevel=2,
+            stacklevel=5,
         )
     with gathered(model, branches(model, chosen)):
         written(model, Path(folder), partial(_write, model, chosen, format))

@@ -125,7 +125,7 @@ class Plan(View):
                 warnings.warn(
                     f"`{each.rule}`: {miss}, so it stays without an adapter. Usually the layer was wrapped or parametrized. "
                     f"gp.plan(model, rules) lists every site; [layers=...] says which layers are meant.",
-                    stacklevel=7,
+                    stacklevel=6,
                 )
 
     def _cells(self, entry: Entry) -> tuple[str, ...]:

@@ -59,8 +59,8 @@ class Adapters(nn.Module):
         """Whether the owner was restored and its adapters taken off the module tree, to be put back later."""
         self.opaque = False
         """Whether nobody saw how the model uses the owner, so that its code runs as it is and reads adapted weights."""
-        self.installed: dict[tuple[tuple[str, ...], bool], Installed] = {}
-        """Classes made for the owner, by the adapters that are active in them and whether rows differ."""
+        self.installed: dict[tuple[tuple[str, ...], bool, bool | None], Installed] = {}
+        """Classes made for the owner, by the adapters that are active in them, whether rows differ, and the mode."""
         self.guests: set[str] = set()
         """Branches that another owner's tied weight brought along: a state dict holds them there alone."""
         self.by_row: Rows | None = None
@@ -98,7 +98,7 @@ class Adapters(nn.Module):
         }
         return clone
 
-    def remember(self, state: tuple[tuple[str, ...], bool], made: Installed) -> None:
+    def remember(self, state: tuple[tuple[str, ...], bool, bool | None], made: Installed) -> None:
         """Keep a class that was made, and only the last few: who goes through many sets of adapters makes many."""
         self.installed.pop(state, None)
         self.installed[state] = made

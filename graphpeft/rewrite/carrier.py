@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -36,6 +37,9 @@ ABOUT = frozenset({
 """What code asks about a weight that is the same for W and for W + ΔW."""
 FLIPS = frozenset({"T", "mT", "t"})
 PRODUCTS = frozenset({"matmul", "__matmul__", "mm"})
+WRITES = frozenset(
+    {"__set__", "__setitem__"} | {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "pow", "and", "or")}
+)
 CASTS = frozenset({"to", "float", "double", "half", "bfloat16", "type_as", "contiguous", "clone"})
 
 
@@ -68,17 +72,20 @@ class Reading:
             weight = add_delta(weight, each.site, update(each.chain, base, each.site))
         return weight
 
+    def needs_side_path(self) -> bool:
+        """Whether a branch has no form W + ΔW."""
+        return any(map(self._only_beside, self.branches))
+
+    def _only_beside(self, each: Carried) -> str:
+        """Why a branch cannot be W + ΔW, empty if it can."""
+        if self.training and bool(getattr(each.chain, "probability", 0)):
+            return "drops features of its input"
+        if getattr(each.chain, "before", None) is not None:
+            return "transforms its input"
+        return "acts on some rows of the batch" if self.rows is not None else ""
+
     def _require_dense(self, each: Carried) -> None:
-        dropped = self.training and bool(getattr(each.chain, "probability", 0.0))
-        why = (
-            "drops features of its input"
-            if dropped
-            else "transforms its input"
-            if getattr(each.chain, "before", None) is not None
-            else "acts on some rows of the batch"
-            if self.rows is not None
-            else ""
-        )
+        why = self._only_beside(each)
         if why:
             raise AdapterError(
                 f"Adapter {each.adapter!r} {why} at {each.site.weight} ({each.site.role}), and here the weight is not read as "
@@ -128,7 +135,7 @@ class Reading:
 
 def _added(chain: nn.Module, weight: Tensor, y: Tensor, *values: Tensor) -> Tensor:
     """y with the branch added, computed in the branch's dtype where that is another than the weight's, as in rewritten graphs."""
-    kind = next(t.dtype for t in (*chain.parameters(), *chain.buffers()) if t.is_floating_point())
+    kind = _kind(chain)
     given = (y, *values) if kind == weight.dtype else tuple(value.to(kind) for value in (y, *values))
     return cast(Any, chain).accumulate(*given).to(y.dtype)
 
@@ -151,6 +158,10 @@ class Held:
 class CarriedWeight(Tensor):
     """See the module."""
 
+    def __getattr__(self, name: str) -> Any:
+        """What code has put on the parameter."""
+        return getattr(Held.of(self).reading.base, name)
+
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -167,7 +178,7 @@ class CarriedWeight(Tensor):
                 return carrying(held.reading, held.weight.transpose(-1, -2), not held.flipped)
             if name in CASTS and not any(isinstance(a, cls) for a in rest):
                 return carrying(held.reading, func(held.weight, *rest, **kwargs), held.flipped)
-            if name == "__set__" or (name.endswith("_") and not name.endswith("__")):
+            if name in WRITES or (name.endswith("_") and not name.endswith("__")):
                 _refuse_write(held.reading, name)
         made = _product(cls, func, name, args, kwargs)
         if made is not None:
@@ -232,7 +243,18 @@ def _beside(x: Any, weight: Any, bias: Any, out_in: bool) -> Tensor | None:
     stored_out_in = transposed == held.flipped
     if stored_out_in != out_in or not all(getattr(e.chain, "has_side_path", True) for e in reading.branches):
         return None
+    if any(_narrower(each.chain, held.weight) for each in reading.branches) and not reading.needs_side_path():
+        return None  # code that casts the weight up, as for logits in float32, is not rounded to the branch's dtype
     return reading.beside(x, held.weight if out_in else held.weight.transpose(-1, -2), bias)
+
+
+def _narrower(chain: nn.Module, weight: Tensor) -> bool:
+    kind = _kind(chain)
+    return weight.is_floating_point() and torch.promote_types(kind, weight.dtype) != kind
+
+
+def _kind(chain: nn.Module) -> torch.dtype:
+    return next(t.dtype for t in (*chain.parameters(), *chain.buffers()) if t.is_floating_point())
 
 
 def _plain(value: Any) -> bool:

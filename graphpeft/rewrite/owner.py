@@ -64,18 +64,21 @@ class Adapted:
         return clone
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (self.base_class, self.__dict__)
+        # The module comes first and its state after: the state of a root refers to the module itself.
+        return _empty, (self.base_class,), self.__dict__, None, None, _rebuilt
 
 
 def _dtypes(module: nn.Module) -> frozenset[torch.dtype]:
     return frozenset(p.dtype for p in module.parameters())
 
 
-def _rebuild(base_class: type[nn.Module], state: dict[str, Any]) -> nn.Module:
-    module = base_class.__new__(base_class)
+def _empty(base_class: type[nn.Module]) -> nn.Module:
+    return base_class.__new__(base_class)
+
+
+def _rebuilt(module: nn.Module, state: dict[str, Any]) -> None:
     module.__dict__.update(state)
     install(module)
-    return module
 
 
 class AdaptedGraph(Adapted):
@@ -91,8 +94,7 @@ class AdaptedGraph(Adapted):
         module = cast(fx.GraphModule, self)
         nn.Module.train(module, mode)
         cast(Adapters, home(module)).mode = mode
-        if set_mode(module.graph, mode):
-            module.recompile()
+        install(module)  # another graph: this one may be wanted again
         return self
 
     def eval(self) -> Any:
@@ -193,6 +195,7 @@ def attach(owner: nn.Module, adapters: Adapters) -> None:
     for name in adapters.refusals:
         owner.__dict__.pop(name, None)
     adapters.active = ()
+    adapters.train(owner.training)  # it may have changed meanwhile
     if isinstance(owner, fx.GraphModule) and adapters.base_graph is not None and owner.graph is not adapters.base_graph:
         owner.graph = adapters.base_graph  # `keep_mode` compiled another one into the class
 
@@ -208,7 +211,7 @@ def install(owner: nn.Module, thorough: bool = True) -> None:
     if adapters is None or not (adapters.active or isinstance(owner, fx.GraphModule)):
         restore(owner)
         return
-    state = adapters.active, adapters.by_row is not None
+    state = adapters.active, adapters.by_row is not None, adapters.mode
     known = adapters.installed.get(state)
     if not thorough and known is not None and known.change == adapters.changes and known.graph is None:
         own = without_adapters(type(owner)) is known.wanted[0]

@@ -140,7 +140,11 @@ def _resized(model: nn.Module, adapters: Adapters) -> str | None:
                 return f"has no parameter {site.weight} any more"
             weight = found
         wanted = (site.full or site.outputs) * site.inputs * (site.stack or 1)
-        if weight.is_floating_point() and type(weight.data) is torch.Tensor and weight.numel() not in (0, wanted):
+        if (
+            weight.is_floating_point()
+            and type(weight) in (nn.Parameter, torch.Tensor)
+            and weight.numel() not in (0, wanted)
+        ):
             return f"has another shape: {site.weight} is now {tuple(weight.shape)}"
     return None
 

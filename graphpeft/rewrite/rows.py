@@ -20,6 +20,8 @@ class Assignment:
     count: int = 0
     rows: dict[str, Tensor] = field(default_factory=dict)
     """Of every adapter that takes part."""
+    inner: dict[str, dict[str, bool]] = field(default_factory=dict)
+    """By owner and slot of a site: whether the first axis of what it reads has positions inside of rows, flattened."""
 
     def assign(self, adapters: Sequence[str | None]) -> None:
         """Give each row its adapter, or none. Raises `AdapterError` for one that takes no part, and for no rows at all."""
@@ -41,8 +43,7 @@ class Rows(nn.Module):
     def __init__(self, owner: str, assignment: Assignment) -> None:
         super().__init__()
         self.owner, self.assignment = owner, assignment
-        self.inner: dict[str, bool] = {}
-        """By the slot of a site: whether the first axis of what it reads has positions inside of rows, flattened."""
+        self.inner = assignment.inner.setdefault(owner, {})
         self.seen: dict[str, Tensor] | None = None
         """While it is found out, what each site reads."""
 

@@ -129,11 +129,12 @@ def _values(model: nn.Module, state: AdapterSet, thorough: bool) -> None:
     """Strengths, and which tensors train."""
     wanted = {name: (name in state.active, state.active.get(name, 1.0)) for name in state.adapters}
     differ = {name for name, each in wanted.items() if thorough or state.applied.get(name) != each}
-    state.applied = {name: each for name, each in state.applied.items() if name not in differ}
     for adapters in state.containers.values() if differ else ():
         for name in adapters.sites:
             if name in differ:
-                _set(state, adapters.trained(name, thorough), *wanted[name])
+                on, strength = wanted[name]
+                switched = thorough or state.applied.get(name, (not on, 0))[0] is not on
+                _set(state, adapters.trained(name, thorough), on if switched else None, strength)
     if differ or state.ran_rows is not state.rows:
         state.switches += 1
     state.applied, state.ran_rows = wanted, state.rows
@@ -142,11 +143,11 @@ def _values(model: nn.Module, state: AdapterSet, thorough: bool) -> None:
             adapter.objective.freeze(model)
 
 
-def _set(state: AdapterSet, branches: Iterable[Held], on: bool, strength: float) -> None:
+def _set(state: AdapterSet, branches: Iterable[Held], on: bool | None, strength: float) -> None:
     for branch, held in branches:
         if branch.__dict__.get("strength", strength) != strength:
             branch.strength = strength  # type: ignore[assignment]
-        for parameters, leaf in held:
+        for parameters, leaf in held if on is not None else ():
             parameter = parameters.get(leaf)
             if parameter is not None and parameter.requires_grad is not on:
                 if not on:
@@ -251,6 +252,13 @@ def undo_tentative(model: nn.Module, state: AdapterSet) -> None:
     sync(model)
 
 
+def _tensors_of(state: AdapterSet, names: Iterable[str]) -> Iterator[nn.Parameter]:
+    for adapters in state.containers.values():
+        for name in names:
+            for _, held in adapters.trained(name, anew=False) if name in adapters.sites else ():
+                yield from (parameter for parameters, leaf in held if (parameter := parameters.get(leaf)) is not None)
+
+
 class _Token:
     """Lives as long as the code of a context."""
 
@@ -265,6 +273,7 @@ def opened(
 ) -> Iterator[None]:
     """Within this context these adapters run; at its end what ran before. `name` is what the user entered."""
     state, token = get_state(model), _Token()
+    frozen = [p for p in _tensors_of(state, state.active) if not p.requires_grad]  # by the user
     context = Context(name, state.active, state.rows, state.attached, weakref.ref(token))
     try:
         with changing(model, switch=True) as state:
@@ -276,6 +285,8 @@ def opened(
         if context in state.contexts:
             with changing(model, switch=True) as state:
                 _close(state, context)
+            for parameter in frozen:
+                parameter.requires_grad_(False)
 
 
 def _close(state: AdapterSet, context: Context) -> None:

@@ -47,11 +47,15 @@ def weight_form(adapters: Adapters, forward: Callable[..., Any]) -> dict[str, An
     `forward` is what the class would run otherwise.
     """
     by_weight: dict[str, list[Named]] = {}
+    listed: set[tuple[str, nn.Module]] = set()
     for adapter in adapters.active:
-        for site, _, _ in adapters.branches(adapter):
-            by_weight.setdefault(site.weight.rpartition(".")[2], []).append((adapter, slot(site), site))
+        for site, branch, _ in adapters.branches(adapter):
+            leaf = site.weight.rpartition(".")[2]
+            if (leaf, branch) not in listed:  # a table that is also the head has two places, and one branch
+                listed.add((leaf, branch))
+                by_weight.setdefault(leaf, []).append((adapter, slot(site), site))
     shown = {name: _property(name, tuple(places)) for name, places in by_weight.items()}
-    reads = frozenset(f"{HOME}.{adapter}.{key}" for places in by_weight.values() for adapter, key, _ in places)
+    reads = frozenset(path for _, _, path in adapters.running())
     return {**shown, "forward": _remembering(forward), "reads": reads}
 
 

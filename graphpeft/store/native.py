@@ -66,7 +66,7 @@ def write_adapter(folder: Path, adapter: AdapterFile) -> None:
         "versions": {name: version(name) for name in ("graphpeft", "torch")},
         "sites": [described(entry) for entry in adapter.entries],
     }
-    warn_of(odd_tensors(tensors, adapter.entries), folder, "They are saved as they are.", stacklevel=7)
+    warn_of(odd_tensors(tensors, adapter.entries), folder, "They are saved as they are.", stacklevel=8)
     PAIR.write(folder, (json.dumps(description, indent=1) + "\n").encode(), data)
 
 
@@ -158,7 +158,7 @@ def _describe(folder: Path) -> dict[str, Any]:
         )
     unknown = sorted(about.keys() - needed.keys() - {"versions"})
     if unknown:
-        warnings.warn(f"{path} has fields that this version ignores: {', '.join(unknown)}", stacklevel=4)
+        warnings.warn(f"{path} has fields that this version ignores: {', '.join(unknown)}", stacklevel=5)
     return about
 
 

@@ -52,7 +52,7 @@ def read(
     check_sites(model, content, folder)
     check_tensors(content, folder)
     _check_base(model, content, folder, any_base)
-    warn_of(odd_tensors(content.tensors, content.entries), folder, "They are loaded as they are.", stacklevel=5)
+    warn_of(odd_tensors(content.tensors, content.entries), folder, "They are loaded as they are.", stacklevel=6)
     return content
 
 
@@ -78,7 +78,7 @@ def _check_base(model: nn.Module, content: AdapterFile, folder: Path, any_base: 
             f"cast to float16. Load the base that the adapter was made for; if the difference is intended, pass any_base=True "
             f"and check the outputs."
         )
-    warnings.warn(f"{found} The adapter is loaded as any_base=True asks; check its outputs.", stacklevel=4)
+    warnings.warn(f"{found} The adapter is loaded as any_base=True asks; check its outputs.", stacklevel=5)
 
 
 def base_fingerprint(model: nn.Module, entries: tuple[Entry, ...], version: int = VERSION) -> str:

@@ -199,7 +199,7 @@ def test_wrong_usage_and_wrong_paths_have_codes_of_their_own(folder: str, tmp_pa
     (tmp_path / "file").touch()
     found = run.invoke(app, ["graph", folder, str(tmp_path / "none" / "out.json")])
     assert found.exit_code == 1
-    assert re.match(r"error FileNotFoundError: \S+none\S+: No such file or directory. Check the path", found.stderr)
+    assert re.match(r"error WriteError: \S+none\S+ was not written", found.stderr)
     assert len(found.stderr.splitlines()) == 1
 
 

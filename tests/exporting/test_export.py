@@ -208,7 +208,7 @@ def test_a_merged_model_is_exported_and_stays_merged(tmp_path: Path) -> None:
 def test_a_failed_check_leaves_the_old_export_and_a_good_one_replaces_it(tmp_path: Path) -> None:
     with staged(tmp_path / "deploy") as folder:
         (folder / "old.onnx_adapter").write_text("old")
-        (folder / "graphpeft.json").write_text('{"files": {"old.onnx_adapter": 3}}')
+        (folder / "graphpeft.json").write_text('{"adapters": ["old"], "files": {"old.onnx_adapter": 3}}')
     model = tiny("hand")
     gp.apply(model, "qv:lora", inputs=SAMPLE)
     before = Snapshot.of(model)

@@ -306,3 +306,106 @@ def test_models_are_those_of_the_dense_weights_in_both_modes(make: Callable[[], 
     with torch.no_grad():
         one, other = (next(iter(model(**call).values())) for _ in range(2))
     assert delta([one], [other]) > 1e-4, "dropout is alive"
+
+
+# -- one weight in two uses, and what code does with a weight besides ---------------------------------------------------
+
+
+class Tied(nn.Module):
+    """A table that is also the head, in one owner."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.inner = nn.Parameter(torch.randn(16, 8)), nn.Linear(8, 8)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.linear(torch.tanh(self.inner(F.embedding(ids, self.weight))), self.weight)
+
+
+@pytest.mark.parametrize("method", ["lora(r=2)", "dora(r=2)", "vera(r=2)"])
+def test_a_table_that_is_the_head_is_adapted_once(method: str) -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(0, 16, (2, 5))
+    model = gp.apply(Tied(), f"embed:{method}", inputs=(ids,))
+    randomize(model)
+    assert delta([model(ids)], [dense(model)(ids)]) < 1e-4  # products of numbers around ten
+    gp.verify(model, (ids,))
+
+
+def test_code_that_casts_a_weight_up_keeps_its_precision() -> None:
+    class Router(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(6, 5) * 0.3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(input=x, weight=self.weight.to(x.dtype)) * getattr(self.weight, "gain", 1.0)
+
+    model = nn.Sequential(Router())
+    model[0].weight.gain = 3.0
+    gp.apply(model, "path(*):lora(r=2)", inputs=torch.randn(3, 5))
+    model.half()
+    x = torch.full((3, 5), 1e6)
+    fresh = model(x)
+    with gp.disabled(model):
+        assert torch.equal(fresh, model(x))
+    randomize(model)
+    assert delta([model(x) / 1e6], [dense(model)(x) / 1e6 * 3.0]) < 1e-2  # the dense weight was rounded to float16
+
+
+def test_modes_of_an_exported_graph_and_its_adapters_follow_each_other() -> None:
+    class Dropping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.d, self.b = nn.Linear(16, 16), nn.Dropout(0.5), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.d(torch.relu(self.a(x))))
+
+    model: Any = torch.export.export(Dropping().train(), (X,)).module()
+    for name in "ab":
+        gp.apply(model, "path(*):lora(r=2)", name=name)
+    for mode, name in ((False, "b"), (False, "a"), (True, "b"), (False, "a"), (True, "a"), (False, "b")):
+        model.train(mode)
+        gp.activate(model, name)
+        assert torch.equal(model(X), model(X)) is not mode
+    with gp.disabled(model):
+        model.train()
+    assert not torch.equal(model(X), model(X))
+
+
+def test_a_mode_that_is_set_while_merged_reaches_the_adapter() -> None:
+    model = adapted("qv:lora(r=2, dropout=0.5)")
+    for mode in (True, False):
+        gp.merge(model)
+        model.train(mode)
+        gp.unmerge(model)
+        assert all(m.training is mode for m in model.modules())
+
+
+def test_contexts_in_per_row_leave_its_rows() -> None:
+    model = adapted()
+    gp.apply(model, "qv:lora(r=2)", name="b", inputs=(X,))
+    randomize(model, "b", seed=3)
+    alone = {}
+    for name in ("default", "b"):
+        gp.activate(model, name)
+        alone[name] = model(X)
+    with gp.per_row(model, ["b", "default"], inputs=(X,)):
+        expected = model(X)
+        with gp.reference(model), gp.disabled(model):
+            model(X)
+        assert torch.equal(model(X), expected)
+    assert delta([expected], [torch.stack([alone["b"][0], alone["default"][1]])]) < CLOSE
+
+
+def test_what_trains_is_set_by_activate_and_kept_by_contexts() -> None:
+    model = adapted()
+    mine = [p for n, p in model.named_parameters() if "adapters" in n]
+    model.requires_grad_(False)
+    gp.activate(model, "default")
+    assert all(p.requires_grad for p in mine)
+    mine[0].requires_grad_(False)
+    with gp.reference(model):
+        model(X)
+    assert [p.requires_grad for p in mine] == [False, *(True for _ in mine[1:])]

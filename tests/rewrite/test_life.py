@@ -261,7 +261,7 @@ def test_what_an_adapter_does_not_touch_may_be_gone(gone: str, tmp_path: Path) -
     model = gp.apply(build("llama"), "q:lora(r=2)")
     gp.save(model, tmp_path)
     if gone == "pruned":
-        torch.nn.utils.prune.l1_unstructured(model.lm_head, "weight", 0.5)
+        prune.l1_unstructured(model.lm_head, "weight", 0.5)
     else:
         model.lm_head = nn.Identity()
     base = outputs(model, call("llama", model))[:1]

@@ -254,5 +254,6 @@ def test_layers_that_a_rule_misses_are_named() -> None:
     missed = r"model\.layers\.1\.self_attn\.q_proj\.weight is no site, as it is in equal layers"
     assert re.search(rf"missed `qv:lora\(r=2\)`, {missed}", str(gp.plan(made, "qv:lora(r=2)")))
     assert "missed" not in str(gp.plan(made, "v:lora(r=2)"))
-    with pytest.warns(UserWarning, match=missed):
+    with pytest.warns(UserWarning, match=missed) as told:
         gp.apply(made, "qv:lora(r=2)")
+    assert Path(next(each for each in told if "is no site" in str(each.message)).filename) == Path(__file__)

@@ -120,7 +120,7 @@ def parse_config(path: Path, data: bytes) -> dict[str, Any]:
         )
     unknown = sorted(config.keys() - KNOWN[kind])
     if unknown:
-        warnings.warn(f"{path} has fields that this version ignores: {', '.join(unknown)}", stacklevel=6)
+        warnings.warn(f"{path} has fields that this version ignores: {', '.join(unknown)}", stacklevel=7)
     return dict(config)
 
 

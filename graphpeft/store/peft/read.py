@@ -152,7 +152,7 @@ def _without_base(
                 f"{found} An adapter does not change those. Put them into the model first, as with model.load_state_dict(..., "
                 f"strict=False), or pass any_base=True to leave them out."
             )
-        warnings.warn(f"{found} They are left out, as any_base=True asks; check the outputs.", stacklevel=5)
+        warnings.warn(f"{found} They are left out, as any_base=True asks; check the outputs.", stacklevel=6)
     return {key: tensor for key, tensor in tensors.items() if key not in base}
 
 
@@ -252,7 +252,7 @@ def _tell(problems: Problems, folder: Path, model: nn.Module, strict: bool) -> N
     if problems.undropped:
         warnings.warn(
             f"{folder} was trained with dropout, which graphpeft cannot apply at {_listed(problems.undropped)}; it is dropped.",
-            stacklevel=5,
+            stacklevel=6,
         )
     if not str(problems):
         return
@@ -262,7 +262,7 @@ def _tell(problems: Problems, folder: Path, model: nn.Module, strict: bool) -> N
             f"{found} Usually the base is another model, or from another version of transformers. Load the base that the adapter "
             f"was made for; strict=False loads what fits."
         )
-    warnings.warn(f"{found} What fits is loaded, as strict=False asks.", stacklevel=5)
+    warnings.warn(f"{found} What fits is loaded, as strict=False asks.", stacklevel=6)
 
 
 # -- conversion to an AdapterFile ----------------------------------------------------------------------------------------

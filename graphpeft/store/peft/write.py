@@ -72,7 +72,7 @@ def write_peft(model: nn.Module, name: str, folder: Path) -> None:
     targets = {spot.target for listed in spots.values() for spot in listed if spot.kind != "parameter"}
     config = {**_about(model), **config, "target_modules": selection(targets, names) if targets else []}
     head = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
-    warn_of(odd_tensors(data), folder, "They are saved as they are.", stacklevel=7)
+    warn_of(odd_tensors(data), folder, "They are saved as they are.", stacklevel=8)
     PAIR.write(folder, head, packed(data, head))
 
 
