@@ -11,6 +11,7 @@ import pytest
 import torch
 from checks import Snapshot, adapters, build, call, delta, inputs, outputs, randomize, same
 from torch import nn
+from torch.nn.utils import prune
 
 import graphpeft as gp
 from graphpeft.rewrite.state import get_state
