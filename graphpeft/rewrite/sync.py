@@ -54,7 +54,8 @@ def sync(model: nn.Module, switch: bool = False) -> None:
     if state.merge is not None and not state.merge.complete:
         _put_back(model, state)
     owners = located(model, state)
-    _contain(owners, state)
+    if thorough or not state.attached or any(adapters.detached for adapters in state.containers.values()):
+        _contain(owners, state)
     for path, adapters in state.containers.items():
         owner = owners[path]
         if owner is not None and home(owner) is adapters:
