@@ -54,7 +54,7 @@ def entered(model: Any, action: str, adds: bool = False, intact: bool = True) ->
         return model
     if not isinstance(model, nn.Module):
         raise AdapterError(
-            f"gp.{action} works on a torch.nn.Module, and got {type(model).__name__} {str(model)[:60]!r}. Build or load the "
+            f"Cannot {action}: expected a torch.nn.Module, got {type(model).__name__} {str(model)[:60]!r}. Build or load the "
             f"model first, for example with transformers' from_pretrained."
         )
     if is_peft(model):

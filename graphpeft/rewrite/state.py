@@ -90,7 +90,8 @@ class AdapterSet:
 
     switches: int = 0
     """How often other adapters were made to run."""
-    ran_rows: Assignment | None = None
+    switched_rows: Assignment | None = None
+    """The rows at the last switch."""
     ran: int | None = None
     """The switches that there had been at the last forward pass of the model with gradients."""
     applied: dict[str, tuple[bool, float]] = field(default_factory=dict)
@@ -102,6 +103,7 @@ class AdapterSet:
     journal: tuple[Any, ...] = ()
     """Work that has to be finished once begun: see `sync`."""
     spots: dict[str, Any] = field(default_factory=dict, repr=False)
+    """Where the owners and their adapted weights stand (see `reality`)."""
     watched: Any = field(default=None, repr=False)
     """What the check before each forward pass compares (see `reality`)."""
 

@@ -136,9 +136,9 @@ def _values(model: nn.Module, state: AdapterSet, thorough: bool) -> None:
                 on, strength = wanted[name]
                 switched = thorough or state.applied.get(name, (not on, 0))[0] is not on
                 _set(state, adapters.trained(name, thorough), on if switched else None, strength)
-    if differ or state.ran_rows is not state.rows:
+    if differ or state.switched_rows is not state.rows:
         state.switches += 1
-    state.applied, state.ran_rows = wanted, state.rows
+    state.applied, state.switched_rows = wanted, state.rows
     for adapter in state.adapters.values():
         if adapter.objective is not None and adapter.objective.frozen:
             adapter.objective.freeze(model)
@@ -274,7 +274,7 @@ def opened(
 ) -> Iterator[None]:
     """Within this context these adapters run; at its end what ran before. `name` is what the user entered."""
     state, token = get_state(model), _Token()
-    frozen = [p for p in _tensors_of(state, state.active) if not p.requires_grad]  # by the user
+    frozen = [p for p in _tensors_of(state, state.active) if not p.requires_grad]  # somebody's choice, which stays
     context = Context(name, state.active, state.rows, state.attached, weakref.ref(token))
     try:
         with changing(model, switch=True) as state:
